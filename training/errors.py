@@ -1,0 +1,8 @@
+"""The one exception a user's input can cause."""
+
+
+class UserError(Exception):
+    """Bad input, told in one sentence that names the file or argument and the way out.
+
+    The command line prints the message alone and exits with status 2.
+    """
