@@ -1,0 +1,155 @@
+"""Time and peak memory of callables, side by side, and the JSON line each result becomes."""
+
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Percentiles of one callable's wall time, and how often it was timed."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    rounds: int
+
+
+def latencies(providers: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2) -> dict[str, Latency]:
+    """Wall time of every provider, one call of each per round, so that drift of the machine meets all of them alike.
+
+    On CUDA a call is timed between two events after a write over the L2 cache; on CPU by the host clock.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    timer = _cuda_ms if torch.cuda.is_available() else _host_ms
+    for index in range(warmup + rounds):
+        for name, call in providers.items():
+            elapsed = timer(call)
+            if index >= warmup:
+                samples[name].append(elapsed)
+    return {name: _percentiles(values) for name, values in samples.items()}
+
+
+def _percentiles(values: list[float]) -> Latency:
+    if len(values) == 1:
+        return Latency(values[0], values[0], values[0], 1)
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return Latency(cuts[1], cuts[4], cuts[7], len(values))
+
+
+def _host_ms(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _cuda_ms(call: Callable[[], Any]) -> float:
+    torch.empty(256 << 20, dtype=torch.int8, device="cuda").zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_mib(build: Callable[..., Callable[[], Any]], *args: Any) -> float:
+    """Memory that two calls of `build(*args)` add at their peak, in MiB, measured in a process of its own.
+
+    On CUDA the allocator's peak above what the built model holds; on CPU the growth of the process's largest resident
+    size. `build` and `args` are pickled, so `build` is a module-level function.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_worker, args=(sender, build, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(
+            f"measuring the memory of {build.__name__}{args} failed; its error is printed above"
+        ) from None
+    finally:
+        process.join()
+
+
+def _peak_worker(sender: Any, build: Callable[..., Callable[[], Any]], args: tuple) -> None:
+    call = build(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(), call()
+        sender.send((torch.cuda.max_memory_allocated() - held) / 2**20)
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call(), call()
+        sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+
+
+def device_name() -> str:
+    """The GPU's name, else the processor's with the number of threads torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions, commit, command and UTC time: what a result line needs to be repeated."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers", "peft")}
+    return {
+        "device": device_name(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "command": " ".join(["python", "-m", *_module_and_arguments()]),
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _module_and_arguments() -> Iterable[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def record(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends one JSON line a row, each with its provenance."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    common = provenance()
+    with file.open("a", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps({**row, **common}) + "\n")
+
+
+def latency_fields(latency: Latency) -> dict[str, float]:
+    """The fields of a `Latency`, rounded for a result line."""
+    return {key: round(value, 4) for key, value in asdict(latency).items()}
