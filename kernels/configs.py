@@ -1,0 +1,70 @@
+"""Tile sizes of the kernels. Chosen by arithmetic until they are measured; `aot.py` compiles every one of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+# Shared memory one program may use, bytes, by compute capability; AMD's gfx942 has 64 KiB of LDS.
+SHARED_MEMORY = {"80": 163 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Tiles of the dense product with its low-rank path: y [BLOCK_M, BLOCK_N], depth BLOCK_K."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+    def fitted_stages(self, rank_block: int, element_bytes: int, shared_memory: int) -> int:
+        """Pipeline depth whose x, W and A tiles fit `shared_memory` bytes, at most `num_stages`, at least 1."""
+        stage = (self.BLOCK_M + self.BLOCK_N + rank_block) * self.BLOCK_K * element_bytes
+        return max(1, min(self.num_stages, shared_memory // stage))
+
+
+@dataclass(frozen=True)
+class FactorConfig:
+    """Tiles of the factor gradients: columns BLOCK_C of the tall operand, BLOCK_M rows a step, SPLIT_ROWS a program."""
+
+    BLOCK_C: int
+    BLOCK_M: int
+    SPLIT_ROWS: int
+    num_warps: int
+    num_stages: int
+
+
+LINEAR = {
+    "wide": LinearConfig(128, 256, 64, 8, num_warps=8, num_stages=4),
+    "square": LinearConfig(128, 128, 64, 8, num_warps=8, num_stages=3),
+    "few rows": LinearConfig(64, 64, 64, 4, num_warps=4, num_stages=4),
+    "high rank": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=3),
+    "single precision": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=2),
+}
+FACTOR = {
+    "low rank": FactorConfig(128, 64, 1024, num_warps=4, num_stages=3),
+    "high rank": FactorConfig(64, 64, 1024, num_warps=8, num_stages=2),
+}
+
+
+def rank_block(rank: int) -> int:
+    """The rank padded to what a matrix instruction takes: a power of two, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def linear_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_memory: int) -> str:
+    """Which of `LINEAR` serves M = `rows` rows in `dtype` on a GPU with that much shared memory a program."""
+    if dtype == torch.float32:
+        return "single precision"
+    if padded_rank > 32:
+        return "high rank"
+    if rows <= 1024:
+        return "few rows"
+    return "wide" if shared_memory >= SHARED_MEMORY["90"] else "square"
+
+
+def factor_config_name(padded_rank: int) -> str:
+    """Which of `FACTOR` serves that padded rank."""
+    return "low rank" if padded_rank <= 32 else "high rank"
