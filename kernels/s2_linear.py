@@ -146,4 +146,6 @@ def _check(
         raise ValueError(f"x is on {x.device} and weight on {weight.device}: move them to one device")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} requires a gradient but s2_linear keeps it frozen: call {name}.requires_grad_(False)")
+            raise ValueError(
+                f"{name} requires a gradient but s2_linear keeps it frozen: call {name}.requires_grad_(False)"
+            )

@@ -1,0 +1,28 @@
+"""Sparsely Shared LoRA for Whisper with fused kernels: a PEFT adapter, a plain layer and the bare operation.
+
+from peft import get_peft_model
+from fused_s2lora import S2LoraConfig
+
+model = get_peft_model(whisper, S2LoraConfig(r=8))
+"""
+
+from .config import S2LoraConfig
+from .kernels.s2_linear import s2_linear, s2_linear_reference
+from .layer import S2Linear, S2LoraLinear
+from .model import S2LoraModel
+from .optimization import S2LoraCallback, parameter_groups
+from .rank_pattern import RankPattern, rank_pattern
+
+__version__ = "0.1.0"
+__all__ = [
+    "RankPattern",
+    "S2Linear",
+    "S2LoraCallback",
+    "S2LoraConfig",
+    "S2LoraLinear",
+    "S2LoraModel",
+    "parameter_groups",
+    "rank_pattern",
+    "s2_linear",
+    "s2_linear_reference",
+]

@@ -1,0 +1,219 @@
+"""S2-LoRA as a PEFT tuner: injection, shared state, penalties, saving."""
+
+import re
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .config import S2LoraConfig
+from .layer import S2LoraLinear
+from .sharing import FactorPair, SharedFactors, place_of
+
+
+class S2LoraModel(BaseTuner):
+    """The model with its `nn.Linear` targets replaced by `S2LoraLinear` and the shared factors in `s2lora_factors`.
+
+    Made by `get_peft_model(model, S2LoraConfig(...))`. In training, a model output with a `loss` gets the two penalties
+    of the active adapters added to it (equation 5 of arXiv 2309.11756); `last_penalties` keeps their values.
+    """
+
+    prefix = "s2lora_"
+    tuner_layer_cls = S2LoraLinear
+    uses_shared_state = True
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.s2lora_factors = SharedFactors()
+        self.last_penalties: dict[str, Tensor] = {}
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        # PEFT calls the wrapped model directly for some task types, so the penalties hang on the model itself.
+        self._hooks = [model.register_forward_hook(self._add_penalties)]
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                self._hooks.append(module.register_forward_pre_hook(_let_gradients_through_checkpoints))
+
+    def _create_and_replace(
+        self,
+        peft_config: S2LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, nn.Linear):
+            raise ValueError(
+                f"target {current_key} is a {type(base).__name__}; S2-LoRA adapts nn.Linear only: "
+                "leave it out of target_modules or name it in exclude_modules"
+            )
+        place = place_of(current_key, base.out_features, base.in_features, peft_config)
+        pair = self.s2lora_factors.pair(place, adapter_name, peft_config, base.weight)
+        if isinstance(target, S2LoraLinear):
+            self._check_same_pair(target, pair, current_key, adapter_name)
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = S2LoraLinear(base, adapter_name, pair, place.transposed, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _check_same_pair(layer: S2LoraLinear, pair: FactorPair, key: str, adapter_name: str) -> None:
+        if layer.s2lora_up is not pair.up:
+            raise ValueError(
+                f"adapter {adapter_name!r} shares factors in another way than the adapters already on {key}: "
+                "give it the same sharing and tie_ffn, or load it on a model of its own"
+            )
+
+    # Penalties
+
+    def penalty(self) -> tuple[Tensor, Tensor]:
+        """Sparsity α₁ mean_i ‖s_i‖₁ and norm α₂ mean_pairs (1/2r) Σ_k (‖B[:,k]‖ + ‖A[k,:]‖) of the active adapters.
+
+        Two float32 scalars, differentiable, weights included. Sparsity is zero for penalty "proximal", which acts in
+        `proximal_step`.
+        """
+        zero = next(self.s2lora_factors.parameters()).new_zeros((), dtype=torch.float32)
+        sparsity, norm = zero, zero
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            if config.penalty == "soft" and config.sparsity_weight > 0:
+                coefficients = self._coefficients(name)
+                norms = torch.cat(coefficients).float().abs().sum()
+                sparsity = sparsity + config.sparsity_weight * norms / len(coefficients)
+            if config.norm_weight > 0:
+                pairs = [pair for pair in self.s2lora_factors.children() if name in pair.up]
+                norms = sum(_column_norms(pair.up[name]) + _column_norms(pair.down[name].mT) for pair in pairs)
+                norm = norm + config.norm_weight * norms / (2 * config.r * len(pairs))
+        return sparsity, norm
+
+    def _coefficients(self, adapter_name: str) -> list[Tensor]:
+        layers = (module for module in self.model.modules() if isinstance(module, S2LoraLinear))
+        return [
+            layer.s2lora_coefficients[adapter_name] for layer in layers if adapter_name in layer.s2lora_coefficients
+        ]
+
+    def _add_penalties(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        loss = getattr(outputs, "loss", None)
+        if module.training and isinstance(loss, Tensor) and torch.is_grad_enabled():
+            sparsity, norm = self.penalty()
+            self.last_penalties = {"sparsity": sparsity.detach(), "norm": norm.detach()}
+            outputs.loss = loss + sparsity + norm
+        return outputs
+
+    @torch.no_grad()
+    def proximal_step(self, lr: float) -> None:
+        """s ← sign(s) · max(|s| − lr · α₁, 0) for every active adapter with penalty "proximal".
+
+        Called after each optimizer step with the coefficients' learning rate (`S2LoraCallback` does it in a Trainer).
+        The step is the proximal operator of α₁‖s_i‖₁, as decoupled from the optimizer's scaling as AdamW's weight decay.
+        """
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            if config.penalty == "proximal" and config.sparsity_weight > 0:
+                step = lr * config.sparsity_weight
+                for coefficient in self._coefficients(name):
+                    coefficient.copy_(torch.nn.functional.softshrink(coefficient, step))
+
+    # Leaving PEFT
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        return model
+
+    # Saving: each pair once, under base_model.s2lora_factors; layers hold the same tensors under their own keys.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {key: value for key, value in selected.items() if not _LAYER_FACTOR.search(key)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            key: value
+            for key, value in model.state_dict().items()
+            if key.endswith(f".{adapter_name}") and ".s2lora_" in f".{key}" and not _LAYER_FACTOR.search(key)
+        }
+        _check_fits(loaded, expected, adapter_name)
+        tensors = {id(dictionary): name for name, dictionary in _pair_dictionaries(model)}
+        for name, layer in model.named_modules():
+            if isinstance(layer, S2LoraLinear) and adapter_name in layer.s2lora_coefficients:
+                for attribute in ("s2lora_up", "s2lora_down"):
+                    source = f"{tensors[id(getattr(layer, attribute))]}.{adapter_name}"
+                    loaded[f"{name}.{attribute}.{adapter_name}"] = loaded[source]
+        return loaded
+
+
+_LAYER_FACTOR = re.compile(r"\.s2lora_(up|down)\.")
+
+
+def _column_norms(factor: Tensor) -> Tensor:
+    return factor.float().norm(dim=0).sum()
+
+
+def _pair_dictionaries(model: nn.Module) -> list[tuple[str, nn.ParameterDict]]:
+    return [
+        (f"{name}.{attribute}", getattr(pair, attribute))
+        for name, pair in model.named_modules()
+        if isinstance(pair, FactorPair)
+        for attribute in ("up", "down")
+    ]
+
+
+def _check_fits(loaded: dict[str, Tensor], expected: dict[str, Tensor], adapter_name: str) -> None:
+    """Raises ValueError where the file's tensors are not those of the model's adapter."""
+    suffix = f".{adapter_name}"
+    missing = sorted(expected.keys() - loaded.keys())
+    surplus = sorted(key for key in loaded.keys() - expected.keys() if "s2lora_" in key)
+    if missing or surplus:
+        problem, key = ("lacks", missing[0]) if missing else ("has", surplus[0])
+        raise ValueError(
+            f"the adapter file does not fit this model: it {problem} {key.removesuffix(suffix)}; "
+            "load it on the model it was trained on"
+        )
+    for key, value in expected.items():
+        if loaded[key].shape != value.shape:
+            raise ValueError(
+                f"the adapter file does not fit this model: {key.removesuffix(suffix)} is {tuple(loaded[key].shape)} in "
+                f"the file and {tuple(value.shape)} here; model size and rank must be those of training"
+            )
+
+
+def _let_gradients_through_checkpoints(layer: nn.Module, inputs: tuple) -> None:
+    """Reentrant checkpoints pass no gradient where no input needs one, as behind Whisper's frozen convolutions."""
+    if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+        hidden = inputs[0]
+        if not hidden.requires_grad:
+            hidden.requires_grad_(True)
+
+
+def _register() -> None:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType
+
+    if PeftType.S2LORA not in PEFT_TYPE_TO_TUNER_MAPPING:  # type: ignore[attr-defined]
+        register_peft_method(name="s2lora", config_cls=S2LoraConfig, model_cls=S2LoraModel)
+
+
+_register()

@@ -1,0 +1,62 @@
+"""What an optimizer needs to know of an S2-LoRA model: two learning rates and the proximal step."""
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import S2LoraConfig
+from .model import S2LoraModel
+
+COEFFICIENTS = "coefficients"
+
+
+def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Optimizer groups: factors at `lr`, coefficients at `lr` × the config's `coefficient_lr_ratio`, never decayed.
+
+    Each group carries a `name`: "coefficients", "factors", or "other" (modules_to_save). Groups without a trainable
+    parameter are left out, so for any other model this is the one group "other".
+
+    Raises:
+        ValueError: nothing in the model is trainable.
+    """
+    ratio = next(
+        (config.coefficient_lr_ratio for config in _active_configs(model) if isinstance(config, S2LoraConfig)), 1.0
+    )
+    groups: dict[str, dict[str, Any]] = {
+        COEFFICIENTS: {"lr": lr * ratio, "weight_decay": 0.0},
+        "factors": {"lr": lr, "weight_decay": weight_decay},
+        "other": {"lr": lr, "weight_decay": weight_decay},
+    }
+    parameters: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = COEFFICIENTS if ".s2lora_coefficients." in name else "factors" if ".s2lora_" in name else "other"
+            parameters[kind].append(parameter)
+    result = [{"name": name, "params": parameters[name], **groups[name]} for name in groups if parameters[name]]
+    if not result:
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    return result
+
+
+def _active_configs(model: nn.Module) -> list[Any]:
+    if not isinstance(model, PeftModel):
+        return []
+    return [model.peft_config[name] for name in model.active_adapters]
+
+
+class S2LoraCallback(TrainerCallback):
+    """Runs `S2LoraModel.proximal_step` after each optimizer step of a Hugging Face Trainer.
+
+    Only needed for penalty "proximal"; without effect otherwise.
+    """
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        tuner = getattr(kwargs["model"], "base_model", None)
+        if isinstance(tuner, S2LoraModel):
+            groups = kwargs["optimizer"].param_groups
+            lr = next((group["lr"] for group in groups if group.get("name") == COEFFICIENTS), groups[0]["lr"])
+            tuner.proximal_step(lr)

@@ -1,0 +1,112 @@
+"""How many ranks of each weight are alive: the paper's figure 3."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from .layer import S2LoraLinear
+from .model import S2LoraModel
+
+_COLUMNS = {
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.out_proj": "out",
+    "encoder_attn.q_proj": "cross q",
+    "encoder_attn.k_proj": "cross k",
+    "encoder_attn.v_proj": "cross v",
+    "encoder_attn.out_proj": "cross out",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
+
+
+@dataclass(frozen=True)
+class RankPattern:
+    """Live ranks (|s| ≥ threshold) and the mean |s| of one stack: rows are layers, columns matrices, None not adapted."""
+
+    stack: str
+    layers: list[str]
+    matrices: list[str]
+    live: list[list[int | None]]
+    mean_magnitude: list[list[float | None]]
+    r: int
+    threshold: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        width = max(9, *(len(name) for name in self.matrices)) + 1
+        lines = [
+            f"{self.stack}, live ranks of {self.r}",
+            " " * 8 + "".join(f"{name:>{width}}" for name in self.matrices),
+        ]
+        for layer, row in zip(self.layers, self.live, strict=True):
+            lines.append(f"{layer:<8}" + "".join(f"{'–' if value is None else value:>{width}}" for value in row))
+        return "\n".join(lines)
+
+
+def rank_pattern(
+    model: PeftModel | S2LoraModel, adapter_name: str | None = None, threshold: float | None = None
+) -> list[RankPattern]:
+    """Live ranks by layer and matrix, one `RankPattern` for each stack (encoder and decoder in Whisper).
+
+    adapter_name defaults to the active adapter, threshold to its config's. A model without an encoder or a decoder is
+    one stack named "model".
+
+    Raises:
+        ValueError: the model has no S2-LoRA adapter of that name.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, S2LoraModel):
+        raise ValueError("the model has no S2-LoRA adapter: wrap it with get_peft_model(model, S2LoraConfig())")
+    name = adapter_name or tuner.active_adapters[0]
+    if name not in tuner.peft_config:
+        raise ValueError(f"no adapter named {name!r}; the model has {', '.join(tuner.peft_config)}")
+    config = tuner.peft_config[name]
+    limit = config.threshold if threshold is None else threshold
+    cells: dict[str, dict[tuple[str, str], nn.Parameter]] = {}
+    for key, layer in tuner.model.named_modules():
+        if isinstance(layer, S2LoraLinear) and name in layer.s2lora_coefficients:
+            stack, row, column = _cell(key)
+            cells.setdefault(stack, {})[row, column] = layer.s2lora_coefficients[name]
+    return [_pattern(stack, table, config.r, limit) for stack, table in cells.items()]
+
+
+def _cell(key: str) -> tuple[str, str, str]:
+    """Stack, layer and matrix of a module path."""
+    parts = key.split(".")
+    stack = next((part for part in parts if part in ("encoder", "decoder")), "model")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        return stack, "", key
+    matrix = ".".join(parts[number + 1 :])
+    return stack, parts[number], _COLUMNS.get(matrix, matrix)
+
+
+def _pattern(stack: str, table: dict[tuple[str, str], nn.Parameter], r: int, threshold: float) -> RankPattern:
+    layers = list(dict.fromkeys(row for row, _ in table))
+    found = {column for _, column in table}
+    known = [column for column in _COLUMNS.values() if column in found]
+    matrices = known + sorted(found - set(known))
+
+    def live(values: nn.Parameter) -> int:
+        ranks = values.detach().expand(r) if values.numel() == 1 else values.detach()
+        return int((ranks.abs() >= threshold).sum())
+
+    rows = [[table.get((layer, matrix)) for matrix in matrices] for layer in layers]
+    return RankPattern(
+        stack=stack,
+        layers=layers,
+        matrices=matrices,
+        live=[[None if value is None else live(value) for value in row] for row in rows],
+        mean_magnitude=[
+            [None if value is None else value.detach().abs().mean().item() for value in row] for row in rows
+        ],
+        r=r,
+        threshold=threshold,
+    )

@@ -1,0 +1,82 @@
+"""Which shared pair of factors a weight uses, and the container that holds the pairs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import S2LoraConfig, Sharing
+
+_STACKS = {"encoder": "enc", "decoder": "dec"}
+_MODULES = {"self_attn": "sam", "encoder_attn": "cam"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A weight's place in the sharing scheme: the pair's name, the pair's shape, and whether it is used transposed."""
+
+    pair: str
+    up_rows: int
+    down_columns: int
+    transposed: bool
+
+
+def place_of(key: str, out_features: int, in_features: int, config: S2LoraConfig) -> Place:
+    """The pair that the module `key` (dotted path) of weight [out_features, in_features] uses (section 2 of the paper).
+
+    For Whisper and sharing "module" the pairs are enc_sam, enc_ffm, dec_sam, dec_cam and dec_ffm. In any other model a
+    module is the path of the weight's parent without layer numbers. Weights of different shape never share a pair;
+    with `tie_ffn` a weight [d, f] with d < f uses the pair of the weights [f, d], transposed.
+    """
+    transposed = config.tie_ffn and out_features < in_features
+    up_rows, down_columns = (in_features, out_features) if transposed else (out_features, in_features)
+    shape = f"{up_rows}x{down_columns}"
+    parents = key.split(".")[:-1]
+    stack = next((short for name, short in _STACKS.items() if name in parents), "")
+    if config.sharing == Sharing.NONE:
+        return Place(key.replace(".", "_"), out_features, in_features, transposed=False)
+    if config.sharing == Sharing.ALL:
+        name = "all"
+    elif config.sharing == Sharing.STACK:
+        name = stack or "model"
+    elif stack and parents[-1] in _MODULES:
+        name = f"{stack}_{_MODULES[parents[-1]]}"
+    elif stack and parents[-1].isdigit():
+        name = f"{stack}_ffm"
+    else:
+        name = "_".join(part for part in parents if not part.isdigit()) or "model"
+    return Place(f"{name}_{shape}", up_rows, down_columns, transposed)
+
+
+class FactorPair(nn.Module):
+    """One shared pair for each adapter: `up` [rows, r] and `down` [r, columns], both dictionaries by adapter name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ParameterDict()
+        self.down = nn.ParameterDict()
+
+
+class SharedFactors(nn.Module):
+    """All pairs of a model, as children by name. Layers refer to the same dictionaries, so there is one copy of each."""
+
+    def pair(self, place: Place, adapter_name: str, config: S2LoraConfig, like: Tensor) -> FactorPair:
+        """The pair at `place`, initialised for the adapter on first use, on `like`'s device in its dtype."""
+        if place.pair not in self._modules:
+            self.add_module(place.pair, FactorPair())
+        pair = self.get_submodule(place.pair)
+        assert isinstance(pair, FactorPair)
+        if adapter_name not in pair.up:
+            up, down = initial_factors(place.up_rows, place.down_columns, config, like)
+            pair.up[adapter_name] = nn.Parameter(up)
+            pair.down[adapter_name] = nn.Parameter(down)
+        return pair
+
+
+def initial_factors(up_rows: int, down_columns: int, config: S2LoraConfig, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Normal factors B [up_rows, r] and A [r, down_columns]; for init "unit" B's columns and A's rows have norm 1."""
+    up = torch.empty(up_rows, config.r, device=like.device, dtype=like.dtype).normal_(std=config.init_std)
+    down = torch.empty(config.r, down_columns, device=like.device, dtype=like.dtype).normal_(std=config.init_std)
+    if config.init == "unit":
+        up, down = nn.functional.normalize(up, dim=0), nn.functional.normalize(down, dim=1)
+    return up, down
