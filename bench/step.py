@@ -20,7 +20,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from bench.measure import RESULTS, device_name, latencies, latency_fields, peak_mib, record
 from fused_s2lora import S2LoraConfig, parameter_groups
-from fused_s2lora.training.audio_window import AudioWindow, allow_short_windows
+from fused_s2lora.training.audio_window import AudioWindow, window_of
 
 # d_model, encoder layers, decoder layers, mel bins
 SIZES = {
@@ -65,7 +65,6 @@ def build_step(method: str, size: str, batch: int, mel_frames: int, tokens: int,
     """One training step as a callable that returns its loss."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = whisper(size).to(device)
-    allow_short_windows(model)
     features = torch.randn(batch, model.config.num_mel_bins, mel_frames, device=device)
     labels = torch.randint(0, 50257, (batch, tokens), device=device)
     configure = METHODS[method]
@@ -81,7 +80,7 @@ def build_step(method: str, size: str, batch: int, mel_frames: int, tokens: int,
     model.train()
 
     def step() -> float:
-        with torch.autocast(device, torch.bfloat16):
+        with window_of(model, mel_frames), torch.autocast(device, torch.bfloat16):
             loss = model(input_features=features, labels=labels).loss
         loss.backward()
         if optimizer is not None:

@@ -108,6 +108,8 @@ class S2LoraConfig(PeftConfig):
     audio_window_margin: int = field(
         default=64, metadata={"help": "Encoder positions (20 ms) kept after the longest utterance of a trimmed batch."}
     )
+    language: str | None = field(default=None, metadata={"help": "Language code the adapter was trained for."})
+    task: str = field(default="transcribe", metadata={"help": "Whisper's task: transcribe or translate."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,106 @@
+"""Loading Whisper and adapters from a hub id, a local folder or the packaged Whisper-base, with errors one can act on."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, WhisperForConditionalGeneration, WhisperProcessor
+
+from .audio_window import AudioWindow
+from .errors import UserError
+from .packaged_model import packaged_whisper_base
+from .text import language_code
+
+PACKAGED = "packaged-base"
+
+
+def load_base(
+    model: str, *, dtype: torch.dtype = torch.float32
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    """Whisper and its processor. `model` is a hub id, a local folder, or "packaged-base".
+
+    Raises:
+        UserError: there is no such model, it is not a Whisper, or its files are damaged.
+    """
+    source = str(packaged_whisper_base()) if model == PACKAGED else model
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "whisper":
+            raise UserError(f"{model}: a {config.model_type} model; give a Whisper, such as openai/whisper-small")
+        processor = WhisperProcessor.from_pretrained(source)
+        return WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype), processor
+    except (OSError, ValueError, KeyError, HFValidationError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{model}: not to be had as a Whisper model ({reason}); give a hub id, a model folder, or {PACKAGED}"
+        ) from error
+
+
+def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *, trainable: bool = False) -> PeftModel:
+    """The model with the adapter in folder (or hub id) `adapter` on it.
+
+    Raises:
+        UserError: there is no adapter, its file is damaged, or it was trained on another model or rank.
+    """
+    folder = Path(adapter)
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{adapter}: no adapter_config.json in it; give the `adapter` folder of a run")
+    try:
+        with warnings.catch_warnings():
+            # Keys like audio_window are ours and unknown to PEFT's own methods.
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except SafetensorError as error:
+        raise UserError(f"{adapter}: adapter_model.safetensors is damaged ({error}); restore it or train again") from error
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{adapter}: this adapter cannot be put on this model ({reason[:300]})") from error
+
+
+SPEECH_KEYS = ("audio_window", "audio_window_margin", "language", "task")
+
+
+def remember_speech(adapter: Path, window: AudioWindow, language: str | None, task: str) -> None:
+    """Writes window, language and task of training into the adapter's own adapter_config.json."""
+    file = adapter / "adapter_config.json"
+    values = (window.mode, window.margin, language, task)
+    config = json.loads(file.read_text()) | dict(zip(SPEECH_KEYS, values, strict=True))
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def remembered_speech(adapter: str | Path) -> dict[str, Any]:
+    """What `remember_speech` wrote, for the keys that are there; nothing for an adapter of another tool or on the hub.
+
+    Raises:
+        UserError: adapter_config.json is not readable.
+    """
+    file = Path(adapter) / "adapter_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error}); restore it or train again") from error
+    return {key: config[key] for key in SPEECH_KEYS if key in config}
+
+
+def check_language(model: WhisperForConditionalGeneration, language: str | None) -> str | None:
+    """Whisper's code for the language, or None for an English-only model, which takes no language.
+
+    Raises:
+        UserError: not a language of this model.
+    """
+    code = language_code(language)
+    generation = model.generation_config
+    if not generation.is_multilingual:
+        if code not in (None, "en"):
+            raise UserError(f"language {language!r} on an English-only model; use a multilingual Whisper")
+        return None
+    if code is not None and f"<|{code}|>" not in generation.lang_to_id:
+        raise UserError(f"language {language!r} is not one this Whisper knows; see generation_config.lang_to_id")
+    return code

@@ -1,0 +1,93 @@
+"""What one training run is asked to do."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .audio_window import AudioWindow
+from .errors import UserError
+from .text import language_code
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass
+class TrainOptions:
+    """Options of `train`, one for each option of `s2lora train`, where they are explained.
+
+    Raises:
+        UserError: a value out of range or options that contradict each other.
+    """
+
+    data: list[str]
+    output: str
+    model: str = "packaged-base"
+    test: list[str] = field(default_factory=list)  # NAME=SOURCE[@LANGUAGE] or SOURCE
+    dev: str | None = None
+    dev_share: float = 0.0
+    language: str = "en"
+    task: str = "transcribe"
+    text_column: str | None = None
+    audio_column: str | None = None
+    keep_case: bool = False
+    limit: int | None = None
+    strict: bool = False
+
+    method: str = "s2lora"
+    preset: str = "default"
+    rank: int = 8
+    target_modules: list[str] | None = None
+    sharing: str | None = None
+    sparsity_weight: float | None = None
+    norm_weight: float | None = None
+    penalty: str | None = None
+    lr: float | None = None
+    coefficient_lr_ratio: float | None = None
+
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 4
+    accumulation: int = 1
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    spec_augment: bool = False
+    early_stopping: int = 0
+    window: str = "full"
+    margin: int = 64
+    full_share: float = 0.0
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    half_base: bool = False
+    workers: int = 0
+    seed: int = 0
+    logging_steps: int = 10
+    save_steps: int = 100
+
+    before: bool = True
+    group_by: list[str] = field(default_factory=list)
+    eval_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("no training data: name a folder, manifest or hub id with --data")
+        language_code(self.language)
+        self.audio_window()
+        if self.task not in ("transcribe", "translate"):
+            raise UserError(f"--task {self.task!r} is not one of transcribe, translate")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise UserError(f"--precision {self.precision!r} is not one of auto, fp32, bf16, fp16")
+        for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        for name in ("dev_share", "full_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a share from 0 up to 1")
+        if self.dev is not None and self.dev_share > 0:
+            raise UserError("--dev and --dev-share exclude each other; give one of them")
+        if self.early_stopping and self.dev is None and not self.dev_share:
+            raise UserError("--early-stopping needs a development set; give --dev or --dev-share")
+        if self.lr is not None and not self.lr > 0:
+            raise UserError(f"--lr is {self.lr}; give a positive learning rate")
+
+    def audio_window(self) -> AudioWindow:
+        """The window of training."""
+        return AudioWindow(self.window, self.margin)

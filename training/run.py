@@ -1,0 +1,118 @@
+"""A run's folder: what was asked, with what versions, what came of it, and where to go on after a kill."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from .data import Skipped
+from .errors import UserError
+from .options import TrainOptions
+
+_PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
+# Options that may differ when a run is resumed: they change what is shown, not what is learned.
+_FREE_TO_CHANGE = {"output", "eval_batch_size", "group_by", "test", "before", "workers", "logging_steps", "save_steps"}
+
+
+class RunFolder:
+    """The folder of one training run.
+
+    `config.json` options, `command.txt`, `versions.json`, `checkpoints/`, `adapter/`, `before/` and `after/` with
+    results.json and transcripts, `results.json` of both, `summary.json` times and memory, `skipped.tsv`.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a run with other options.
+    """
+
+    def __init__(self, options: TrainOptions, *, fresh: bool = False) -> None:
+        self.path = Path(options.output)
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        config = self.path / "config.json"
+        wanted = asdict(options)
+        try:
+            if fresh and config.is_file():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            if config.is_file():
+                _check_same(json.loads(config.read_text()), wanted, self.path)
+            elif any(self.path.iterdir()):
+                raise UserError(f"{self.path}: the folder holds other files; give an empty --output")
+            write_json(config, wanted)
+            with (self.path / "command.txt").open("a") as stream:
+                stream.write(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
+            write_json(self.path / "versions.json", versions())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write the run there ({error}); give another --output") from error
+
+    def finished(self) -> bool:
+        """Whether training is done and the adapter saved."""
+        return (self.path / "summary.json").is_file() and (self.adapter / "adapter_config.json").is_file()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end; a half-written newer one is removed."""
+        while self.checkpoints.is_dir():
+            newest = get_last_checkpoint(str(self.checkpoints))
+            if newest is None:
+                return None
+            # The Trainer writes its state last.
+            try:
+                json.loads((Path(newest) / "trainer_state.json").read_text())
+                return Path(newest)
+            except (OSError, ValueError):
+                print(f"{newest}: not written to its end, removed; going on from the one before", file=sys.stderr)
+                shutil.rmtree(newest)
+        return None
+
+    def write_skipped(self, skipped: list[Skipped]) -> None:
+        """One line for each utterance that was left out, with the reason."""
+        lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
+        (self.path / "skipped.tsv").write_text("\n".join(lines) + "\n")
+
+
+def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    different = [key for key in wanted if key not in _FREE_TO_CHANGE and found.get(key) != wanted[key]]
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{path}: holds a run with {key} = {found.get(key)!r}, not {wanted[key]!r}; "
+            "give another --output, or --fresh to delete it and start anew"
+        )
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Indented JSON with a final newline."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """Versions, commit of a source checkout, device and UTC time."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    head = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": head.stdout.strip() or None,
+        "device": device,
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def peak_memory_mib() -> float:
+    """The most memory so far, in MiB: the GPU's where there is one, else the process's resident size."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,73 @@
+"""Transcripts: training targets in Whisper's own style, and the normalisation under which errors are counted."""
+
+import functools
+import re
+from collections.abc import Callable
+
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
+
+from .errors import UserError
+
+# Languages written without spaces between words, where the character error rate is the figure to read.
+UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "bo", "km"})
+_FIRST_PERSON = re.compile(r"\bi\b(?!-)")
+
+
+def language_code(language: str | None) -> str | None:
+    """Whisper's code ("en") for a language given by code or English name; None stays None.
+
+    Raises:
+        UserError: Whisper does not know the language.
+    """
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+
+    if language is None:
+        return None
+    key = language.lower()
+    if key in LANGUAGES:
+        return key
+    if key in TO_LANGUAGE_CODE:
+        return TO_LANGUAGE_CODE[key]
+    raise UserError(f"language {language!r} is not one Whisper knows; give a code such as en, zh or sw")
+
+
+def is_unpunctuated_capitals(texts: list[str]) -> bool:
+    """Whether the transcripts as a whole are capitals without sentence punctuation, as many corpora are published."""
+    joined = " ".join(texts)
+    cased = [character for character in joined if character.lower() != character.upper()]
+    return bool(cased) and all(character.isupper() for character in cased) and not re.search(r"[.,?!;]", joined)
+
+
+def sentence_case(text: str) -> str:
+    """"WE CALL IT BEAR" -> "We call it bear.": a capital first letter, a capital English I, a final full stop."""
+    text = _FIRST_PERSON.sub("I", text.strip().lower())
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")
+
+
+def normalizer(language: str | None) -> Callable[[str], str]:
+    """Whisper's normaliser for the language: English with its spelling map, simplified characters for Chinese, basic.
+
+    For languages written without spaces, spaces are removed afterwards.
+    """
+    if language == "en":
+        return _english()
+    if language in ("zh", "yue"):
+        convert, basic = _to_simplified(), BasicTextNormalizer()
+        return lambda text: basic(convert(text)).replace(" ", "")
+    basic = BasicTextNormalizer()
+    if language in UNSPACED_LANGUAGES:
+        return lambda text: basic(text).replace(" ", "")
+    return basic
+
+
+@functools.cache
+def _english() -> EnglishTextNormalizer:
+    return EnglishTextNormalizer()
+
+
+@functools.cache
+def _to_simplified() -> Callable[[str], str]:
+    from opencc import OpenCC
+
+    return OpenCC("t2s").convert

@@ -1,0 +1,266 @@
+"""Adapting Whisper to speech: `train` reads the data, scores before, trains, saves the adapter and scores after."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, WhisperProcessor
+
+from fused_s2lora import S2LoraCallback, S2LoraModel, rank_pattern
+
+from .audio_window import AudioWindow
+from .collate import SpeechCollator
+from .data import Skipped, Speech, drop_overlong, load_speech
+from .errors import UserError
+from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, results_table
+from .methods import adapt, learning_rate
+from .models import check_language, load_base, remember_speech
+from .options import TrainOptions
+from .run import RunFolder, peak_memory_mib, write_json
+from .trainer import SpeechTrainer
+
+MAX_LABEL_TOKENS = 448
+
+
+def train(options: TrainOptions, *, fresh: bool = False, console: Console | None = None) -> list[Evaluation]:
+    """Adapts a Whisper as `options` say and returns the evaluations before (if asked for) and after.
+
+    A run that was stopped goes on from its last checkpoint when called again with the same options; what is finished is
+    not done again. Everything is written into `options.output` (see `RunFolder`).
+
+    Raises:
+        UserError: bad input of any kind, in one sentence.
+    """
+    console = console or Console()
+    run = RunFolder(options, fresh=fresh)
+    speech, dev = training_speech(options)
+    tests = test_sets(options.test, options)
+    model, processor = load_base(options.model, dtype=base_dtype(options))
+    language = check_language(model, options.language)
+    processor.tokenizer.set_prefix_tokens(language=language, task=options.task if language else None)
+    speech = drop_overlong(speech, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
+    _report_skipped(run, speech.skipped + [item for test in tests.values() for item in test.speech.skipped], console)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+
+    evaluations = []
+    scoring: dict[str, Any] = {
+        "task": options.task,
+        "batch_size": options.eval_batch_size,
+        "dtype": autocast_dtype(options.precision),
+        "group_by": options.group_by,
+    }
+    if tests and options.before:
+        before = read_evaluation(run.path / "before", "before", tests, options.group_by)
+        if before is None:
+            before = evaluate_sets(model, processor, tests, label="before", window=AudioWindow(), **scoring)
+            before.write(run.path / "before")
+        evaluations.append(before)
+
+    adapted = adapt(model, options)
+    if run.finished():
+        adapted.load_adapter(str(run.adapter), "default")
+        console.print(f"{run.path}: already trained, adapter read from {run.adapter}")
+    else:
+        _train(options, run, adapted, processor, speech, dev)
+        remember_speech(run.adapter, options.audio_window(), language, options.task)
+    if tests:
+        after = read_evaluation(run.path / "after", options.method, tests, options.group_by)
+        if after is None:
+            after = evaluate_sets(
+                adapted, processor, tests, label=options.method, window=options.audio_window(), **scoring
+            )
+            after.write(run.path / "after")
+        evaluations.append(after)
+        write_json(run.path / "results.json", [evaluation.to_dict() for evaluation in evaluations])
+        console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
+    trainable, total = adapted.get_nb_trainable_parameters()
+    console.print(f"adapter: {run.adapter} ({trainable:,} of {total:,} parameters)")
+    return evaluations
+
+
+def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
+    """Training data of all sources together, and development data if asked for (whole speakers where they are known).
+
+    Raises:
+        UserError: as `load_speech`, or too few utterances to hold a share out.
+    """
+    columns = {"text_column": options.text_column, "audio_column": options.audio_column}
+    reading: dict[str, Any] = {**columns, "keep_case": options.keep_case, "strict": options.strict}
+    sources = [load_speech(source, limit=options.limit, **reading) for source in options.data]
+    speech = _joined(sources)
+    if options.dev is not None:
+        return speech, load_speech(options.dev, **reading)
+    if options.dev_share == 0:
+        return speech, None
+    return _hold_out(speech, options.dev_share, options.seed)
+
+
+def _joined(sources: Sequence[Speech]) -> Speech:
+    if len(sources) == 1:
+        return sources[0]
+    shared = [name for name in sources[0].dataset.column_names if all(name in s.dataset.column_names for s in sources)]
+    dataset = datasets.concatenate_datasets([source.dataset.select_columns(shared) for source in sources])
+    skipped = [item for source in sources for item in source.skipped]
+    return Speech(dataset, " + ".join(source.source for source in sources), skipped)
+
+
+def _hold_out(speech: Speech, share: float, seed: int) -> tuple[Speech, Speech]:
+    unit = "speaker" if "speaker" in speech.dataset.column_names else "utterance"
+    values = speech.dataset[unit][:]
+    names = sorted(set(values))
+    np.random.default_rng(seed).shuffle(names)
+    held = set(names[: round(share * len(names))])
+    chosen = np.array([value in held for value in values])
+    if not chosen.any() or chosen.all():
+        raise UserError(f"{speech.source}: {len(names)} {unit}s are too few to hold out {share:.0%}; give --dev")
+    parts = [Speech(speech.dataset.select(np.flatnonzero(mask)), speech.source) for mask in (~chosen, chosen)]
+    parts[0].skipped = speech.skipped
+    return parts[0], parts[1]
+
+
+def test_sets(specifications: Sequence[str], options: TrainOptions) -> dict[str, TestSet]:
+    """Test sets by name from "NAME=SOURCE@LANGUAGE"; NAME defaults to the source's last part, LANGUAGE to the run's.
+
+    Raises:
+        UserError: as `load_speech`, or two sets of one name.
+    """
+    sets: dict[str, TestSet] = {}
+    for specification in specifications:
+        name, _, source = specification.rpartition("=")
+        source, _, language = source.partition("@")
+        name = name or Path(source).name
+        if name in sets:
+            raise UserError(f"two test sets are named {name!r}; name them with --test NAME=SOURCE")
+        speech = load_speech(
+            source,
+            text_column=options.text_column,
+            audio_column=options.audio_column,
+            limit=options.limit,
+            strict=options.strict,
+        )
+        sets[name] = TestSet(speech, language or options.language)
+    return sets
+
+
+test_sets.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The autocast dtype for a precision; "auto" is bf16 where the processor multiplies it, else fp16 on GPU, fp32."""
+    if precision == "auto":
+        if torch.cuda.is_available():
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:
+            precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def base_dtype(options: TrainOptions) -> torch.dtype:
+    """The dtype the frozen weights are stored in: float32, or with `half_base` that of the products."""
+    return (autocast_dtype(options.precision) or torch.float32) if options.half_base else torch.float32
+
+
+def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqTrainingArguments:
+    dtype = autocast_dtype(options.precision)
+    return Seq2SeqTrainingArguments(
+        output_dir=str(run.checkpoints),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        learning_rate=learning_rate(options),
+        lr_scheduler_type="linear",
+        warmup_steps=options.warmup,  # below 1 it is a share of all steps
+        weight_decay=options.weight_decay,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length" if options.window == "trim" else "random",
+        length_column_name="duration_s",
+        dataloader_num_workers=options.workers,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if has_dev else "no",
+        eval_steps=options.save_steps,
+        load_best_model_at_end=has_dev,
+        metric_for_best_model="loss",
+        prediction_loss_only=True,
+        seed=options.seed,
+        data_seed=options.seed,
+        report_to=["tensorboard"],
+    )
+
+
+def _train(
+    options: TrainOptions,
+    run: RunFolder,
+    model: PeftModel,
+    processor: WhisperProcessor,
+    speech: Speech,
+    dev: Speech | None,
+) -> None:
+    """Trains to the end, from the last checkpoint if there is one, and writes adapter, summary and rank pattern."""
+    whisper = model.get_base_model()
+    whisper.config.use_cache = False
+    if options.gradient_checkpointing:
+        whisper.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.spec_augment:
+        whisper.config.apply_spec_augment = True
+        whisper.config.mask_time_prob = whisper.config.mask_feature_prob = 0.05
+    callbacks: list[Any] = [S2LoraCallback()]
+    if options.early_stopping:
+        callbacks.append(EarlyStoppingCallback(options.early_stopping))
+    trainer = SpeechTrainer(
+        model=model,
+        args=_arguments(options, run, dev is not None),
+        train_dataset=speech.dataset,
+        eval_dataset=None if dev is None else dev.dataset,
+        data_collator=SpeechCollator(
+            processor.tokenizer, options.audio_window(), full_share=options.full_share, seed=options.seed
+        ),
+        callbacks=callbacks,
+        feature_extractor=processor.feature_extractor,
+    )
+    checkpoint = run.last_checkpoint()
+    start = time.perf_counter()
+    first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - start
+    steps = trainer.state.global_step
+    whisper.config.use_cache = True
+    model.save_pretrained(run.adapter)
+    if isinstance(model.base_model, S2LoraModel):
+        write_json(run.path / "rank_pattern.json", [pattern.to_dict() for pattern in rank_pattern(model)])
+    write_json(run.path / "metrics.json", trainer.state.log_history)
+    trainable, total = model.get_nb_trainable_parameters()
+    write_json(
+        run.path / "summary.json",
+        {
+            "steps": steps,
+            "resumed_at_step": first_step,
+            "train_s": round(seconds, 1),
+            "step_s": round(seconds / max(1, steps - first_step), 4),
+            "peak_memory_mib": round(peak_memory_mib()),
+            "trainable_parameters": trainable,
+            "parameters": total,
+            "utterances": len(speech),
+        },
+    )
+
+
+def _report_skipped(run: RunFolder, skipped: list[Skipped], console: Console) -> None:
+    run.write_skipped(skipped)
+    if skipped:
+        console.print(f"skipped {len(skipped)} utterances, the first: {skipped[0].reason}; all in {run.path}/skipped.tsv")

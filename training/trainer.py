@@ -1,0 +1,79 @@
+"""Hugging Face's Seq2SeqTrainer for waveforms, two learning rates and penalties that are logged apart."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, WhisperFeatureExtractor
+
+from fused_s2lora import S2LoraModel, parameter_groups
+
+from .audio_window import window_of
+from .errors import UserError
+from .features import LogMel
+
+
+class SpeechTrainer(Seq2SeqTrainer):
+    """Batches of `SpeechCollator` in, log-mel features made on the training device, cross-entropy out.
+
+    The optimizer has the groups of `parameter_groups`. The logged `loss` is what is minimised; `cross_entropy`,
+    `sparsity` and `norm` are its parts.
+
+    Raises:
+        UserError: the loss stops being finite, naming the step.
+    """
+
+    def __init__(self, *args: Any, feature_extractor: WhisperFeatureExtractor, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log_mel = LogMel(feature_extractor).to(self.args.device)
+        # Whisper's forward takes any keyword but averages its loss over the micro-batch, whatever the Trainer passes:
+        # left as inferred, accumulated gradients would be too large by the number of accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self._parts: dict[str, Tensor] = {}
+        self._part_steps = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or what the arguments name) over the groups of `parameter_groups`."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(model, settings.pop("lr"), weight_decay=self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Mean cross-entropy per token plus the adapter's penalties in training."""
+        whisper = self.accelerator.unwrap_model(model)
+        features = self.log_mel(inputs["waveforms"], inputs["mel_frames"])
+        with window_of(whisper, inputs["mel_frames"]):
+            outputs = model(input_features=features.to(whisper.dtype), labels=inputs["labels"])
+        loss = outputs.loss
+        if model.training:
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr, or raise --warmup; "
+                    "the last checkpoint is unharmed"
+                )
+            self._note_parts(whisper, loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def _note_parts(self, whisper: nn.Module, loss: Tensor) -> None:
+        tuner = getattr(whisper, "base_model", None)
+        penalties = tuner.last_penalties if isinstance(tuner, S2LoraModel) else {}
+        parts = {"cross_entropy": loss - sum(penalties.values()), **penalties}
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value
+        self._part_steps += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each part since the last log to a training log."""
+        if "loss" in logs and self._part_steps:
+            logs |= {name: round(float(total) / self._part_steps, 5) for name, total in self._parts.items()}
+            self._parts, self._part_steps = {}, 0
+        super().log(logs, start_time)
