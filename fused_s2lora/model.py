@@ -1,7 +1,7 @@
 """S2-LoRA as a PEFT tuner: injection, shared state, penalties, saving."""
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
@@ -25,7 +25,7 @@ class S2LoraModel(BaseTuner):
     prefix = "s2lora_"
     tuner_layer_cls = S2LoraLinear
     uses_shared_state = True
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.s2lora_factors = SharedFactors()
@@ -114,7 +114,7 @@ class S2LoraModel(BaseTuner):
         """s ← sign(s) · max(|s| − lr · α₁, 0) for every active adapter with penalty "proximal".
 
         Called after each optimizer step with the coefficients' learning rate (`S2LoraCallback` does it in a Trainer).
-        The step is the proximal operator of α₁‖s_i‖₁, as decoupled from the optimizer's scaling as AdamW's weight decay.
+        The step is the proximal operator of α₁‖s_i‖₁, apart from the optimizer's scaling as AdamW's weight decay.
         """
         for name in self.active_adapters:
             config = self.peft_config[name]
@@ -194,9 +194,10 @@ def _check_fits(loaded: dict[str, Tensor], expected: dict[str, Tensor], adapter_
         )
     for key, value in expected.items():
         if loaded[key].shape != value.shape:
+            here, there = tuple(value.shape), tuple(loaded[key].shape)
             raise ValueError(
-                f"the adapter file does not fit this model: {key.removesuffix(suffix)} is {tuple(loaded[key].shape)} in "
-                f"the file and {tuple(value.shape)} here; model size and rank must be those of training"
+                f"the adapter file does not fit this model: {key.removesuffix(suffix)} is {there} in the file and "
+                f"{here} here; model size and rank must be those of training"
             )
 
 

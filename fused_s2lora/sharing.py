@@ -58,7 +58,7 @@ class FactorPair(nn.Module):
 
 
 class SharedFactors(nn.Module):
-    """All pairs of a model, as children by name. Layers refer to the same dictionaries, so there is one copy of each."""
+    """All pairs of a model, as children by name. Layers refer to the same dictionaries: there is one copy of each."""
 
     def pair(self, place: Place, adapter_name: str, config: S2LoraConfig, like: Tensor) -> FactorPair:
         """The pair at `place`, initialised for the adapter on first use, on `like`'s device in its dtype."""

@@ -137,9 +137,8 @@ def _check(
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, not {shape} as weight {(outputs, inputs)} and rank {rank} need"
-            )
+            found, needed = tuple(tensor.shape), f"weight {(outputs, inputs)} and rank {rank} need"
+            raise ValueError(f"{name} has shape {found}, not {shape} as {needed}")
         if tensor.device != weight.device:
             raise ValueError(f"{name} is on {tensor.device} and weight on {weight.device}: move them to one device")
     if x.device != weight.device:

@@ -247,9 +247,9 @@ def _(x, weight, bias, down, up, coefficients):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("fused_s2lora::factor_gradient", mutates_args=())
 def factor_gradient(tall: Tensor, low: Tensor, factor: Tensor | None, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """P = tallᵀ low; tall [M, C], low [M, r] contiguous, factor [C, r] or None -> P diag(e) [C, r], colsum(factor ⊙ P) [r].
+    """P = tallᵀ low -> P diag(e) [C, r] and colsum(factor ⊙ P) [r], both in float32.
 
-    Both in float32. Without `factor` the second is zero.
+    tall [M, C], low [M, r] contiguous, factor [C, r]; without a factor the second result is zero.
     """
     rows, columns = tall.shape
     rank = low.shape[1]

@@ -54,7 +54,9 @@ def window_of(model: nn.Module, mel_frames: int) -> Iterator[None]:
     trained = encoder.embed_positions.weight.shape[0]
     positions, odd = divmod(mel_frames, FRAMES_PER_POSITION)
     if odd or not 0 < positions <= trained:
-        raise ValueError(f"mel_frames is {mel_frames}, not an even number between 2 and {trained * FRAMES_PER_POSITION}")
+        raise ValueError(
+            f"mel_frames is {mel_frames}, not an even number between 2 and {trained * FRAMES_PER_POSITION}"
+        )
     configs = {id(config): config for config in (whisper.config, encoder.config)}.values()
     try:
         encoder.embed_positions.num_embeddings = positions

@@ -83,7 +83,9 @@ def load_speech(
     kept: list[dict[str, Any]] = []
     skipped: list[Skipped] = []
     base = path if path.is_dir() else path.parent
-    for row in track(rows, description=f"checking {path.name}", disable=not progress or len(rows) < 200, transient=True):
+    for row in track(
+        rows, description=f"checking {path.name}", disable=not progress or len(rows) < 200, transient=True
+    ):
         entry = _audio_entry(row.pop(audio_column), base)
         utterance = Path(entry["path"] or f"{len(kept) + len(skipped)}").name
         text = row.pop(text_column)
@@ -96,7 +98,9 @@ def load_speech(
             continue
         kept.append({"utterance": utterance, "audio": entry, "text": text.strip(), "duration_s": duration, **row})
     if not kept:
-        raise UserError(f"{source}: none of its {len(rows)} utterances is usable; the first problem: {skipped[0].reason}")
+        raise UserError(
+            f"{source}: none of its {len(rows)} utterances is usable; the first problem: {skipped[0].reason}"
+        )
     recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
     for row in kept:
         row["target"] = sentence_case(row["text"]) if recase else row["text"]
@@ -166,7 +170,9 @@ def _column(
         return wanted
     found = next((name for name in usual if name in row), None)
     if found is None:
-        raise UserError(f"{source}: no column with {what}; it has {', '.join(row)}; name it with --{argument.replace('_', '-')}")
+        raise UserError(
+            f"{source}: no column with {what}; it has {', '.join(row)}; name it with --{argument.replace('_', '-')}"
+        )
     return found
 
 

@@ -174,7 +174,9 @@ def evaluate_sets(
     """
     for column in group_by:
         if not any(column in test.speech.dataset.column_names for test in sets.values()):
-            known = sorted({name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS})
+            known = sorted(
+                {name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS}
+            )
             raise UserError(f"no test set has a column {column!r} to group by; there is {', '.join(known)}")
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

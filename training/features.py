@@ -6,7 +6,7 @@ from transformers import WhisperFeatureExtractor
 
 
 class LogMel(nn.Module):
-    """Waveforms [B, samples] at 16 kHz -> log-mel features [B, mel bins, frames], as `WhisperFeatureExtractor` makes them.
+    """Waveforms [B, samples] at 16 kHz -> log-mel features [B, mel bins, frames], as `WhisperFeatureExtractor` has them.
 
     The extractor pads to 30 s; here silence is padded up to the frames asked for. Each utterance is scaled by the
     maximum over its window, and silence never is the maximum, so a shorter window changes no frame within it but the

@@ -1,4 +1,4 @@
-"""Loading Whisper and adapters from a hub id, a local folder or the packaged Whisper-base, with errors one can act on."""
+"""Loading Whisper and adapters from the hub, a folder or the packaged Whisper-base, with errors one can act on."""
 
 import json
 import warnings
@@ -56,7 +56,9 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
             return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except SafetensorError as error:
-        raise UserError(f"{adapter}: adapter_model.safetensors is damaged ({error}); restore it or train again") from error
+        raise UserError(
+            f"{adapter}: adapter_model.safetensors is damaged ({error}); restore it or train again"
+        ) from error
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{adapter}: this adapter cannot be put on this model ({reason[:300]})") from error

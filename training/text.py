@@ -40,7 +40,7 @@ def is_unpunctuated_capitals(texts: list[str]) -> bool:
 
 
 def sentence_case(text: str) -> str:
-    """"WE CALL IT BEAR" -> "We call it bear.": a capital first letter, a capital English I, a final full stop."""
+    """ "WE CALL IT BEAR" -> "We call it bear.": a capital first letter, a capital English I, a final full stop."""
     text = _FIRST_PERSON.sub("I", text.strip().lower())
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")
 

@@ -22,7 +22,9 @@ from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, res
 from .methods import adapt, learning_rate
 from .models import check_language, load_base, remember_speech
 from .options import TrainOptions
+from .precision import autocast_dtype
 from .run import RunFolder, peak_memory_mib, write_json
+from .text import language_code
 from .trainer import SpeechTrainer
 
 MAX_LABEL_TOKENS = 448
@@ -40,7 +42,14 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     console = console or Console()
     run = RunFolder(options, fresh=fresh)
     speech, dev = training_speech(options)
-    tests = test_sets(options.test, options)
+    tests = named_sets(
+        options.test,
+        options.language,
+        text_column=options.text_column,
+        audio_column=options.audio_column,
+        limit=options.limit,
+        strict=options.strict,
+    )
     model, processor = load_base(options.model, dtype=base_dtype(options))
     language = check_language(model, options.language)
     processor.tokenizer.set_prefix_tokens(language=language, task=options.task if language else None)
@@ -125,8 +134,16 @@ def _hold_out(speech: Speech, share: float, seed: int) -> tuple[Speech, Speech]:
     return parts[0], parts[1]
 
 
-def test_sets(specifications: Sequence[str], options: TrainOptions) -> dict[str, TestSet]:
-    """Test sets by name from "NAME=SOURCE@LANGUAGE"; NAME defaults to the source's last part, LANGUAGE to the run's.
+def named_sets(
+    specifications: Sequence[str],
+    language: str | None,
+    *,
+    text_column: str | None = None,
+    audio_column: str | None = None,
+    limit: int | None = None,
+    strict: bool = False,
+) -> dict[str, TestSet]:
+    """Test sets by name from "NAME=SOURCE@LANGUAGE"; NAME defaults to the source's last part, LANGUAGE to `language`.
 
     Raises:
         UserError: as `load_speech`, or two sets of one name.
@@ -134,32 +151,13 @@ def test_sets(specifications: Sequence[str], options: TrainOptions) -> dict[str,
     sets: dict[str, TestSet] = {}
     for specification in specifications:
         name, _, source = specification.rpartition("=")
-        source, _, language = source.partition("@")
+        source, _, own_language = source.partition("@")
         name = name or Path(source).name
         if name in sets:
             raise UserError(f"two test sets are named {name!r}; name them with --test NAME=SOURCE")
-        speech = load_speech(
-            source,
-            text_column=options.text_column,
-            audio_column=options.audio_column,
-            limit=options.limit,
-            strict=options.strict,
-        )
-        sets[name] = TestSet(speech, language or options.language)
+        speech = load_speech(source, text_column=text_column, audio_column=audio_column, limit=limit, strict=strict)
+        sets[name] = TestSet(speech, language_code(own_language or language))
     return sets
-
-
-test_sets.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The autocast dtype for a precision; "auto" is bf16 where the processor multiplies it, else fp16 on GPU, fp32."""
-    if precision == "auto":
-        if torch.cuda.is_available():
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        else:
-            precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def base_dtype(options: TrainOptions) -> torch.dtype:
@@ -263,4 +261,5 @@ def _train(
 def _report_skipped(run: RunFolder, skipped: list[Skipped], console: Console) -> None:
     run.write_skipped(skipped)
     if skipped:
-        console.print(f"skipped {len(skipped)} utterances, the first: {skipped[0].reason}; all in {run.path}/skipped.tsv")
+        console.print(f"skipped {len(skipped)} utterances, listed in {run.path}/skipped.tsv; the first:")
+        console.print(skipped[0].reason)

@@ -1,0 +1,221 @@
+"""The command `s2lora`. What each command does is in the module of its name; imports wait until a command runs."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+Model = Annotated[str, typer.Option(help="Whisper to use: hub id, local folder, or [b]packaged-base[/b].")]
+Adapter = Annotated[str | None, typer.Option(help="Adapter folder of a run (RUN/adapter) or hub id.")]
+Language = Annotated[str, typer.Option(help="Language of the speech: code or English name.")]
+Task = Annotated[str, typer.Option(help="transcribe, or translate into English.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column with transcripts. [dim]default: found by name[/dim]")]
+AudioColumn = Annotated[str | None, typer.Option(help="Column with audio. [dim]default: found by name[/dim]")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first bad utterance instead of skipping it.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16: precision of the products.")]
+GroupBy = Annotated[list[str], typer.Option(help="Metadata column to break error rates down by, such as age. Repeat.")]
+Test = Annotated[list[str], typer.Option(help="Test set NAME=SOURCE@LANGUAGE, name and language optional. Repeat.")]
+EvalBatch = Annotated[int, typer.Option(help="Utterances decoded at once.")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first so many utterances of each set, for a quick try.")]
+
+
+@app.callback()
+def _s2lora() -> None:
+    """Adapt Whisper to low-resource speech with Sparsely Shared LoRA."""
+
+
+@app.command()
+def train(
+    data: Annotated[
+        list[str], typer.Option(help="Training speech: audiofolder, .csv/.tsv/.jsonl manifest, or hub id. Repeat.")
+    ],
+    output: Annotated[str, typer.Option(help="Folder of this run.")] = "runs/s2lora",
+    model: Model = "packaged-base",
+    test: Test = [],  # noqa: B006
+    dev: Annotated[str | None, typer.Option(help="Development speech, to keep the best checkpoint.")] = None,
+    dev_share: Annotated[float, typer.Option(help="Or this share of the training data, whole speakers.")] = 0.0,
+    language: Language = "en",
+    task: Task = "transcribe",
+    text_column: TextColumn = None,
+    audio_column: AudioColumn = None,
+    keep_case: Annotated[
+        bool, typer.Option("--keep-case", help="Do not turn bare capitals into sentence case.")
+    ] = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    method: Annotated[str, typer.Option(help="s2lora, or lora (PEFT's) to compare with.")] = "s2lora",
+    preset: Annotated[str, typer.Option(help="S2-LoRA's default settings, or those of the paper.")] = "default",
+    rank: Annotated[int, typer.Option(help="Rank of the factors.")] = 8,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="Linear maps to adapt. Repeat. [dim]default: the method's own[/dim]")
+    ] = None,
+    sharing: Annotated[
+        str | None, typer.Option(help="Factors per module, stack, all or none. [dim]default: module[/dim]")
+    ] = None,
+    sparsity_weight: Annotated[float | None, typer.Option(help="α₁. [dim]default: the preset's[/dim]")] = None,
+    norm_weight: Annotated[float | None, typer.Option(help="α₂. [dim]default: the preset's[/dim]")] = None,
+    penalty: Annotated[str | None, typer.Option(help="soft, or proximal for exact zeros.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the factors. [dim]default: the method's[/dim]")
+    ] = None,
+    coefficient_lr_ratio: Annotated[
+        float | None, typer.Option(help="Learning rate of the coefficients over --lr. [dim]default: the preset's[/dim]")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1 for --epochs.")] = -1,
+    batch_size: Annotated[int, typer.Option(help="Utterances a batch.")] = 4,
+    accumulation: Annotated[int, typer.Option(help="Batches an optimizer step.")] = 1,
+    warmup: Annotated[float, typer.Option(help="Share of steps (below 1) or number of steps to warm up.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decay of the factors.")] = 0.0,
+    spec_augment: Annotated[bool, typer.Option("--spec-augment", help="Mask time and mel bands at random.")] = False,
+    early_stopping: Annotated[int, typer.Option(help="Stop after so many checks without gain; 0: never.")] = 0,
+    window: Annotated[
+        str, typer.Option(help="full: 30 s always. trim: the batch's longest utterance, about 4 × faster on 3 s ones.")
+    ] = "full",
+    margin: Annotated[int, typer.Option(help="Positions of 20 ms after the longest utterance, for trim.")] = 64,
+    full_share: Annotated[float, typer.Option(help="Share of batches with the full window, for trim.")] = 0.0,
+    precision: Precision = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
+    ] = False,
+    half_base: Annotated[bool, typer.Option("--half-base", help="Store the frozen weights in half precision.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that read audio.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    logging_steps: Annotated[int, typer.Option(help="Steps between two log lines.")] = 10,
+    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    before: Annotated[bool, typer.Option(help="Also score the tests before training.")] = True,
+    group_by: GroupBy = [],  # noqa: B006
+    eval_batch_size: EvalBatch = 8,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is in --output and start anew.")] = False,
+) -> None:
+    """Adapt a Whisper to recordings with transcripts, and see the error rate before and after.
+
+    Run again with the same options to go on after an interruption.
+    """
+    options = {name: value for name, value in locals().items() if name != "fresh"}
+    from .options import TrainOptions
+    from .train import train as run
+
+    run(TrainOptions(**options), fresh=fresh)
+
+
+@app.command()
+def evaluate(
+    test: Annotated[list[str], typer.Option(help="Test set NAME=SOURCE@LANGUAGE, name and language optional. Repeat.")],
+    output: Annotated[str, typer.Option(help="Folder for results.json and transcripts.")] = "runs/evaluation",
+    model: Model = "packaged-base",
+    adapter: Adapter = None,
+    language: Language = "en",
+    window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
+    margin: Annotated[
+        int | None, typer.Option(help="Positions after the longest. [dim]default: the adapter's[/dim]")
+    ] = None,
+    text_column: TextColumn = None,
+    audio_column: AudioColumn = None,
+    limit: Limit = None,
+    strict: Strict = False,
+    precision: Precision = "auto",
+    group_by: GroupBy = [],  # noqa: B006
+    eval_batch_size: EvalBatch = 8,
+) -> None:
+    """Score a Whisper, with or without an adapter, on test sets."""
+    from .evaluate import evaluate as run
+    from .train import named_sets
+
+    tests = named_sets(test, language, text_column=text_column, audio_column=audio_column, limit=limit, strict=strict)
+    run(
+        tests,
+        output,
+        model=model,
+        adapter=adapter,
+        window=window,
+        margin=margin,
+        precision=precision,
+        batch_size=eval_batch_size,
+        group_by=group_by,
+    )
+
+
+@app.command()
+def transcribe(
+    audio: Annotated[list[Path], typer.Argument(help="Audio files, or folders of them; each file at most 30 s.")],
+    model: Model = "packaged-base",
+    adapter: Adapter = None,
+    language: Annotated[
+        str | None, typer.Option(help="Language. [dim]default: the adapter's, else detected[/dim]")
+    ] = None,
+    window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
+    precision: Precision = "auto",
+    eval_batch_size: EvalBatch = 8,
+    strict: Strict = False,
+    output: Annotated[Path | None, typer.Option(help="Also write a TSV of file and text.")] = None,
+) -> None:
+    """Turn audio files into text."""
+    from .transcribe import transcribe as run
+
+    transcripts, skipped = run(
+        list(audio),
+        model=model,
+        adapter=adapter,
+        language=language,
+        window=window,
+        precision=precision,
+        batch_size=eval_batch_size,
+        strict=strict,
+        output=output,
+    )
+    for transcript in transcripts:
+        typer.echo(f"{transcript.file}\t{transcript.text}")
+    for item in skipped:
+        typer.echo(f"skipped: {item.reason}", err=True)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder of a run (RUN/adapter) or hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    model: Model = "packaged-base",
+) -> None:
+    """Fold an adapter into its Whisper and save an ordinary model."""
+    from .merge import merge as run
+
+    trained = run(adapter, output, model=model)
+    typer.echo(f"merged model: {output}")
+    if trained.get("audio_window") == "trim":
+        typer.echo("it was trained on trimmed audio: decode it with `s2lora transcribe --window trim`")
+
+
+@app.command()
+def demo(
+    data: Annotated[str | None, typer.Option(help="Train on these recordings instead of synthetic speech.")] = None,
+    test: Annotated[str | None, typer.Option(help="Test on these recordings; needs --data.")] = None,
+    output: Annotated[str, typer.Option(help="Folder of the demonstration.")] = "demo-run",
+) -> None:
+    """Adapt Whisper-base to child-like speech in about ten minutes on two cores, and show what changed."""
+    from .demo import demo as run
+
+    run(data=data, test=test, output=output)
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence on stderr and status 2, Ctrl-C says how to go on."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        if len(sys.argv) > 1 and not {"--help", "-h"} & set(sys.argv):
+            from transformers.utils import logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        app()
+    except UserError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("stopped; run the same command again to go on from the last checkpoint", err=True)
+        sys.exit(130)

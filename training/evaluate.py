@@ -1,0 +1,59 @@
+"""Scoring a Whisper, with or without an adapter, on named test sets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from .audio_window import AudioWindow
+from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
+from .models import check_language, load_adapter, load_base, remembered_speech
+from .precision import autocast_dtype
+
+
+def evaluate(
+    tests: dict[str, TestSet],
+    output: str | Path,
+    *,
+    model: str = "packaged-base",
+    adapter: str | None = None,
+    window: str | None = None,
+    margin: int | None = None,
+    task: str | None = None,
+    precision: str = "auto",
+    batch_size: int = 8,
+    group_by: Sequence[str] = (),
+    console: Console | None = None,
+) -> Evaluation:
+    """Scores the model on every test set, prints the table and writes results.json and transcripts into `output`.
+
+    Window, margin and task default to those the adapter was trained with, else to the full window and transcription.
+
+    Raises:
+        UserError: bad model, adapter, window or column, in one sentence.
+    """
+    whisper, processor = load_base(model)
+    for test in tests.values():
+        check_language(whisper, test.language)
+    trained = remembered_speech(adapter) if adapter else {}
+    chosen = AudioWindow(
+        window or trained.get("audio_window", "full"),
+        trained.get("audio_window_margin", 64) if margin is None else margin,
+    )
+    adapted = load_adapter(whisper, adapter) if adapter else whisper
+    adapted.to("cuda" if torch.cuda.is_available() else "cpu")
+    evaluation = evaluate_sets(
+        adapted,
+        processor,
+        tests,
+        label="adapted" if adapter else "zero-shot",
+        window=chosen,
+        task=task or trained.get("task", "transcribe"),
+        batch_size=batch_size,
+        dtype=autocast_dtype(precision),
+        group_by=group_by,
+    )
+    evaluation.write(Path(output))
+    (console or Console()).print(results_table([evaluation], title=f"error rates in percent, {chosen.mode} window"))
+    return evaluation

@@ -1,0 +1,32 @@
+"""An adapter folded into its model: a Whisper like any other, at no cost in inference."""
+
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .models import load_adapter, load_base, remembered_speech
+
+
+def merge(adapter: str, output: str | Path, *, model: str = "packaged-base") -> dict[str, Any]:
+    """Writes the merged model with its processor into `output`; returns window, language and task of training.
+
+    Language and task are set in the merged model's generation configuration.
+
+    Raises:
+        UserError: a bad model or adapter, or `output` is not empty or not writable.
+    """
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; give an empty --output")
+    whisper, processor = load_base(model)
+    trained = remembered_speech(adapter)
+    merged = load_adapter(whisper, adapter).merge_and_unload(safe_merge=True)
+    if merged.generation_config.is_multilingual:
+        merged.generation_config.language = trained.get("language")
+        merged.generation_config.task = trained.get("task")
+    try:
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); give another --output") from error
+    return trained

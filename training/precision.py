@@ -1,0 +1,16 @@
+"""Which precision a run computes in."""
+
+import torch
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The autocast dtype of "fp32" (None), "bf16" or "fp16"; "auto" is the fastest safe one of the device in hand.
+
+    On a GPU bf16, or fp16 where it has no bf16; on a CPU bf16 if it multiplies bf16 in hardware, else fp32.
+    """
+    if precision == "auto":
+        if torch.cuda.is_available():
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:
+            precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,0 +1,114 @@
+"""Audio files to text."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from .audio import duration_s
+from .audio_window import AudioWindow
+from .data import MAX_AUDIO_S, Skipped
+from .errors import UserError
+from .evaluation import transcribe_speech
+from .models import check_language, load_adapter, load_base, remembered_speech
+from .precision import autocast_dtype
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """One file and what was heard in it."""
+
+    file: Path
+    text: str
+
+
+def transcribe(
+    inputs: Sequence[str | Path],
+    *,
+    model: str = "packaged-base",
+    adapter: str | None = None,
+    language: str | None = None,
+    task: str | None = None,
+    window: str | None = None,
+    precision: str = "auto",
+    batch_size: int = 8,
+    strict: bool = False,
+    output: str | Path | None = None,
+) -> tuple[list[Transcript], list[Skipped]]:
+    """Transcribes audio files and all audio in folders, each file at most 30 s; returns transcripts and skipped files.
+
+    Language, task and window default to those the adapter was trained with; without an adapter the language is detected
+    and the window is full. `output` also writes a TSV of file and text.
+
+    Raises:
+        UserError: no audio found, a bad file with `strict`, a bad model or adapter, `output` not writable.
+    """
+    files = _audio_files(inputs)
+    entries, skipped = _usable(files, strict)
+    whisper, processor = load_base(model)
+    trained = remembered_speech(adapter) if adapter else {}
+    code = check_language(whisper, language or trained.get("language"))
+    adapted = load_adapter(whisper, adapter) if adapter else whisper
+    adapted.to("cuda" if torch.cuda.is_available() else "cpu")
+    with Progress(transient=True) as bars:
+        bar = bars.add_task("transcribing", total=len(entries))
+        texts = transcribe_speech(
+            adapted,
+            processor,
+            entries,
+            window=AudioWindow(window or trained.get("audio_window", "full"), trained.get("audio_window_margin", 64)),
+            language=code,
+            task=task or trained.get("task", "transcribe"),
+            batch_size=batch_size,
+            dtype=autocast_dtype(precision),
+            on_batch=lambda done: bars.advance(bar, done),
+        )
+    transcripts = [Transcript(Path(entry["path"]), text) for entry, text in zip(entries, texts, strict=True)]
+    if output is not None:
+        _write(Path(output), transcripts)
+    return transcripts, skipped
+
+
+def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"no audio in {', '.join(map(str, inputs))}; give files ending in {', '.join(AUDIO_SUFFIXES)}")
+    return files
+
+
+def _usable(files: Sequence[Path], strict: bool) -> tuple[list[dict], list[Skipped]]:
+    entries, skipped = [], []
+    for file in files:
+        entry = {"path": str(file), "bytes": None}
+        try:
+            seconds = duration_s(entry)
+            if seconds > MAX_AUDIO_S:
+                raise UserError(f"{file}: {seconds:.1f} s of audio, Whisper takes {MAX_AUDIO_S:.0f} s; split it")
+            entries.append(entry)
+        except UserError as error:
+            if strict:
+                raise
+            skipped.append(Skipped(str(file), str(error)))
+    if not entries:
+        raise UserError(f"none of the {len(files)} audio files is usable; the first problem: {skipped[0].reason}")
+    return entries, skipped
+
+
+def _write(file: Path, transcripts: Sequence[Transcript]) -> None:
+    try:
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, delimiter="\t")
+            writer.writerow(["file", "text"])
+            writer.writerows([transcript.file, transcript.text] for transcript in transcripts)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); give another --output") from error
