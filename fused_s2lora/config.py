@@ -86,7 +86,7 @@ class S2LoraConfig(PeftConfig):
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the factors for init `normal`."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank path."})
-    sparsity_weight: float = field(default=0.05, metadata={"help": "α₁, weight of the mean L1 norm of s_i."})
+    sparsity_weight: float = field(default=0.01, metadata={"help": "α₁, weight of the mean L1 norm of s_i."})
     norm_weight: float = field(default=0.0, metadata={"help": "α₂, weight of the mean norm of B's columns, A's rows."})
     penalty: str = field(
         default="soft",
@@ -98,7 +98,7 @@ class S2LoraConfig(PeftConfig):
     threshold: float = field(default=1e-4, metadata={"help": "A rank with |s| below this is counted as dead."})
     train_factors: bool = field(default=True, metadata={"help": "False: A and B stay random, only s is trained."})
     coefficient_lr_ratio: float = field(
-        default=10.0, metadata={"help": "Learning rate of s over that of A and B, see `parameter_groups`."}
+        default=6.0, metadata={"help": "Learning rate of s over that of A and B, see `parameter_groups`."}
     )
     backend: str = field(default="auto", metadata={"help": "Kernels: auto, triton or reference, see `s2_linear`."})
     audio_window: str = field(

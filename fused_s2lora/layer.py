@@ -27,7 +27,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Linear, adapter_name: str, pair: FactorPair, transposed: bool, config: S2LoraConfig
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: nn.Module = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.transposed = transposed
         self.merged_adapters: list[str] = []
@@ -42,15 +42,20 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: S2LoraConfig, inference_mode: bool = False) -> None:
         """Adds an adapter whose pair is already in the shared dictionaries; its coefficients start at zero."""
         self.configs[adapter_name] = config
-        weight = self.get_base_layer().weight
+        weight = self._linear().weight
         size = config.r if config.coefficient == "rank" else 1
         self.s2lora_coefficients[adapter_name] = nn.Parameter(
             torch.zeros(size, device=weight.device, dtype=weight.dtype)
         )
         if not config.train_factors:
-            self._register_frozen_peft_weight(adapter_name, "s2lora_up")
-            self._register_frozen_peft_weight(adapter_name, "s2lora_down")
+            frozen = {adapter_name: ("s2lora_up", "s2lora_down")}
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, **frozen}
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _linear(self) -> nn.Linear:
+        linear = self.get_base_layer()
+        assert isinstance(linear, nn.Linear)  # `S2LoraModel` adapts nothing else
+        return linear
 
     def operands(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """down A [r, in_features], up B [out_features, r] and coefficients e = scaling · s [r] of this weight."""
@@ -70,7 +75,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.s2lora_coefficients]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
-        base = self.get_base_layer()
+        base = self._linear()
         dropped = self.training and any(self.configs[name].dropout > 0 for name in names)
         if dropped or base.weight.requires_grad:
             return self._separate_paths(x, names)
@@ -106,7 +111,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.s2lora_coefficients:
                 continue
-            weight = self.get_base_layer().weight
+            weight = self._linear().weight
             merged = (weight.data + self.get_delta_weight(name).detach()).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"adapter {name!r} gives a weight that is not finite; it was not merged")
@@ -117,7 +122,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         """Takes every merged ΔW out of the weight again."""
         if not self.merged:
             warnings.warn("no adapter is merged; nothing to unmerge", stacklevel=2)
-        weight = self.get_base_layer().weight
+        weight = self._linear().weight
         while self.merged_adapters:
             weight.data = (weight.data - self.get_delta_weight(self.merged_adapters.pop()).detach()).to(weight.dtype)
 

@@ -1,7 +1,7 @@
 """S2-LoRA as a PEFT tuner: injection, shared state, penalties, saving."""
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -25,7 +25,8 @@ class S2LoraModel(BaseTuner):
     prefix = "s2lora_"
     tuner_layer_cls = S2LoraLinear
     uses_shared_state = True
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # declared so in PEFT
+    peft_config: dict[str, S2LoraConfig]  # type: ignore[assignment]
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.s2lora_factors = SharedFactors()
@@ -38,7 +39,7 @@ class S2LoraModel(BaseTuner):
             if isinstance(module, GradientCheckpointingLayer):
                 self._hooks.append(module.register_forward_pre_hook(_let_gradients_through_checkpoints))
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: S2LoraConfig,
         adapter_name: str,
@@ -90,9 +91,9 @@ class S2LoraModel(BaseTuner):
                 norms = torch.cat(coefficients).float().abs().sum()
                 sparsity = sparsity + config.sparsity_weight * norms / len(coefficients)
             if config.norm_weight > 0:
-                pairs = [pair for pair in self.s2lora_factors.children() if name in pair.up]
-                norms = sum(_column_norms(pair.up[name]) + _column_norms(pair.down[name].mT) for pair in pairs)
-                norm = norm + config.norm_weight * norms / (2 * config.r * len(pairs))
+                pairs = [pair for pair in self.s2lora_factors.pairs() if name in pair.up]
+                columns = [_column_norms(pair.up[name]) + _column_norms(pair.down[name].mT) for pair in pairs]
+                norm = norm + config.norm_weight * torch.stack(columns).mean() / (2 * config.r)
         return sparsity, norm
 
     def _coefficients(self, adapter_name: str) -> list[Tensor]:
@@ -125,7 +126,7 @@ class S2LoraModel(BaseTuner):
 
     # Leaving PEFT
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()

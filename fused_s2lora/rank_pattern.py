@@ -25,7 +25,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class RankPattern:
-    """Live ranks (|s| ≥ threshold) and mean |s| of one stack: rows are layers, columns matrices, None is not adapted."""
+    """Live ranks (|s| ≥ threshold) and mean |s| of one stack, layers by matrices; None where not adapted."""
 
     stack: str
     layers: list[str]

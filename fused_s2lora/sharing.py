@@ -60,6 +60,10 @@ class FactorPair(nn.Module):
 class SharedFactors(nn.Module):
     """All pairs of a model, as children by name. Layers refer to the same dictionaries: there is one copy of each."""
 
+    def pairs(self) -> list[FactorPair]:
+        """All pairs, in the order in which they were made."""
+        return [module for module in self.children() if isinstance(module, FactorPair)]
+
     def pair(self, place: Place, adapter_name: str, config: S2LoraConfig, like: Tensor) -> FactorPair:
         """The pair at `place`, initialised for the adapter on first use, on `like`'s device in its dtype."""
         if place.pair not in self._modules:

@@ -241,7 +241,7 @@ def linear(
 
 
 @linear.register_fake
-def _(x, weight, bias, down, up, coefficients):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, down, up, coefficients):
     return x.new_empty(x.shape[0], up.shape[0]), x.new_empty(x.shape[0], up.shape[1])
 
 
@@ -275,7 +275,7 @@ def factor_gradient(tall: Tensor, low: Tensor, factor: Tensor | None, coefficien
 
 
 @factor_gradient.register_fake
-def _(tall, low, factor, coefficients):  # type: ignore[no-untyped-def]
+def _(tall, low, factor, coefficients):
     columns, rank = tall.shape[1], low.shape[1]
     return tall.new_empty(columns, rank, dtype=torch.float32), tall.new_empty(rank, dtype=torch.float32)
 

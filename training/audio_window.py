@@ -8,7 +8,9 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from .errors import UserError
@@ -49,7 +51,7 @@ def window_of(model: nn.Module, mel_frames: int) -> Iterator[None]:
     Raises:
         ValueError: mel_frames is odd, not positive, or more than the model has positions for.
     """
-    whisper = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whisper: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     encoder = whisper.get_encoder()
     trained = encoder.embed_positions.weight.shape[0]
     positions, odd = divmod(mel_frames, FRAMES_PER_POSITION)

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from .audio_window import AudioWindow
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
-from .models import check_language, load_adapter, load_base, remembered_speech
+from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device
 from .precision import autocast_dtype
 
 
@@ -42,7 +41,7 @@ def evaluate(
         trained.get("audio_window_margin", 64) if margin is None else margin,
     )
     adapted = load_adapter(whisper, adapter) if adapter else whisper
-    adapted.to("cuda" if torch.cuda.is_available() else "cpu")
+    to_best_device(adapted)
     evaluation = evaluate_sets(
         adapted,
         processor,

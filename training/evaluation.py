@@ -129,14 +129,15 @@ def transcribe_speech(
 
 @torch.inference_mode()
 def _generate(
-    model: nn.Module,
+    model: Any,
     features: torch.Tensor,
     mel_frames: int,
     language: str | None,
     task: str,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    prompt = {"language": language, "task": task} if model.generation_config.is_multilingual else {}
+    multilingual = model.generation_config.is_multilingual
+    prompt = {"language": language, "task": task} if multilingual else {}
     device = features.device.type
     weight_dtype = next(model.parameters()).dtype
     cast = torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext()

@@ -6,12 +6,15 @@ from transformers import WhisperFeatureExtractor
 
 
 class LogMel(nn.Module):
-    """Waveforms [B, samples] at 16 kHz -> log-mel features [B, mel bins, frames], as `WhisperFeatureExtractor` has them.
+    """Waveforms [B, samples] at 16 kHz -> log-mel features [B, mel bins, frames] of `WhisperFeatureExtractor`.
 
     The extractor pads to 30 s; here silence is padded up to the frames asked for. Each utterance is scaled by the
     maximum over its window, and silence never is the maximum, so a shorter window changes no frame within it but the
     last, whose 25 ms reach over the edge.
     """
+
+    filters: Tensor
+    window: Tensor
 
     def __init__(self, extractor: WhisperFeatureExtractor) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 from .audio_window import AudioWindow
@@ -64,6 +65,12 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
         raise UserError(f"{adapter}: this adapter cannot be put on this model ({reason[:300]})") from error
 
 
+def to_best_device(model: nn.Module) -> None:
+    """Moves the model to the GPU, if there is one."""
+    if torch.cuda.is_available():
+        model.cuda()
+
+
 SPEECH_KEYS = ("audio_window", "audio_window_margin", "language", "task")
 
 
@@ -98,7 +105,7 @@ def check_language(model: WhisperForConditionalGeneration, language: str | None)
         UserError: not a language of this model.
     """
     code = language_code(language)
-    generation = model.generation_config
+    generation: Any = model.generation_config
     if not generation.is_multilingual:
         if code not in (None, "en"):
             raise UserError(f"language {language!r} on an English-only model; use a multilingual Whisper")

@@ -20,7 +20,7 @@ from .data import Skipped, Speech, drop_overlong, load_speech
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, results_table
 from .methods import adapt, learning_rate
-from .models import check_language, load_base, remember_speech
+from .models import check_language, load_base, remember_speech, to_best_device
 from .options import TrainOptions
 from .precision import autocast_dtype
 from .run import RunFolder, peak_memory_mib, write_json
@@ -55,8 +55,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     processor.tokenizer.set_prefix_tokens(language=language, task=options.task if language else None)
     speech = drop_overlong(speech, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
     _report_skipped(run, speech.skipped + [item for test in tests.values() for item in test.speech.skipped], console)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    to_best_device(model)
 
     evaluations = []
     scoring: dict[str, Any] = {
@@ -210,7 +209,7 @@ def _train(
     dev: Speech | None,
 ) -> None:
     """Trains to the end, from the last checkpoint if there is one, and writes adapter, summary and rank pattern."""
-    whisper = model.get_base_model()
+    whisper: Any = model.get_base_model()
     whisper.config.use_cache = False
     if options.gradient_checkpointing:
         whisper.gradient_checkpointing_enable({"use_reentrant": False})
@@ -238,7 +237,7 @@ def _train(
     seconds = time.perf_counter() - start
     steps = trainer.state.global_step
     whisper.config.use_cache = True
-    model.save_pretrained(run.adapter)
+    model.save_pretrained(str(run.adapter))
     if isinstance(model.base_model, S2LoraModel):
         write_json(run.path / "rank_pattern.json", [pattern.to_dict() for pattern in rank_pattern(model)])
     write_json(run.path / "metrics.json", trainer.state.log_history)

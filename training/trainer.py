@@ -35,8 +35,9 @@ class SpeechTrainer(Seq2SeqTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what the arguments name) over the groups of `parameter_groups`."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            model = model or self.model
+            assert model is not None
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
             groups = parameter_groups(model, settings.pop("lr"), weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
@@ -46,7 +47,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean cross-entropy per token plus the adapter's penalties in training."""
         whisper = self.accelerator.unwrap_model(model)

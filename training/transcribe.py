@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.progress import Progress
 
 from .audio import duration_s
@@ -13,7 +12,7 @@ from .audio_window import AudioWindow
 from .data import MAX_AUDIO_S, Skipped
 from .errors import UserError
 from .evaluation import transcribe_speech
-from .models import check_language, load_adapter, load_base, remembered_speech
+from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device
 from .precision import autocast_dtype
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -54,7 +53,7 @@ def transcribe(
     trained = remembered_speech(adapter) if adapter else {}
     code = check_language(whisper, language or trained.get("language"))
     adapted = load_adapter(whisper, adapter) if adapter else whisper
-    adapted.to("cuda" if torch.cuda.is_available() else "cpu")
+    to_best_device(adapted)
     with Progress(transient=True) as bars:
         bar = bars.add_task("transcribing", total=len(entries))
         texts = transcribe_speech(
