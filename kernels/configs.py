@@ -42,10 +42,12 @@ LINEAR = {
     "few rows": LinearConfig(64, 64, 64, 4, num_warps=4, num_stages=4),
     "high rank": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=3),
     "single precision": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=2),
+    "single precision, high rank": LinearConfig(32, 32, 16, 8, num_warps=8, num_stages=2),
 }
 FACTOR = {
     "low rank": FactorConfig(128, 64, 1024, num_warps=4, num_stages=3),
     "high rank": FactorConfig(64, 64, 1024, num_warps=8, num_stages=2),
+    "single precision": FactorConfig(32, 16, 1024, num_warps=8, num_stages=1),
 }
 
 
@@ -57,7 +59,7 @@ def rank_block(rank: int) -> int:
 def linear_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_memory: int) -> str:
     """Which of `LINEAR` serves M = `rows` rows in `dtype` on a GPU with that much shared memory a program."""
     if dtype == torch.float32:
-        return "single precision"
+        return "single precision" if padded_rank <= 32 else "single precision, high rank"
     if padded_rank > 32:
         return "high rank"
     if rows <= 1024:
@@ -65,6 +67,8 @@ def linear_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_m
     return "wide" if shared_memory >= SHARED_MEMORY["90"] else "square"
 
 
-def factor_config_name(padded_rank: int) -> str:
-    """Which of `FACTOR` serves that padded rank."""
+def factor_config_name(padded_rank: int, dtype: torch.dtype) -> str:
+    """Which of `FACTOR` serves that padded rank in `dtype`."""
+    if dtype == torch.float32:
+        return "single precision"
     return "low rank" if padded_rank <= 32 else "high rank"

@@ -45,7 +45,7 @@ def merged_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [M, K], down [r, K], up [N, r] and coefficients [r]; None where `needs` is False."""
     needs_x, needs_down, needs_up, needs_coefficients = needs
-    dtype = x.dtype
+    dtype = dy.dtype
     dx = d_down = d_up = d_coefficients = None
     if needs_down or (needs_x and not _merges(weight)):
         g = (dy @ up.to(dtype)) * coefficients.to(dtype)  # [M, r]

@@ -254,7 +254,7 @@ def factor_gradient(tall: Tensor, low: Tensor, factor: Tensor | None, coefficien
     rows, columns = tall.shape
     rank = low.shape[1]
     padded_rank = rank_block(rank)
-    config: FactorConfig = FACTOR[factor_config_name(padded_rank)]
+    config: FactorConfig = FACTOR[factor_config_name(padded_rank, tall.dtype)]
     splits = triton.cdiv(rows, config.SPLIT_ROWS)
     blocks = triton.cdiv(columns, REDUCE_BLOCK)
     partial = torch.empty(splits, columns, padded_rank, device=tall.device)

@@ -27,7 +27,7 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 @dataclass(frozen=True)
 class Child:
-    """A synthetic speaker: espeak-ng voice, words a minute, pitch and its range (0 to 99), and how far all is raised."""
+    """A synthetic speaker: espeak-ng voice, words a minute, pitch and range (0 to 99), how far all is raised."""
 
     name: str
     voice: str

@@ -1,0 +1,236 @@
+"""The operation in every strategy, precision and shape, against float64."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_s2lora import s2_linear, s2_linear_reference
+from tests.oracle import DEVICE, TRAINED, check, make_problem, run
+
+ON_GPU = DEVICE == "cuda"
+SHAPES = {
+    "one of each": (1, 1, 1, 1),
+    "one row": (1, 64, 48, 8),
+    "63": (63, 63, 63, 3),
+    "no block divides": (130, 70, 200, 17),
+    "tall": (1500, 48, 40, 8),
+    "wide": (40, 48, 300, 16),
+    "rank 64": (70, 80, 96, 64),
+    "rank 256": (66, 70, 40, 256),
+    "two splits of rows": (1100, 24, 24, 5),
+    "no rows": (0, 16, 16, 4),
+}
+TRITON_DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter multiplies bfloat16 wrongly; needs a GPU"),
+    ),
+]
+triton_linear = functools.partial(s2_linear, backend="triton")
+auto_linear = functools.partial(s2_linear, backend="auto")
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_triton_output_and_gradients(shape, dtype):
+    check(make_problem(*shape, dtype), triton_linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_auto_output_and_gradients(shape, dtype):
+    factors = torch.float64 if dtype == torch.float64 else torch.float32
+    # PyTorch's own bfloat16 product on CPU lets NaN beyond the end of a row into the result: 0 · NaN in its padding.
+    padding = 0.0 if dtype == torch.bfloat16 and not ON_GPU else torch.nan
+    check(make_problem(*shape, dtype, factor_dtype=factors, padding=padding), auto_linear)
+
+
+@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+@pytest.mark.parametrize(
+    "trained",
+    [(), ("x",), ("down",), ("up",), ("coefficients",), ("x", "coefficients"), ("down", "up"), ("up", "coefficients")],
+    ids="+".join,
+)
+def test_only_what_is_asked_for(operation, trained):
+    problem = make_problem(65, 40, 48, 8, torch.float32, trained=trained)
+    check(problem, operation)
+    assert set(run(problem, operation)) == {"y", *trained}
+
+
+@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+def test_no_bias_and_leading_dimensions(operation):
+    check(make_problem((2, 3, 33), 40, 48, 8, torch.float32, bias=False), operation)
+    check(make_problem((2, 0), 40, 48, 8, torch.float32), operation)
+    vector = make_problem((), 40, 48, 8, torch.float32)
+    check(vector, operation)
+
+
+@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+def test_strides_of_every_kind(operation):
+    problem = make_problem((20, 30), 40, 48, 8, torch.float32)
+    problem.operands["x"] = problem.operands["x"].transpose(0, 1)
+    problem.operands["weight"] = problem.operands["weight"].T.contiguous().T
+    problem.operands["down"] = problem.operands["down"].T.contiguous().T
+    problem.operands["up"] = problem.operands["up"].T.contiguous().T
+    problem.dy = problem.dy.transpose(0, 1)
+    check(problem, operation)
+    problem.dy = torch.ones(48, device=DEVICE).expand(30, 20, 48)  # what the gradient of a sum looks like
+    check(problem, operation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_updates_of_half_precision_weights_survive(dtype):
+    """An update below the weight's last bit must reach the output: W is never rounded together with it."""
+    outputs = inputs = 64
+    weight = torch.ones(outputs, inputs, dtype=dtype, device=DEVICE)
+    down, up = torch.ones(1, inputs, device=DEVICE), torch.ones(outputs, 1, device=DEVICE)
+    tiny = torch.full((1,), 1e-5, device=DEVICE)
+    x = torch.zeros(1, inputs, dtype=dtype, device=DEVICE)
+    x[0, :2] = torch.tensor([100.0, -99.0])
+    got = s2_linear(x, weight, torch.full((outputs,), -1.0, dtype=dtype, device=DEVICE), down, up, tiny * 100)
+    assert (got.float() > 5e-4).all()
+
+
+def test_faults_are_caught():
+    """The helper's bound lets no wrong strip, swapped factor, lost coefficient, bias or split of rows pass."""
+    problem = make_problem(130, 70, 200, 17, torch.float32)
+    square = make_problem(64, 48, 48, 8, torch.float32)
+
+    def zeroed_strip(**operands):
+        y = s2_linear_reference(**operands)
+        return torch.cat([y[:, :-8], y[:, -8:] * 0], dim=1)
+
+    def lost_coefficient(coefficients, **operands):
+        kept = torch.arange(len(coefficients), device=DEVICE) > 0
+        return s2_linear_reference(coefficients=coefficients * kept, **operands)
+
+    def no_bias(bias, **operands):
+        return s2_linear_reference(bias=bias * 0, **operands)
+
+    def swapped_factors(down, up, **operands):
+        return s2_linear_reference(down=up.mT, up=down.mT, **operands)
+
+    def one_row_without_gradient(x, **operands):
+        return s2_linear_reference(x=torch.cat([x[:-1], x[-1:].detach()]), **operands)
+
+    faults = (zeroed_strip, lost_coefficient, no_bias, one_row_without_gradient)
+    for fault in faults:
+        with pytest.raises(AssertionError):
+            check(problem, fault)
+    with pytest.raises(AssertionError):
+        check(square, swapped_factors)
+    check(problem, s2_linear_reference)
+
+
+def test_kernels_write_every_entry(monkeypatch):
+    """Outputs start as NaN; what a kernel leaves out would stay so."""
+
+    def poisoned(self, *shape, **kwargs):
+        return self.new_full(shape, torch.nan, **kwargs)
+
+    real_empty = torch.empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: real_empty(*shape, **kwargs).fill_(torch.nan))
+    check(make_problem(130, 70, 200, 17, torch.float32), triton_linear)
+
+
+def test_triton_gradients_are_deterministic():
+    problem = make_problem(2100, 40, 48, 8, torch.float32)
+    first, second = run(problem, triton_linear), run(problem, triton_linear)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", *(["triton"] if ON_GPU else [])])
+def test_autocast_computes_like_linear(backend):
+    problem = make_problem(33, 40, 48, 8, torch.float32)
+    x, weight, bias, *factors = (problem.operands[name] for name in problem.operands)
+    trained = [x.clone().requires_grad_(), *(factor.clone().requires_grad_() for factor in factors)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = s2_linear(trained[0], weight, bias, *trained[1:], backend=backend)
+        frozen = F.linear(x, weight, bias)
+    assert y.dtype == frozen.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(y, trained, problem.dy.bfloat16())
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    oracle = run(problem, s2_linear_reference, torch.float64)
+    for name, got in zip(("y", *TRAINED), (y, *gradients), strict=True):
+        error = (got.double() - oracle[name]).abs().max() / oracle[name].abs().max()
+        assert error < 0.03, name
+
+
+def test_reference_and_merged_pass_gradcheck():
+    problem = make_problem(5, 6, 7, 3, torch.float64, factor_dtype=torch.float64)
+    x, weight, bias, *factors = (value.detach() for value in problem.operands.values())
+    trained = [x.clone().requires_grad_(), *(factor.clone().requires_grad_() for factor in factors)]
+    assert torch.autograd.gradcheck(lambda x, *f: s2_linear_reference(x, weight, bias, *f), trained)
+    if not ON_GPU:
+        assert torch.autograd.gradcheck(lambda x, *f: s2_linear(x, weight, bias, *f), trained)
+    assert torch.autograd.gradgradcheck(lambda x, *f: s2_linear_reference(x, weight, bias, *f), trained)
+
+
+@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+def test_second_derivative_is_refused(operation):
+    problem = make_problem(5, 6, 7, 3, torch.float32)
+    problem.operands["x"].requires_grad_()
+    y = operation(**problem.operands)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), problem.operands["x"], create_graph=True)
+
+
+@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+def test_compiles_without_graph_breaks(operation):
+    problem = make_problem(33, 40, 48, 8, torch.float32)
+    compiled = torch.compile(lambda **operands: operation(**operands), fullgraph=True, backend="aot_eager")
+    check(problem, compiled)
+
+
+def test_custom_operators_are_well_formed():
+    from fused_s2lora.kernels.triton_linear import factor_gradient, linear
+
+    operands = make_problem(33, 40, 48, 8, torch.float32).operands
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(linear, tuple(operands.values()), test_utils=tests)
+    tall, low = torch.randn(33, 40, device=DEVICE), torch.randn(33, 8, device=DEVICE)
+    arguments = (tall, low, torch.randn(40, 8, device=DEVICE), torch.randn(8, device=DEVICE))
+    torch.library.opcheck(factor_gradient, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"down": torch.zeros(8, 41)}, r"down has shape \(8, 41\), not \(8, 40\)"),
+        ({"up": torch.zeros(47, 8)}, r"up has shape \(47, 8\), not \(48, 8\)"),
+        ({"bias": torch.zeros(47)}, r"bias has shape"),
+        ({"x": torch.zeros(3, 39)}, r"x has shape \(3, 39\)"),
+        ({"x": torch.zeros(3, 40, dtype=torch.float64)}, "cast one of them"),
+        ({"coefficients": torch.zeros(300)}, "between 1 and 256"),
+        ({"coefficients": torch.zeros(0)}, "between 1 and 256"),
+        ({"weight": torch.zeros(48, 40, requires_grad=True)}, r"weight requires a gradient.*requires_grad_\(False\)"),
+        ({"bias": torch.zeros(48, requires_grad=True)}, "bias requires a gradient"),
+        ({"weight": torch.zeros(48)}, r"weight has shape \(48,\)"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    arguments = {**make_problem(3, 40, 48, 8, torch.float32).operands}
+    arguments |= {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        s2_linear(**arguments)
+
+
+def test_triton_by_name_never_falls_back(monkeypatch):
+    problem = make_problem(3, 40, 48, 8, torch.float64, factor_dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"no kernel for torch\.float64"):
+        triton_linear(**problem.operands)
+    if not ON_GPU:
+        half = make_problem(3, 40, 48, 8, torch.bfloat16)
+        with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly"):
+            triton_linear(**half.operands)
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(RuntimeError, match="use backend='auto'"):
+            triton_linear(**make_problem(3, 40, 48, 8, torch.float32).operands)
