@@ -82,7 +82,7 @@ def _cell(key: str) -> tuple[str, str, str]:
     parts = key.split(".")
     stack = next((part for part in parts if part in ("encoder", "decoder")), "model")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    if number is None:
+    if number is None or number + 1 == len(parts):
         return stack, "", key
     matrix = ".".join(parts[number + 1 :])
     return stack, parts[number], _COLUMNS.get(matrix, matrix)

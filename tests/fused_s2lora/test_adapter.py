@@ -1,0 +1,458 @@
+"""The adapter in PEFT: counts, arithmetic, penalties, several adapters, merging, saving, checkpointing."""
+
+import copy
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from fused_s2lora import S2Linear, S2LoraConfig, S2LoraLinear, parameter_groups, rank_pattern
+
+# d_model, encoder layers, decoder layers, mel bins, vocabulary
+SIZES = {
+    "tiny": (384, 4, 4, 80, 51865),
+    "tiny.en": (384, 4, 4, 80, 51864),
+    "base": (512, 6, 6, 80, 51865),
+    "small": (768, 12, 12, 80, 51865),
+    "medium": (1024, 24, 24, 80, 51865),
+    "large-v2": (1280, 32, 32, 80, 51865),
+    "large-v3": (1280, 32, 32, 128, 51866),
+    "turbo": (1280, 32, 4, 128, 51866),
+}
+
+
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_features": torch.randn(2, 8, 100, generator=generator),
+        "labels": torch.randint(3, 90, (2, 5), generator=generator),
+    }
+
+
+def awaken(model: nn.Module, seed: int = 0, scale: float = 0.3) -> None:
+    """Coefficients that are not zero, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".s2lora_coefficients." in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def adapted(tiny_whisper, **config) -> PeftModel:
+    model = get_peft_model(tiny_whisper(), S2LoraConfig(**config))
+    awaken(model)
+    return model.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch()).logits
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_trainable_parameters_of_every_size(size):
+    width, encoder_layers, decoder_layers, mel_bins, vocabulary = SIZES[size]
+    config = WhisperConfig(
+        d_model=width,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+        encoder_attention_heads=width // 64,
+        decoder_attention_heads=width // 64,
+        num_mel_bins=mel_bins,
+        vocab_size=vocabulary,
+    )
+    with torch.device("meta"):
+        model = get_peft_model(WhisperForConditionalGeneration(config), S2LoraConfig(r=8))
+    trainable, _ = model.get_nb_trainable_parameters()
+    weights = 6 * encoder_layers + 10 * decoder_layers
+    assert trainable == 3 * 2 * width * 8 + 2 * (width + 4 * width) * 8 + weights * 8
+    published = {"small": 99_840, "medium": 134_144, "large-v2": 167_936}
+    assert trainable == published.get(size, trainable)
+
+
+@pytest.mark.parametrize(
+    ("config", "pairs"),
+    [
+        ({"sharing": "module"}, 5),
+        ({"sharing": "module", "tie_ffn": False}, 7),
+        ({"sharing": "stack"}, 4),
+        ({"sharing": "all"}, 2),
+        ({"sharing": "none"}, 32),
+        ({"sharing": "module", "target_modules": ["q_proj", "v_proj"]}, 3),
+    ],
+    ids=str,
+)
+def test_sharing_makes_as_many_pairs(tiny_whisper, config, pairs):
+    model = adapted(tiny_whisper, **config)
+    assert len(model.base_model.s2lora_factors.pairs()) == pairs
+
+
+def test_module_sharing_has_the_papers_five_pairs(tiny_whisper):
+    names = set(dict(adapted(tiny_whisper).base_model.s2lora_factors.named_children()))
+    assert names == {"enc_sam_32x32", "enc_ffm_64x32", "dec_sam_32x32", "dec_cam_32x32", "dec_ffm_64x32"}
+
+
+@pytest.mark.parametrize("coefficient", ["rank", "scalar"])
+@pytest.mark.parametrize("sharing", ["module", "stack", "all", "none"])
+def test_output_is_that_of_the_dense_update(tiny_whisper, sharing, coefficient):
+    model = adapted(tiny_whisper, sharing=sharing, coefficient=coefficient, scaling=1.5, r=4)
+    dense = tiny_whisper()
+    with torch.no_grad():
+        for name, layer in model.base_model.model.named_modules():
+            if isinstance(layer, S2LoraLinear):
+                pair = (layer.s2lora_up["default"].double(), layer.s2lora_down["default"].double())
+                up, down = (pair[1].mT, pair[0].mT) if name.endswith("fc2") and sharing != "none" else pair
+                s = layer.s2lora_coefficients["default"].double().expand(4)
+                dense.get_submodule(name).weight += (1.5 * up @ torch.diag(s) @ down).float()
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    assert (logits(model) - logits(tiny_whisper())).abs().max() > 1e-3
+
+
+def test_shared_gradient_is_the_sum_over_its_weights(tiny_whisper):
+    """Gradients of the shared factors against float64 autograd through dense weights."""
+    model = adapted(tiny_whisper, sparsity_weight=0.0)
+    model(**batch()).loss.backward()
+    oracle = adapted(tiny_whisper, sparsity_weight=0.0, backend="reference").double()
+    inputs = batch()
+    oracle(input_features=inputs["input_features"].double(), labels=inputs["labels"]).loss.backward()
+    expected = {name: parameter.grad for name, parameter in oracle.named_parameters() if parameter.requires_grad}
+    got = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        assert gradient is not None, name
+        assert expected[name].abs().max() > 0, name
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=2e-3, atol=1e-6, msg=name)
+
+
+def test_starts_as_the_frozen_model(tiny_whisper):
+    model = get_peft_model(tiny_whisper(), S2LoraConfig()).eval()
+    torch.testing.assert_close(logits(model), logits(tiny_whisper()))
+    factors = model.base_model.s2lora_factors.pairs()[0]
+    torch.testing.assert_close(factors.up["default"].norm(dim=0), torch.ones(8))
+    torch.testing.assert_close(factors.down["default"].norm(dim=1), torch.ones(8))
+    published = get_peft_model(tiny_whisper(), S2LoraConfig.paper()).base_model.s2lora_factors.pairs()[0]
+    assert 0.01 < published.up["default"].std() < 0.03
+
+
+def test_penalties_are_the_papers(tiny_whisper):
+    model = adapted(tiny_whisper, sparsity_weight=0.05, norm_weight=0.1)
+    parameters = dict(model.named_parameters())
+    s = [value for name, value in parameters.items() if ".s2lora_coefficients." in name]
+    assert len(s) == 32
+    sparsity = 0.05 * sum(value.abs().sum() for value in s) / 32
+    pairs = model.base_model.s2lora_factors.pairs()
+    norms = [
+        sum(pair.up["default"][:, k].norm() + pair.down["default"][k].norm() for k in range(8)) / 16 for pair in pairs
+    ]
+    norm = 0.1 * sum(norms) / 5
+    plain = model(**batch()).loss
+    model.train()
+    penalized = model(**batch()).loss
+    torch.testing.assert_close(penalized - plain, sparsity + norm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.base_model.last_penalties["sparsity"], sparsity.detach())
+    torch.testing.assert_close(model.base_model.last_penalties["norm"], norm.detach())
+    penalized.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_penalties_reach_the_loss_of_a_task_type(tiny_whisper):
+    """PEFT calls the wrapped model by another path for a task type; the loss must hold the penalties there too."""
+    model = get_peft_model(tiny_whisper(), S2LoraConfig(sparsity_weight=1.0, task_type="FEATURE_EXTRACTION"))
+    awaken(model)
+    model.train()
+    inputs = batch()
+    with_penalty = model.base_model(**inputs).loss
+    model.eval()
+    assert with_penalty > model.base_model(**inputs).loss + 0.1
+
+
+def test_proximal_step_gives_exact_zeros(tiny_whisper):
+    model = adapted(tiny_whisper, penalty="proximal", sparsity_weight=0.5)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if ".s2lora_coefficients." in n}
+    assert float(model.base_model.penalty()[0].detach()) == 0.0
+    model.base_model.proximal_step(lr=0.2)
+    for name, old in before.items():
+        expected = old.sign() * (old.abs() - 0.1).clamp(min=0)
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected)
+    zeros = sum(int((model.get_parameter(name) == 0).sum()) for name in before)
+    assert 0 < zeros < 32 * 8
+    live = sum(value for pattern in rank_pattern(model) for row in pattern.live for value in row)
+    assert live == 32 * 8 - zeros
+
+
+def test_several_adapters(tiny_whisper):
+    model = adapted(tiny_whisper, r=4)
+    first = logits(model)
+    model.add_adapter("other", S2LoraConfig(r=6))
+    model.set_adapter("other")
+    torch.testing.assert_close(logits(model), logits(tiny_whisper()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("s2lora_coefficients.other"):
+                parameter.fill_(0.1)
+    second = logits(model)
+    assert (first - second).abs().max() > 1e-3
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(name.endswith(".other") for name in trainable)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    layer = model.base_model.model.model.encoder.layers[0].fc1
+    x = torch.randn(3, 32)
+    dense = layer.base_layer.weight + layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, dense, layer.base_layer.bias), rtol=1e-4, atol=1e-5)
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model), first)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(tiny_whisper()))
+    model.delete_adapter("other")
+    torch.testing.assert_close(logits(model), first)
+    assert (both - first).abs().max() > 1e-3
+
+
+def test_adapters_must_share_alike(tiny_whisper):
+    model = adapted(tiny_whisper)
+    with pytest.raises(ValueError, match="same sharing and tie_ffn"):
+        model.add_adapter("other", S2LoraConfig(sharing="all"))
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_and_unmerge(tiny_whisper, safe_merge):
+    model = adapted(tiny_whisper)
+    expected = logits(model)
+    model.merge_adapter(safe_merge=safe_merge)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    merged = model.merge_and_unload(safe_merge=safe_merge)
+    assert not any(isinstance(module, S2LoraLinear) for module in merged.modules())
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    merged.train()
+    merged(**batch()).loss.backward  # noqa: B018  # no hook of the adapter is left to fail
+
+
+def test_safe_merge_refuses_what_is_not_finite(tiny_whisper):
+    model = adapted(tiny_whisper)
+    with torch.no_grad():
+        model.base_model.s2lora_factors.pairs()[0].up["default"].fill_(torch.inf)
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_saved_and_loaded(tiny_whisper, tmp_path, low_cpu_mem_usage):
+    model = adapted(tiny_whisper, r=4, sharing="module")
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    factors = [key for key in shapes if "s2lora_factors" in key]
+    coefficients = [key for key in shapes if key.endswith("s2lora_coefficients")]
+    assert len(factors) == 2 * 5
+    assert len(coefficients) == 32
+    assert len(shapes) == len(factors) + len(coefficients)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(tiny_whisper(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert loaded.get_nb_trainable_parameters()[0] == 0
+    encoder = loaded.base_model.model.model.encoder.layers
+    assert encoder[0].fc1.s2lora_up["default"] is encoder[1].fc2.s2lora_up["default"]
+
+
+def test_config_survives_files_and_pickle(tmp_path):
+    config = S2LoraConfig(r=4, sharing="stack", audio_window="trim", audio_window_margin=32, language="en")
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, S2LoraConfig)
+    assert loaded == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_auto_peft_model_finds_the_class(tiny_whisper, tmp_path):
+    tiny_whisper().save_pretrained(tmp_path / "base")
+    base = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, S2LoraConfig())
+    awaken(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded.eval()), logits(model.eval()))
+
+
+def test_file_of_another_rank_or_model_is_refused(tiny_whisper, tmp_path):
+    adapted(tiny_whisper, r=4).save_pretrained(tmp_path / "a")
+    config = S2LoraConfig.from_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        PeftModel.from_pretrained(tiny_whisper(d_model=48, encoder_ffn_dim=96, decoder_ffn_dim=96), tmp_path / "a")
+    with pytest.raises(ValueError, match="does not fit this model: it lacks"):
+        PeftModel.from_pretrained(tiny_whisper(encoder_layers=3), tmp_path / "a")
+    config.r = 6
+    with pytest.raises(ValueError, match=r"is \(4,\) in the file and \(6,\) here"):
+        PeftModel.from_pretrained(tiny_whisper(), tmp_path / "a", config=config)
+
+
+def test_deepcopy_has_its_own_factors(tiny_whisper):
+    model = adapted(tiny_whisper)
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(logits(twin), expected)
+    with torch.no_grad():
+        for pair in twin.base_model.s2lora_factors.pairs():
+            pair.up["default"].zero_()
+    torch.testing.assert_close(logits(twin), logits(tiny_whisper()))
+    torch.testing.assert_close(logits(model), expected)
+    assert twin.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+def test_half_precision_base_keeps_full_precision_factors(tiny_whisper):
+    model = get_peft_model(tiny_whisper().bfloat16(), S2LoraConfig())
+    awaken(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trainable} == {torch.float32}
+    inputs = batch()
+    model.train()
+    model(input_features=inputs["input_features"].bfloat16(), labels=inputs["labels"]).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in trainable)
+    assert {parameter.grad.dtype for parameter in trainable} == {torch.float32}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_reaches_every_coefficient(tiny_whisper, use_reentrant):
+    plain = adapted(tiny_whisper).train()
+    plain(**batch()).loss.backward()
+    model = adapted(tiny_whisper).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model(**batch()).loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            assert gradients[name] is not None, name
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_frozen_factors_train_coefficients_only(tiny_whisper):
+    model = adapted(tiny_whisper, train_factors=False).train()
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"s2lora_coefficients"}
+    model(**batch()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert [group["name"] for group in parameter_groups(model, 1e-3)] == ["coefficients"]
+
+
+def test_dropout_acts_on_the_low_rank_path_in_training_only(tiny_whisper):
+    model = adapted(tiny_whisper, dropout=0.5)
+    expected = logits(adapted(tiny_whisper))
+    torch.testing.assert_close(logits(model), expected)
+    layer = model.base_model.model.model.encoder.layers[0].fc1
+    x = torch.randn(500, 32)
+    layer.train()
+    runs = torch.stack([layer(x) for _ in range(200)]).mean(0)
+    layer.eval()
+    assert (layer(x) - layer.base_layer(x)).abs().mean() > 5 * (runs - layer(x)).abs().mean()
+
+
+def test_optimizer_groups(tiny_whisper):
+    model = adapted(tiny_whisper, coefficient_lr_ratio=7.0)
+    groups = {group["name"]: group for group in parameter_groups(model, 1e-3, weight_decay=0.1)}
+    assert groups.keys() == {"coefficients", "factors"}
+    assert groups["coefficients"]["lr"] == pytest.approx(7e-3)
+    assert groups["coefficients"]["weight_decay"] == 0.0
+    assert groups["factors"]["lr"] == 1e-3
+    assert groups["factors"]["weight_decay"] == 0.1
+    parameters = list(itertools.chain.from_iterable(group["params"] for group in groups.values()))
+    assert len(parameters) == len({id(parameter) for parameter in parameters}) == 32 + 10
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        parameter_groups(frozen, 1e-3)
+
+
+def test_rank_pattern(tiny_whisper):
+    model = get_peft_model(tiny_whisper(), S2LoraConfig(r=4))
+    layer = model.base_model.model.model.decoder.layers[1].encoder_attn.v_proj
+    with torch.no_grad():
+        layer.s2lora_coefficients["default"].copy_(torch.tensor([1e-3, -1e-4, 5e-5, 0.0]))
+    encoder, decoder = rank_pattern(model)
+    assert (encoder.stack, encoder.matrices) == ("encoder", ["q", "k", "v", "out", "fc1", "fc2"])
+    assert decoder.matrices[4:8] == ["cross q", "cross k", "cross v", "cross out"]
+    assert sum(map(sum, encoder.live)) == 0
+    assert decoder.live[1][decoder.matrices.index("cross v")] == 2
+    assert sum(map(sum, decoder.live)) == 2
+    assert "cross v" in str(decoder)
+    assert decoder.to_dict()["r"] == 4
+    with pytest.raises(ValueError, match="no adapter named"):
+        rank_pattern(model, "missing")
+    with pytest.raises(ValueError, match="no S2-LoRA adapter"):
+        rank_pattern(nn.Linear(2, 2))
+
+
+def test_generate_and_compile(tiny_whisper):
+    model = adapted(tiny_whisper)
+    features = batch()["input_features"]
+    with torch.no_grad():
+        tokens = model.generate(input_features=features, max_new_tokens=6)
+        merged = copy.deepcopy(model).merge_and_unload().generate(input_features=features, max_new_tokens=6)
+    assert torch.equal(tokens, merged)
+    layer = model.base_model.model.model.encoder.layers[0].fc1
+    x = torch.randn(4, 32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_any_model_with_linear_layers():
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6), nn.Linear(6, 6))
+    wrapped = get_peft_model(model, S2LoraConfig(r=2, target_modules=["0", "2", "3"]))
+    awaken(wrapped)
+    names = set(dict(wrapped.base_model.s2lora_factors.named_children()))
+    assert names == {"model_10x6", "model_6x6"}
+    assert rank_pattern(wrapped)[0].matrices == ["0", "2", "3"]
+    wrapped(torch.randn(3, 6)).sum().backward()
+    with pytest.raises(ValueError, match=r"adapts nn\.Linear only"):
+        get_peft_model(nn.Sequential(nn.Conv1d(2, 2, 1)), S2LoraConfig(target_modules=["0"]))
+
+
+def test_plain_layer_learns_and_merges():
+    torch.manual_seed(0)
+    linear = nn.Linear(12, 9)
+    target = nn.Linear(12, 9)
+    layer = S2Linear(copy.deepcopy(linear), r=4)
+    x = torch.randn(64, 12)
+    torch.testing.assert_close(layer(x), linear(x))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(100):
+        loss = nn.functional.mse_loss(layer(x), target(x).detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.equal(layer.linear.weight, linear.weight)
+    torch.testing.assert_close(copy.deepcopy(layer).merge()(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", 257),
+        ("sharing", "some"),
+        ("coefficient", "vector"),
+        ("init", "zeros"),
+        ("penalty", "hard"),
+        ("backend", "cuda"),
+        ("audio_window", "short"),
+        ("dropout", 1.0),
+        ("sparsity_weight", -1.0),
+        ("scaling", 0.0),
+        ("coefficient_lr_ratio", 0.0),
+    ],
+)
+def test_config_refuses_what_makes_no_sense(field, value):
+    with pytest.raises(ValueError, match=f"{field}="):
+        S2LoraConfig(**{field: value})
