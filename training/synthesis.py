@@ -19,7 +19,8 @@ import soxr
 from .audio import SAMPLE_RATE
 from .errors import UserError
 
-_AUDIO_RETRIEVAL = 1
+# Asynchronous retrieval (1) hangs in espeak_Synchronize once the library is initialised a second time.
+_SYNCHRONOUS_RETRIEVAL = 2
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _CHARACTERS, _UTF8 = 1, 1
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -111,9 +112,10 @@ class Synthesizer:
             raise UserError('synthetic speech needs espeak-ng: pip install "fused-s2lora[demo]"') from error
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
-        self.sample_rate = self._library.espeak_Initialize(_AUDIO_RETRIEVAL, 0, data, 0)
+        self.sample_rate = self._library.espeak_Initialize(_SYNCHRONOUS_RETRIEVAL, 0, data, 0)
         if self.sample_rate <= 0:
             raise UserError(f"espeak-ng does not start with its data in {data.decode()}; reinstall espeakng-loader")
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # else seeded with the time of day
         self._samples: list[np.ndarray] = []
         self._callback = _CALLBACK(self._receive)  # kept: the library holds no reference
         self._library.espeak_SetSynthCallback(self._callback)
@@ -132,7 +134,6 @@ class Synthesizer:
         self._samples = []
         encoded = text.encode() + b"\0"
         self._library.espeak_Synth(encoded, len(encoded), 0, _CHARACTERS, 0, _UTF8, None, None)
-        self._library.espeak_Synchronize()
         adult = np.concatenate(self._samples).astype(np.float32) / 32768
         # Samples spoken at one rate and taken for a higher one: shorter, and every frequency raised.
         raised = soxr.resample(adult, self.sample_rate * child.raised * rng.uniform(0.97, 1.03), SAMPLE_RATE)

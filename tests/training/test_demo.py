@@ -85,8 +85,6 @@ def test_misheard_utterances_are_shown_with_both_transcripts(
     console = Console(record=True, width=240)
     before, after = demo(output=str(tmp_path), console=console)
     shown = console.export_text()
-    rows = [
-        said for said, first, last in zip(after.sets[0].hypotheses, before.sets[0].hypotheses, after.sets[0].hypotheses)
-        if said in shown and first in shown and last in shown
-    ]  # fmt: skip
+    heard = zip(before.sets[0].hypotheses, after.sets[0].hypotheses, strict=True)
+    rows = [now for first, now in heard if first in shown and now in shown]
     assert len(rows) >= 5
