@@ -42,10 +42,11 @@ LINEAR = {
     "few rows": LinearConfig(64, 64, 64, 4, num_warps=4, num_stages=4),
     "high rank": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=3),
     "single precision": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=2),
-    "single precision, high rank": LinearConfig(32, 32, 16, 8, num_warps=8, num_stages=2),
+    "single precision, high rank": LinearConfig(16, 16, 16, 8, num_warps=8, num_stages=1),
 }
 FACTOR = {
     "low rank": FactorConfig(128, 64, 1024, num_warps=4, num_stages=3),
+    "middle rank": FactorConfig(64, 64, 1024, num_warps=4, num_stages=2),
     "high rank": FactorConfig(64, 64, 1024, num_warps=8, num_stages=2),
     "single precision": FactorConfig(32, 16, 1024, num_warps=8, num_stages=1),
 }
@@ -71,4 +72,4 @@ def factor_config_name(padded_rank: int, dtype: torch.dtype) -> str:
     """Which of `FACTOR` serves that padded rank in `dtype`."""
     if dtype == torch.float32:
         return "single precision"
-    return "low rank" if padded_rank <= 32 else "high rank"
+    return "low rank" if padded_rank <= 32 else "middle rank" if padded_rank <= 128 else "high rank"

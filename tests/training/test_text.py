@@ -1,0 +1,50 @@
+"""Training targets and the normalisation of scores."""
+
+import pytest
+
+from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.text import is_unpunctuated_capitals, language_code, normalizer, sentence_case
+
+
+@pytest.mark.parametrize(
+    ("published", "target"),
+    [
+        ("WE CALL IT BEAR", "We call it bear."),
+        ("I THINK I'LL GO", "I think I'll go."),
+        ("  MAY I SEE IT ", "May I see it."),
+        ("TAXI IN PARIS", "Taxi in paris."),
+    ],
+)
+def test_sentence_case(published, target):
+    assert sentence_case(published) == target
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["WE CALL IT BEAR", "GO HOME"], True),
+        (["WE CALL IT BEAR", "Go home"], False),
+        (["WE CALL IT BEAR.", "GO HOME"], False),
+        (["今天天气很好"], False),
+        (["IT'S 9"], True),
+        ([], False),
+    ],
+)
+def test_capitals_are_recognised(texts, expected):
+    assert is_unpunctuated_capitals(texts) is expected
+
+
+def test_normalizers():
+    assert normalizer("en")("Colour, it's ten dollars!") == "color it is $10"
+    assert normalizer("zh")("訪價 上漲。") == "访价上涨"
+    assert normalizer("ja")("今日 は") == "今日は"
+    assert normalizer("de")("Größe, GRÖSSE!").split()[0] == "größe"
+    assert normalizer(None)("Hallo, Welt!").split() == ["hallo", "welt"]
+
+
+def test_languages():
+    assert language_code("English") == language_code("en") == "en"
+    assert language_code("mandarin") == "zh"
+    assert language_code(None) is None
+    with pytest.raises(UserError, match="'klingon' is not one Whisper knows; give a code"):
+        language_code("klingon")
