@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, WhisperProcessor
+from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, WhisperProcessor, set_seed
 
 from fused_s2lora import S2LoraCallback, S2LoraModel, rank_pattern
 
@@ -71,6 +71,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
             before.write(run.path / "before")
         evaluations.append(before)
 
+    set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
     adapted = adapt(model, options)
     if run.finished():
         adapted.load_adapter(str(run.adapter), "default")
