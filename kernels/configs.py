@@ -42,7 +42,9 @@ LINEAR = {
     "few rows": LinearConfig(64, 64, 64, 4, num_warps=4, num_stages=4),
     "high rank": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=3),
     "single precision": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=2),
+    # Warps of these two are those with which no target spills: four do at rank 64 and 256, eight at 128.
     "single precision, high rank": LinearConfig(16, 16, 16, 8, num_warps=8, num_stages=1),
+    "single precision, rank 128": LinearConfig(16, 16, 16, 8, num_warps=4, num_stages=1),
 }
 FACTOR = {
     "low rank": FactorConfig(128, 64, 1024, num_warps=4, num_stages=3),
@@ -60,6 +62,8 @@ def rank_block(rank: int) -> int:
 def linear_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_memory: int) -> str:
     """Which of `LINEAR` serves M = `rows` rows in `dtype` on a GPU with that much shared memory a program."""
     if dtype == torch.float32:
+        if padded_rank == 128:
+            return "single precision, rank 128"
         return "single precision" if padded_rank <= 32 else "single precision, high rank"
     if padded_rank > 32:
         return "high rank"
