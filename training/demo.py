@@ -8,7 +8,14 @@ from rich.table import Table
 from .errors import UserError
 from .evaluation import Evaluation
 from .options import TrainOptions
-from .synthesis import TEST_CHILDREN, TRAINING_CHILDREN, sentences, write_speech
+from .synthesis import (
+    TEST_CHILDREN,
+    TEST_PATTERNS,
+    TRAINING_CHILDREN,
+    TRAINING_PATTERNS,
+    sentences,
+    write_speech,
+)
 from .train import train
 
 TRAINING_UTTERANCES = 480
@@ -38,7 +45,7 @@ def demo(
     if data is None or test is None:
         data, test = _synthetic(folder / "speech", console)
     evaluations = train(
-        TrainOptions(data=[data], test=[f"test={test}"], output=str(folder / "run"), window="trim", epochs=2.0, seed=0),
+        TrainOptions(data=[data], test=[f"test={test}"], output=str(folder / "run"), window="trim", epochs=1.0, seed=0),
         console=console,
     )
     console.print(_transcripts(*evaluations))
@@ -49,9 +56,9 @@ def _synthetic(folder: Path, console: Console) -> tuple[str, str]:
     training, test = folder / "train", folder / "test"
     if not (test / "metadata.csv").is_file():
         with console.status("synthesising child-like speech"):
-            tested = sentences(TEST_UTTERANCES, seed=1)
-            write_speech(training, sentences(TRAINING_UTTERANCES, seed=2, exclude=tested), TRAINING_CHILDREN, seed=3)
-            write_speech(test, tested, TEST_CHILDREN, seed=4)
+            trained = sentences(TRAINING_UTTERANCES, 2, TRAINING_PATTERNS)
+            write_speech(training, trained, TRAINING_CHILDREN, seed=3)
+            write_speech(test, sentences(TEST_UTTERANCES, 1, TEST_PATTERNS), TEST_CHILDREN, seed=4)
     return str(training), str(test)
 
 

@@ -70,7 +70,7 @@ _ANIMALS = ("dog", "rabbit", "brown horse", "kitten", "yellow duck", "small turt
 _THINGS = ("red ball", "wooden box", "paper kite", "blue umbrella", "birthday cake", "story book", "pair of shoes")
 _PLACES = ("in the garden", "near the river", "behind the school", "at the zoo", "under the bridge", "on the beach")
 _TIMES = ("yesterday", "this morning", "after lunch", "last summer", "every Sunday", "before dinner")
-_PATTERNS = (
+TRAINING_PATTERNS = (
     "{person} found a {thing} {place}",
     "I saw a {animal} sleeping {place}",
     "we gave the {animal} some water {time}",
@@ -84,17 +84,26 @@ _PATTERNS = (
 )
 
 
-def sentences(count: int, seed: int, exclude: Sequence[str] = ()) -> list[str]:
-    """`count` different sentences a child might read, none of them in `exclude`, the same for the same seed."""
+# The test reads other sentences, not only other words in the same ones.
+TEST_PATTERNS = (
+    "look, a {animal} is eating {place}",
+    "{person} wants to buy a {thing} for the {animal}",
+    "did you see {person} {place} {time}",
+    "my friend painted a {thing} and a {animal}",
+    "{time} it rained and the {animal} got wet",
+    "who left a {thing} {place}",
+)
+
+
+def sentences(count: int, seed: int, patterns: Sequence[str]) -> list[str]:
+    """`count` different sentences a child might read, made from `patterns`, the same for the same seed."""
     rng = random.Random(seed)
+    words = {"person": _PEOPLE, "animal": _ANIMALS, "thing": _THINGS, "place": _PLACES, "time": _TIMES}
     chosen: dict[str, None] = {}
-    excluded = set(exclude)
     while len(chosen) < count:
-        words = {"person": _PEOPLE, "animal": _ANIMALS, "thing": _THINGS, "place": _PLACES, "time": _TIMES}
-        sentence = rng.choice(_PATTERNS).format(**{name: rng.choice(options) for name, options in words.items()})
-        sentence = sentence[:1].upper() + sentence[1:] + ("?" if sentence.startswith(("can", "why")) else ".")
-        if sentence not in excluded:
-            chosen[sentence] = None
+        sentence = rng.choice(patterns).format(**{name: rng.choice(options) for name, options in words.items()})
+        question = sentence.startswith(("can ", "why ", "did ", "who "))
+        chosen[sentence[:1].upper() + sentence[1:] + ("?" if question else ".")] = None
     return list(chosen)
 
 

@@ -9,7 +9,7 @@ from fused_s2lora.training.demo import demo
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluation import Evaluation, TestSet, score_set
 from fused_s2lora.training.options import TrainOptions
-from fused_s2lora.training.synthesis import TEST_CHILDREN, TRAINING_CHILDREN, sentences, write_speech
+from fused_s2lora.training.synthesis import TEST_CHILDREN, TEST_PATTERNS, TRAINING_CHILDREN, sentences, write_speech
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_called_again_it_keeps_its_speech_and_run(small: None, trained: list[Tra
 
 
 def test_own_recordings_are_used_as_they_are(small: None, trained: list[TrainOptions], tmp_path: Path) -> None:
-    write_speech(tmp_path / "mine", sentences(4, seed=0), TRAINING_CHILDREN, seed=0)
-    write_speech(tmp_path / "theirs", sentences(3, seed=1), TEST_CHILDREN, seed=1)
+    write_speech(tmp_path / "mine", sentences(4, 0, TEST_PATTERNS), TRAINING_CHILDREN, seed=0)
+    write_speech(tmp_path / "theirs", sentences(3, 1, TEST_PATTERNS), TEST_CHILDREN, seed=1)
     output = tmp_path / "out"
     demo(data=str(tmp_path / "mine"), test=str(tmp_path / "theirs"), output=str(output), console=Console(quiet=True))
     (options,) = trained

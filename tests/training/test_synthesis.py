@@ -14,7 +14,9 @@ from fused_s2lora.training.demo import TEST_UTTERANCES, TRAINING_UTTERANCES
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.synthesis import (
     TEST_CHILDREN,
+    TEST_PATTERNS,
     TRAINING_CHILDREN,
+    TRAINING_PATTERNS,
     Child,
     Synthesizer,
     sentences,
@@ -31,19 +33,21 @@ def synthesizer() -> Synthesizer:
 
 
 def test_sentences_of_the_test_are_not_in_the_training() -> None:
-    tested = sentences(TEST_UTTERANCES, seed=1)
-    training = sentences(TRAINING_UTTERANCES, seed=2, exclude=tested)
+    tested = sentences(TEST_UTTERANCES, 1, TEST_PATTERNS)
+    training = sentences(TRAINING_UTTERANCES, 2, TRAINING_PATTERNS)
+    assert not set(TRAINING_PATTERNS) & set(TEST_PATTERNS)
     assert len(set(training)) == TRAINING_UTTERANCES >= 200
     assert len(set(tested)) == TEST_UTTERANCES
     assert not set(training) & set(tested)
 
 
 def test_sentences_repeat_with_the_seed_and_change_with_it() -> None:
-    assert sentences(20, seed=3) == sentences(20, seed=3) != sentences(20, seed=4)
+    first, again, other = (sentences(20, seed, TRAINING_PATTERNS) for seed in (3, 3, 4))
+    assert first == again != other
 
 
 def test_sentences_are_written_as_sentences() -> None:
-    for sentence in sentences(300, seed=0):
+    for sentence in sentences(300, 0, TRAINING_PATTERNS + TEST_PATTERNS):
         assert sentence[0].isupper()
         assert sentence[-1] in ".?"
         assert "{" not in sentence
@@ -90,7 +94,7 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_written_folder_is_read_back(synthesizer: Synthesizer, tmp_path: Path) -> None:
-    texts = sentences(5, seed=0)
+    texts = sentences(5, 0, TEST_PATTERNS)
     write_speech(tmp_path / "set", texts, TEST_CHILDREN, seed=0)
     with (tmp_path / "set" / "metadata.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -106,7 +110,7 @@ def test_a_written_folder_is_read_back(synthesizer: Synthesizer, tmp_path: Path)
 def test_a_folder_that_cannot_be_written_is_named(synthesizer: Synthesizer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write_speech(tmp_path / "file" / "set", sentences(1, seed=0), TEST_CHILDREN, seed=0)
+        write_speech(tmp_path / "file" / "set", sentences(1, 0, TEST_PATTERNS), TEST_CHILDREN, seed=0)
 
 
 @pytest.mark.slow
@@ -114,8 +118,8 @@ def test_new_processes_write_the_same_audio(synthesizer: Synthesizer, tmp_path: 
     code = f"""
 import sys
 from pathlib import Path
-from {synthesis.__name__} import TRAINING_CHILDREN, sentences, write_speech
-write_speech(Path(sys.argv[1]), sentences(12, seed=5), TRAINING_CHILDREN, seed=6)
+from {synthesis.__name__} import TRAINING_CHILDREN, TRAINING_PATTERNS, sentences, write_speech
+write_speech(Path(sys.argv[1]), sentences(12, 5, TRAINING_PATTERNS), TRAINING_CHILDREN, seed=6)
 """
     for name in "ab":
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True)
