@@ -196,11 +196,12 @@ def demo(
     data: Annotated[str | None, typer.Option(help="Train on these recordings instead of synthetic speech.")] = None,
     test: Annotated[str | None, typer.Option(help="Test on these recordings; needs --data.")] = None,
     output: Annotated[str, typer.Option(help="Folder of the demonstration.")] = "demo-run",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in --output and start anew.")] = False,
 ) -> None:
     """Adapt Whisper-base to child-like speech in about ten minutes on two cores, and show what changed."""
     from .demo import demo as run
 
-    run(data=data, test=test, output=output)
+    run(data=data, test=test, output=output, fresh=fresh)
 
 
 def main() -> None:

@@ -28,12 +28,14 @@ def demo(
     data: str | None = None,
     test: str | None = None,
     output: str = "demo-run",
+    fresh: bool = False,
     console: Console | None = None,
 ) -> list[Evaluation]:
     """Adapts the packaged Whisper-base with the default S2-LoRA in the trimmed window and prints what changed.
 
     Without `data`, synthetic child-like speech is made in `output`/speech: sentences and voices of the test are not in
-    the training. With `data` (and `test`) the same is done with real recordings. Called again, it goes on where it was.
+    the training. With `data` (and `test`) the same is done with real recordings. Called again, it goes on where it was,
+    or with `fresh` trains anew.
 
     Raises:
         UserError: `test` without `data` or the other way round; anything `train` refuses.
@@ -46,6 +48,7 @@ def demo(
         data, test = _synthetic(folder / "speech", console)
     evaluations = train(
         TrainOptions(data=[data], test=[f"test={test}"], output=str(folder / "run"), window="trim", epochs=1.0, seed=0),
+        fresh=fresh,
         console=console,
     )
     console.print(_transcripts(*evaluations))

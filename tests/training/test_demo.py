@@ -17,7 +17,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainOptions]:
     """Stands in for training: keeps the options, and hears every second word before, all of them after."""
     asked: list[TrainOptions] = []
 
-    def train(options: TrainOptions, *, console: Console) -> list[Evaluation]:
+    def train(options: TrainOptions, *, fresh: bool, console: Console) -> list[Evaluation]:
         asked.append(options)
         speech = load_speech(options.test[0].removeprefix("test="), progress=False)
         texts = speech.dataset["text"][:]
