@@ -13,6 +13,7 @@ from torch import nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from fused_s2lora import S2Linear, S2LoraConfig, S2LoraLinear, parameter_groups, rank_pattern
+from tests.fused_s2lora.adapters import adapted, awaken, batch, logits
 
 # d_model, encoder layers, decoder layers, mel bins, vocabulary
 SIZES = {
@@ -25,34 +26,6 @@ SIZES = {
     "large-v3": (1280, 32, 32, 128, 51866),
     "turbo": (1280, 32, 4, 128, 51866),
 }
-
-
-def batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "input_features": torch.randn(2, 8, 100, generator=generator),
-        "labels": torch.randint(3, 90, (2, 5), generator=generator),
-    }
-
-
-def awaken(model: nn.Module, seed: int = 0, scale: float = 0.3) -> None:
-    """Coefficients that are not zero, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".s2lora_coefficients." in name:
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-
-
-def adapted(tiny_whisper, **config) -> PeftModel:
-    model = get_peft_model(tiny_whisper(), S2LoraConfig(**config))
-    awaken(model)
-    return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch()).logits
 
 
 @pytest.mark.parametrize("size", SIZES)
