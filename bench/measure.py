@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import platform
 import resource
@@ -30,14 +31,20 @@ class Latency:
     rounds: int
 
 
-def latencies(providers: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2) -> dict[str, Latency]:
+def latencies(
+    providers: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2, seconds: float = math.inf
+) -> dict[str, Latency]:
     """Wall time of every provider, one call of each per round, so that drift of the machine meets all of them alike.
 
-    On CUDA a call is timed between two events after a write over the L2 cache; on CPU by the host clock.
+    On CUDA a call is timed between two events after a write over the L2 cache; on CPU by the host clock. After
+    `seconds` no further round is begun, though three are always made.
     """
     samples: dict[str, list[float]] = {name: [] for name in providers}
     timer = _cuda_ms if torch.cuda.is_available() else _host_ms
+    began = time.perf_counter()
     for index in range(warmup + rounds):
+        if index >= warmup + 3 and time.perf_counter() - began > seconds:
+            break
         for name, call in providers.items():
             elapsed = timer(call)
             if index >= warmup:
@@ -141,13 +148,15 @@ def _commit() -> str:
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
-def record(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends one JSON line a row, each with its provenance."""
+def record(file: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Appends one JSON line a row, each with its provenance, and returns them so."""
     file.parent.mkdir(parents=True, exist_ok=True)
     common = provenance()
+    rows = [{**row, **common} for row in rows]
     with file.open("a", encoding="utf-8") as stream:
         for row in rows:
-            stream.write(json.dumps({**row, **common}) + "\n")
+            stream.write(json.dumps(row) + "\n")
+    return rows
 
 
 def latency_fields(latency: Latency) -> dict[str, float]:

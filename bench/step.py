@@ -1,50 +1,72 @@
-"""A whole training step (forward, backward, clipping, AdamW) of a Whisper, by adaptation method.
+"""Section `step`: a whole training step (forward, backward, clipping, AdamW) of a Whisper, by adaptation method.
 
-    python -m bench.step --size base --batch 4 --window trim
-
-Weights are random: time does not depend on their values. Every method is timed in the same run, in turns.
-`frozen` is the floor: forward and backward of the model with nothing to train, no optimizer.
+Weights are random: time does not depend on their values. `frozen` is the floor: forward and backward of the model with
+nothing to train, and no optimizer.
 """
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+import contextlib
+import gc
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import nn
+from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers.initialization import no_init_weights
 
-from bench.measure import RESULTS, device_name, latencies, latency_fields, peak_mib, record
+from bench.cases import SIZES
+from bench.measure import Latency, latencies, latency_fields, peak_mib
 from fused_s2lora import S2LoraConfig, parameter_groups
-from fused_s2lora.training.audio_window import AudioWindow, window_of
+from fused_s2lora.training.audio_window import POSITIONS, AudioWindow, window_of
 
-# d_model, encoder layers, decoder layers, mel bins
-SIZES = {
-    "tiny": (384, 4, 4, 80),
-    "base": (512, 6, 6, 80),
-    "small": (768, 12, 12, 80),
-    "medium": (1024, 24, 24, 80),
-    "large-v3": (1280, 32, 32, 128),
-    "turbo": (1280, 32, 4, 128),
-}
 SIX = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-METHODS = {
-    "frozen": None,
+METHODS: dict[str, Callable[[int], Any]] = {
+    "frozen": lambda rank: None,
+    "full": lambda rank: None,
     "lora-qv": lambda rank: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"]),
     "lora-six": lambda rank: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=SIX),
+    "adalora-six": lambda rank: AdaLoraConfig(
+        init_r=rank + rank // 2, target_r=rank, lora_alpha=2 * rank, target_modules=SIX, total_step=10_000, tinit=1
+    ),
+    "vera-six": lambda rank: VeraConfig(r=rank, target_modules=SIX),
     "s2lora": lambda rank: S2LoraConfig(r=rank),
 }
 LEARNING_RATE = 1e-3
 
 
-def whisper(size: str) -> WhisperForConditionalGeneration:
-    """A Whisper of that size with random weights."""
+@dataclass(frozen=True)
+class StepCase:
+    """A Whisper's training step: the 30 s window, or `trim` to utterances of `audio_s` seconds."""
+
+    size: str
+    batch: int
+    window: str = "full"
+    audio_s: float = 3.9
+    tokens: int = 16
+    rank: int = 8
+
+    @property
+    def mel_frames(self) -> int:
+        """Frames of 10 ms that the encoder gets."""
+        return AudioWindow(self.window).mel_frames(round(self.audio_s * 16_000))
+
+    @property
+    def speech_s(self) -> float:
+        """Seconds of audio in the batch: the whole window, or the utterances alone where it is trimmed."""
+        return self.batch * (POSITIONS / 50 if self.window == "full" else self.audio_s)
+
+    def __str__(self) -> str:
+        window = "30 s" if self.window == "full" else f"trimmed to {self.audio_s} s"
+        return f"{self.size} step, batch {self.batch}, {window}, {self.tokens} tokens, rank {self.rank}, bf16 autocast"
+
+
+def whisper(size: str, device: str = "cpu", *, initialised: bool = True) -> WhisperForConditionalGeneration:
+    """A Whisper of that size with float32 weights, random ones if `initialised`."""
     width, encoder_layers, decoder_layers, mel_bins = SIZES[size]
-    heads = width // 64
+    heads = max(1, width // 64)
     config = WhisperConfig(
         vocab_size=51866 if mel_bins == 128 else 51865,
         num_mel_bins=mel_bins,
@@ -58,98 +80,110 @@ def whisper(size: str) -> WhisperForConditionalGeneration:
         use_cache=False,
     )
     torch.manual_seed(0)
-    return WhisperForConditionalGeneration(config)
+    with torch.device(device), contextlib.nullcontext() if initialised else no_init_weights():
+        return WhisperForConditionalGeneration(config)
 
 
-def build_step(method: str, size: str, batch: int, mel_frames: int, tokens: int, rank: int) -> Callable[[], float]:
-    """One training step as a callable that returns its loss."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = whisper(size).to(device)
-    features = torch.randn(batch, model.config.num_mel_bins, mel_frames, device=device)
-    labels = torch.randint(0, 50257, (batch, tokens), device=device)
-    configure = METHODS[method]
-    if configure is None:
-        model.requires_grad_(False)
-        # The conv front end is frozen too, so the gradient is asked for where the first adapted weight would need it.
-        model.model.encoder.conv2.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-        optimizer = None
-    else:
-        model = get_peft_model(model, configure(rank))
-        optimizer = torch.optim.AdamW(parameter_groups(model, LEARNING_RATE))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.train()
+class Step:
+    """One training step of `method`, by calling the object."""
 
-    def step() -> float:
-        with window_of(model, mel_frames), torch.autocast(device, torch.bfloat16):
-            loss = model(input_features=features, labels=labels).loss
+    def __init__(self, method: str, case: StepCase, device: str, *, initialised: bool = True) -> None:
+        self.case, self.device = case, device
+        model: Any = whisper(case.size, device, initialised=initialised)
+        self.features = torch.randn(case.batch, model.config.num_mel_bins, case.mel_frames, device=device)
+        self.labels = torch.randint(0, 50257, (case.batch, case.tokens), device=device)
+        configuration = METHODS[method](case.rank)
+        self.optimizer: torch.optim.Optimizer | None = None
+        if method == "frozen":
+            model.requires_grad_(False)
+            # The conv front end is frozen too, so the gradient is asked for where the first adapted weight needs it.
+            model.model.encoder.conv2.register_forward_hook(lambda _module, _in, output: output.requires_grad_())
+        if configuration is not None:
+            model = get_peft_model(model, configuration)
+        self.allocates_ranks = isinstance(configuration, AdaLoraConfig)
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.trainable:
+            self.optimizer = torch.optim.AdamW(parameter_groups(model, LEARNING_RATE))
+        self.model, self.steps = model.train(), 0
+
+    def loss(self) -> Tensor:
+        """The forward pass."""
+        with window_of(self.model, self.case.mel_frames), torch.autocast(self.device, torch.bfloat16):
+            return self.model(input_features=self.features, labels=self.labels).loss
+
+    def __call__(self) -> float:
+        """The whole step; returns its loss."""
+        loss = self.loss()
         loss.backward()
-        if optimizer is not None:
-            nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        if self.optimizer is not None:
+            nn.utils.clip_grad_norm_(self.trainable, 1.0)
+            self.optimizer.step()
+            self.steps += 1
+            if self.allocates_ranks:
+                self.model.base_model.update_and_allocate(self.steps)
+            self.optimizer.zero_grad()
         return loss.item()
 
-    return step
+
+def build_step(method: str, case: StepCase, device: str | None = None) -> Step:
+    """A training step on `device`, by default the GPU if there is one."""
+    return Step(method, case, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def main() -> None:
-    """Command line: times all methods in one run, prints the table, appends to the results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--window", choices=("full", "trim"), default="full")
-    parser.add_argument("--audio-s", type=float, default=3.9, help="longest utterance of the batch, for --window trim")
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--output", type=Path, default=RESULTS / "step.jsonl")
-    options = parser.parse_args()
+def measure(
+    case: StepCase, *, methods: Iterable[str] = METHODS, rounds: int = 7, seconds: float = math.inf
+) -> list[dict[str, Any]]:
+    """A row for every method: latency, audio seconds per second, peak memory; on CUDA also launches.
 
-    mel_frames = AudioWindow(options.window).mel_frames(round(options.audio_s * 16_000))
-    arguments = (options.size, options.batch, mel_frames, options.tokens, options.rank)
-    console = Console()
-    peaks = {
-        method: peak_mib(build_step, method, *arguments)
-        for method in track(options.methods, description="peak memory", console=console)
-    }
-    steps = {method: build_step(method, *arguments) for method in options.methods}
-    with console.status(f"timing {options.rounds} rounds of {len(steps)} methods"):
-        times = latencies(steps, rounds=options.rounds)
-
-    positions = mel_frames // 2
-    case = f"whisper-{options.size} step, batch {options.batch}, {positions} positions, {options.tokens} tokens"
-    rows = [
-        {
-            "case": case,
-            "provider": method,
-            "kind": "measured",
-            **latency_fields(times[method]),
-            "peak_mib": peaks[method],
-        }
-        for method in steps
-    ]
-    record(options.output, rows)
-    console.print(_table(case, rows))
+    On CPU the methods take turns, and each one's memory is measured in a process of its own. On CUDA, where several
+    models might not fit, each is built, measured and let go in turn.
+    """
+    methods = list(methods)
+    if torch.cuda.is_available():
+        return [_measure_on_cuda(case, method, rounds, seconds / len(methods)) for method in methods]
+    peaks = {method: peak_mib(build_step, method, case) for method in methods}
+    steps = {method: build_step(method, case) for method in methods}
+    times = latencies(steps, rounds=rounds, seconds=seconds)
+    return [_timed_row(case, method, times[method], peak_mib=round(peaks[method], 1)) for method in methods]
 
 
-def _table(case: str, rows: list[dict]) -> Table:
-    by_name = {row["provider"]: row for row in rows}
-    baseline = by_name.get("lora-six")
-    table = Table(title=f"{case}, rank and optimizer alike, bf16 autocast · {device_name()}")
-    for column in ("method", "p20 ms", "p50 ms", "p80 ms", "time / lora-six", "peak MiB", "memory / lora-six"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        ratios = [f"{row[key] / baseline[key]:.2f}" if baseline else "–" for key in ("p50_ms", "peak_mib")]
-        table.add_row(
-            row["provider"],
-            *(f"{row[key]:.0f}" for key in ("p20_ms", "p50_ms", "p80_ms")),
-            ratios[0],
-            f"{row['peak_mib']:.0f}",
-            ratios[1],
-        )
-    return table
+def _measure_on_cuda(case: StepCase, method: str, rounds: int, seconds: float) -> dict[str, Any]:
+    step = None
+    try:
+        step = build_step(method, case)
+        step(), step()
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = (torch.cuda.max_memory_allocated() - held) / 2**20
+        launches = _launches(step)
+        (latency,) = latencies({method: step}, rounds=rounds, seconds=seconds).values()
+        memory = {"peak_mib": round(peak, 1), "held_mib": round(held / 2**20, 1)}
+        return _timed_row(case, method, latency, launches=launches, **memory)
+    except torch.cuda.OutOfMemoryError as error:
+        return step_row(case, method, "refused", reason=str(error).splitlines()[0])
+    finally:
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-if __name__ == "__main__":
-    main()
+def _launches(step: Step) -> int:
+    """Kernels that one step starts on the GPU, as its profiler sees them; copies and fills are not counted."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
+
+
+def _timed_row(case: StepCase, method: str, latency: Latency, **fields: Any) -> dict[str, Any]:
+    rate = case.speech_s / (latency.p50_ms / 1e3)
+    return step_row(case, method, "measured", **latency_fields(latency), audio_s_per_s=round(rate, 2), **fields)
+
+
+def step_row(case: StepCase, method: str, kind: str, **fields: Any) -> dict[str, Any]:
+    """One result of this section."""
+    return {"section": "step", **asdict(case), "provider": method, "kind": kind, **fields}

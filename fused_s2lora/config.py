@@ -39,7 +39,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "coefficient": ("rank", "scalar"),
     "init": ("unit", "normal"),
     "penalty": ("soft", "proximal"),
-    "backend": ("auto", "triton", "reference"),
+    "backend": ("auto", "triton", "merged", "reference"),
     "audio_window": ("full", "trim"),
 }
 
@@ -100,7 +100,9 @@ class S2LoraConfig(PeftConfig):
     coefficient_lr_ratio: float = field(
         default=6.0, metadata={"help": "Learning rate of s over that of A and B, see `parameter_groups`."}
     )
-    backend: str = field(default="auto", metadata={"help": "Kernels: auto, triton or reference, see `s2_linear`."})
+    backend: str = field(
+        default="auto", metadata={"help": "Kernels: auto, triton, merged or reference, see `s2_linear`."}
+    )
     audio_window: str = field(
         default="full",
         metadata={"help": "Encoder input the adapter was trained on: `full` 30 s, or `trim`med to the utterances."},

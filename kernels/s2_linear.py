@@ -1,7 +1,7 @@
 """y = x Wᵀ + b + ((x Aᵀ) ⊙ e) Bᵀ as one differentiable operation with a frozen W and b.
 
 `s2_linear` checks its arguments, picks the strategy and calls `S2LinearFunction`, whose forward and backward are the
-strategy's: Triton kernels (`triton_forward.py`, `triton_backward.py`) or a merged weight in PyTorch (`merged.py`).
+strategy's: Triton kernels (`triton_linear.py`) or a merged weight in PyTorch (`merged.py`).
 """
 
 from typing import Any, Literal
@@ -13,11 +13,11 @@ from .merged import merged_backward, merged_forward
 from .reference import s2_linear_reference
 from .triton_linear import triton_backward, triton_forward, triton_is_usable
 
-Backend = Literal["auto", "triton", "reference"]
-BACKENDS = ("auto", "triton", "reference")
+Backend = Literal["auto", "triton", "merged", "reference"]
+BACKENDS = ("auto", "triton", "merged", "reference")
 MAX_RANK = 256
 
-_STRATEGIES = {"merged": (merged_forward, merged_backward), "triton": (triton_forward, triton_backward)}
+STRATEGIES = {"merged": (merged_forward, merged_backward), "triton": (triton_forward, triton_backward)}
 
 
 class S2LinearFunction(torch.autograd.Function):
@@ -37,7 +37,7 @@ class S2LinearFunction(torch.autograd.Function):
         coefficients: Tensor,
         strategy: str,
     ) -> Tensor:
-        y, extra = _STRATEGIES[strategy][0](x, weight, bias, down, up, coefficients)
+        y, extra = STRATEGIES[strategy][0](x, weight, bias, down, up, coefficients)
         # With frozen factors and coefficients the gradient of x needs neither x nor z.
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:6]) else None, weight, extra, down, up, coefficients)
         ctx.strategy = strategy
@@ -49,7 +49,7 @@ class S2LinearFunction(torch.autograd.Function):
             raise RuntimeError("s2_linear has no second derivative; use backend='reference' with create_graph=True")
         x, weight, extra, down, up, coefficients = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:6])
-        backward = _STRATEGIES[ctx.strategy][1]
+        backward = STRATEGIES[ctx.strategy][1]
         dx, d_down, d_up, d_coefficients = backward(dy, x, weight, extra, down, up, coefficients, needs)
         return dx, None, None, d_down, d_up, d_coefficients, None
 
@@ -75,8 +75,8 @@ def s2_linear(
         down: A, [r, K] with 1 <= r <= 256; its dtype may be wider than x's (fp32 factors on a half-precision model).
         up: B, [N, r].
         coefficients: e, [r].
-        backend: "triton" runs the kernels or raises; "reference" is plain PyTorch, differentiable twice; "auto" is
-            Triton on a GPU and a merged weight in PyTorch on a CPU.
+        backend: "triton" runs the kernels or raises; "merged" forms the adapted weight in PyTorch; "reference" is plain
+            PyTorch, differentiable twice; "auto" is Triton on a GPU and merged on a CPU.
 
     Returns:
         y, [..., N], in x's dtype; under `torch.autocast`, in its dtype, as `torch.nn.functional.linear`.
@@ -105,6 +105,8 @@ def _strategy(x: Tensor, backend: Backend) -> str:
         if not usable:
             raise RuntimeError(f"backend='triton' cannot run here: {reason}; use backend='auto'")
         return "triton"
+    if backend == "merged":
+        return "merged"
     return "triton" if x.is_cuda and triton_is_usable(x)[0] else "merged"
 
 

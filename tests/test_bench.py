@@ -1,38 +1,102 @@
-"""The benchmarks measure what they say, and refuse what computes something else."""
+"""The benchmarks measure and count what they say, and refuse what computes something else."""
 
 import json
-import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from typer.testing import CliRunner
 
-from bench import layer, measure, step
+from bench import cases, counted, layer, measure, plots, report, run, static, step
+from bench.cases import LAYERS, PRECISIONS, SIZES, Case, make_operands
+from bench.counter import count
+from bench.providers import Provided, WrongResultError, providers, refuse_wrong
+from bench.roofline import DataSheet, Device
+from bench.step import StepCase
 from tests.oracle import DEVICE
 
-
-@pytest.fixture
-def case() -> layer.Case:
-    return layer.make_case(64, 32, 48, 4, torch.float32, DEVICE)
-
-
-def test_every_provider_computes_the_operation(case):
-    providers = layer.providers(case, DEVICE)
-    assert {"frozen", "addmm-lora", "peft-lora", "s2-auto", "s2-reference"} <= set(providers)
-    for name, forward in providers.items():
-        layer.refuse_wrong(name, forward, case)
+SMALL = (32, 1, 1, 80)
+NO_COMPILER = ("s2-compiled",)  # takes seconds each; tests of its own below
+DEVICE_IN_HAND = Device(DEVICE, 10.0, dict.fromkeys(PRECISIONS, 0.1))
 
 
-def test_a_wrong_provider_is_refused(case):
-    right = layer.providers(case, DEVICE)["s2-auto"]
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    monkeypatch.setitem(cases.SIZES, "tiny", SMALL)
+    monkeypatch.setitem(cases.SIZES, "base", (64, 1, 1, 80))
+
+
+def built(case: Case) -> tuple[dict[str, list[Provided]], list]:
+    groups = make_operands(case, DEVICE)
+    found = providers(case, DEVICE).items()
+    return {name: [build(group) for group in groups] for name, build in found if name not in NO_COMPILER}, groups
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_provider_computes_the_operation(name, precision):
+    case = Case(name, "tiny", 48, 4, precision)
+    found, groups = built(case)
+    wanted = {"frozen", "addmm-lora", "peft-lora", "peft-adalora", "peft-vera", "s2-reference", "s2-auto", "s2-merged"}
+    assert wanted <= set(found)
+    assert ("peft-lora-half" in found) == (precision in ("fp16", "bf16"))
+    for provider, provided in found.items():
+        for one, group in zip(provided, groups, strict=True):
+            refuse_wrong(provider, one, group, case.compute_dtype)
+
+
+def test_the_compiled_reference_computes_the_operation():
+    case = Case("fc1", "tiny", 48, 4, "fp32")
+    (group,) = make_operands(case, DEVICE)
+    refuse_wrong("s2-compiled", providers(case, DEVICE)["s2-compiled"](group), group, case.compute_dtype)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_wrong_output_is_refused(precision):
+    case = Case("qkv", "tiny", 48, 4, precision)
+    found, (group,) = built(case)
+    (right,) = found["s2-auto"]
     faults = {
-        "zeroed strip": lambda: right() * (torch.arange(48, device=DEVICE) < 47),
-        "no adapter": layer.providers(case, DEVICE)["frozen"],
-        "not finite": lambda: right() * torch.nan,
+        "zeroed strip": lambda: [y * (torch.arange(32, device=DEVICE) < 31) for y in right.forward()],
+        "no adapter": found["frozen"][0].forward,
+        "not finite": lambda: [y * torch.nan for y in right.forward()],
+        "one of three": lambda: [right.forward()[0], *found["frozen"][0].forward()[1:]],
     }
     for name, forward in faults.items():
-        with pytest.raises(ValueError, match=f"{name}: .* it is not timed"):
-            layer.refuse_wrong(name, forward, case)
+        with pytest.raises(WrongResultError, match=f"{name}: .* it is not timed"):
+            refuse_wrong(name, Provided(forward), group, case.compute_dtype)
+
+
+@pytest.mark.parametrize("provider", ["addmm-lora", "peft-lora", "peft-adalora", "peft-vera", "s2-auto"])
+def test_a_wrong_gradient_is_refused(provider):
+    case = Case("out", "tiny", 48, 4, "fp32")
+    found, (group,) = built(case)
+    (right,) = found[provider]
+    for index, learned in enumerate(right.learned):
+        wrong = [*right.learned]
+        wrong[index] = replace(learned, factor=1.1 * learned.factor)
+        with pytest.raises(WrongResultError, match=f"gradient of {learned.quantity} is off"):
+            refuse_wrong(provider, Provided(right.forward, wrong), group, case.compute_dtype)
+
+
+def test_a_planted_fault_is_shown_and_not_timed(monkeypatch):
+    def broken(case, device):
+        def build(group):
+            return Provided(lambda: [torch.zeros_like(dy) * group.x.sum() for dy in group.dys])
+
+        return {**providers(case, device), "broken": build}
+
+    monkeypatch.setattr(layer, "providers", broken)
+    names = ["frozen", "s2-auto", "broken"]
+    rows = layer.measure(Case("fc2", "tiny", 40, 4, "fp32"), DEVICE_IN_HAND, only=names, rounds=3)
+    kinds = {(row["provider"], row["kind"]) for row in rows}
+    assert kinds == {("frozen", "measured"), ("s2-auto", "measured"), ("broken", "refused")}
+    (refused,) = (row for row in rows if row["kind"] == "refused")
+    assert "output is off by" in refused["reason"]
+    assert "p50_ms" not in refused
+    assert {row["pass"] for row in rows if row["provider"] == "s2-auto"} == set(layer.PASSES)
 
 
 def test_latency_is_that_of_the_call():
@@ -40,25 +104,206 @@ def test_latency_is_that_of_the_call():
     assert 2 <= times["short"].p20_ms <= times["short"].p50_ms <= times["short"].p80_ms
     assert times["long"].p50_ms > 2 * times["short"].p50_ms
     assert times["long"].rounds == 5
+    assert measure.latencies({"long": lambda: time.sleep(0.02)}, rounds=50, seconds=0.1)["long"].rounds < 10
 
 
-def test_step_writes_a_line_for_every_method(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(step.SIZES, "base", (64, 1, 1, 80))
-    monkeypatch.setattr(step, "peak_mib", lambda *args: 1.0)  # a process of its own would not see the small size
-    output = tmp_path / "step.jsonl"
-    arguments = ["step", "--size", "base", "--batch", "1", "--window", "trim", "--rounds", "2", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    step.main()
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["provider"] for row in rows] == list(step.METHODS)
-    assert all(row["p50_ms"] > 0 and row["kind"] == "measured" for row in rows)
-    assert {"device", "versions", "commit", "utc", "command"} <= rows[0].keys()
-    assert "lora-six" in capsys.readouterr().out
+def test_counter_adds_up_a_small_network():
+    x = torch.randn(10, 8, requires_grad=True)
+    linear = nn.Linear(8, 4)
+
+    def call() -> None:
+        linear(x).view(-1, 2, 2).relu().sum().backward()
+
+    counted_call = count(call)
+    names = [launch.name for launch in counted_call.launches]
+    assert names[:3] == ["aten.addmm", "aten.relu", "aten.sum"]
+    assert not {"aten.view", "aten.t", "aten.detach"} & set(names)
+    assert counted_call.launches[0].bytes == 4 * (10 * 8 + 8 * 4 + 4 + 10 * 4)
+    assert counted_call.launches[0].flops == 2 * 10 * 8 * 4
+    assert counted_call.launches[1].bytes == 4 * 2 * 10 * 4
+    # One product forward, two backward.
+    assert counted_call.flops == 3 * 2 * 10 * 8 * 4
 
 
-def test_adapted_steps_train_and_the_frozen_one_does_not(monkeypatch):
-    monkeypatch.setitem(step.SIZES, "base", (64, 1, 1, 80))
+def test_counter_follows_what_is_held():
+    def chain(steps: int) -> None:
+        x = torch.ones(1024, dtype=torch.int8)
+        for _ in range(steps):
+            x = x + 1
+
+    def kept(steps: int) -> None:
+        _ = [torch.ones(1024, dtype=torch.int8) for _ in range(steps)]
+
+    assert count(lambda: chain(10)).peak_bytes == 2048
+    assert count(lambda: kept(10)).peak_bytes == 10 * 1024
+    x = torch.ones(1024, requires_grad=True)
+    # exp keeps its result for the backward pass, so that four are held at once.
+    assert count(lambda: x.exp().exp().exp().exp()).peak_bytes == 4 * 4096
+
+
+def test_counting_without_data_agrees_with_counting_a_run():
+    case = Case("encoder-layer", "tiny", 48, 4, "autocast")
+    rows = {row["provider"]: row for row in counted.count_layer(case)}
+    assert rows["s2-compiled"]["kind"] == "not counted"
+    found, groups = built(case)
+    for name in ("frozen", "addmm-lora", "peft-lora", "peft-adalora", "peft-vera", "s2-reference", "s2-merged"):
+        run_count = count(layer.passes(found[name], groups)["both"])
+        assert rows[name]["counted_launches"] == len(run_count.launches), name
+        assert rows[name]["counted_bytes"] == run_count.bytes, name
+        assert rows[name]["counted_peak_mib"] == pytest.approx(run_count.peak_bytes / 2**20, abs=0.06), name
+
+
+def test_the_kernels_move_little_beyond_the_frozen_maps():
+    rows = {row["provider"]: row for row in counted.count_layer(Case("encoder-layer", "large-v3", 24_000))}
+    beyond = {
+        name: row["counted_bytes"] - rows["frozen"]["counted_bytes"]
+        for name, row in rows.items()
+        if "counted_bytes" in row
+    }
+    assert beyond["s2-triton"] <= beyond["peft-lora"] / 3
+    least = rows["frozen"]["counted_bytes"]
+    minimum = sum(Case("encoder-layer", "large-v3", 24_000).minimum(backward)[0] for backward in (False, True))
+    assert 0.7 * least < minimum < rows["s2-triton"]["counted_bytes"]
+
+
+def test_counted_steps_name_the_strategy_and_the_optimizer():
+    rows = {row["provider"]: row for row in counted.count_step(StepCase("tiny", 1, "trim"), ["frozen", "s2lora"])}
+    assert set(rows) == {"frozen", "s2lora-merged", "s2lora-triton"}
+    assert rows["frozen"]["state_mib"] == 0 < rows["s2lora-triton"]["trainable"]
+    assert rows["s2lora-triton"]["counted_launches"] < rows["s2lora-merged"]["counted_launches"]
+
+
+def test_implied_time_is_the_larger_of_memory_and_arithmetic():
+    x, y = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
+    product = count(lambda: x @ y)
+    assert DataSheet(1, 1e9, 1e9).floor_ms(product) == pytest.approx(3 * 64 * 64 * 2 / 1e9 * 1e3)
+    assert DataSheet(1e9, 1e-3, 1e9).floor_ms(product) == pytest.approx(2 * 64**3 / 1e9 * 1e3)
+    wide = count(lambda: x.float() @ y.float())
+    assert DataSheet(1e9, 1e9, 1e-3).floor_ms(wide) == pytest.approx(2 * 64**3 / 1e9 * 1e3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "warps", "shared", "blocks"),
+    [
+        ("90", 32, 4, 0, 16),  # 16 blocks of 4 warps are all 64 warps
+        ("90", 128, 8, 0, 2),  # 65,536 / (128 · 32 · 8)
+        ("90", 32, 4, 100 << 10, 2),  # 228 KiB hold two of 101
+        ("89", 32, 4, 0, 12),  # 48 warps
+        ("80", 255, 8, 163 << 10, 1),
+    ],
+)
+def test_occupancy(target, registers, warps, shared, blocks):
+    found, share = static.occupancy(target, registers, warps, shared)
+    assert found == blocks
+    assert share == blocks * warps / static.MULTIPROCESSORS[target].warps
+
+
+def test_adapted_steps_train_and_the_frozen_one_does_not():
     for method in step.METHODS:
-        call = step.build_step(method, "base", 2, 100, 5, 4)
+        call = step.build_step(method, StepCase("base", 2, "trim", audio_s=1.0, tokens=5, rank=4))
         losses = [call() for _ in range(6)]
         assert (losses[-1] < losses[0]) == (method != "frozen"), method
+
+
+@pytest.fixture
+def one_run(monkeypatch, tmp_path):
+    """Every section of a small run in a folder of its own."""
+    monkeypatch.setattr(step, "peak_mib", lambda *args: 1.0)  # a process of its own would not see the small sizes
+    monkeypatch.setattr(run, "measure_device", lambda: DEVICE_IN_HAND)
+    monkeypatch.setattr(
+        run.static, "report", lambda targets: [dict(STATIC, target=target, section="static") for target in targets]
+    )
+    arguments = ["--size", "tiny", "--rows", "40", "--rows", "80", "--batch", "1", "--window", "trim", "--rounds", "3"]
+    for name in ("frozen", "peft-lora", "s2-auto", "s2-triton"):
+        arguments += ["--provider", name]
+    for name in ("frozen", "lora-six", "s2lora"):
+        arguments += ["--method", name]
+    result = CliRunner().invoke(app(), [*arguments, "--results", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    return tmp_path, result.output
+
+
+STATIC = {
+    "provider": "s2-triton", "kind": "static", "kernel": "linear", "config": "wide", "direction": "forward",
+    "dtype": "bf16", "R": 16, "num_warps": 8, "num_stages": 4, "registers": 213, "spilled": 0, "shared_memory": 1024,
+    "shared_memory_limit": 2048, "matrix_instructions": {"wgmma": 9},
+    "blocks_per_multiprocessor": 1, "occupancy": 0.125,
+}  # fmt: skip
+
+
+def app():
+    import typer
+
+    command = typer.Typer()
+    command.command()(run.main)
+    return command
+
+
+def test_a_run_writes_lines_tables_and_plots(one_run):
+    folder, output = one_run
+    assert {file.name for file in folder.glob("*.jsonl")} == {
+        "device.jsonl",
+        "layer.jsonl",
+        "step.jsonl",
+        "static.jsonl",
+    }
+    rows = report.load(folder)
+    assert all({"device", "versions", "commit", "utc", "command", "kind"} <= row.keys() for row in rows)
+    steps = [row for row in rows if row["section"] == "step" and row["kind"] == "measured"]
+    assert [row["provider"] for row in steps] == ["frozen", "lora-six", "s2lora"]
+    assert all(row["audio_s_per_s"] == pytest.approx(3.9e3 / row["p50_ms"], rel=0.01) for row in steps)
+    text = (folder / "tables.md").read_text()
+    for heading in ("Devices, measured", "tiny encoder-layer, M 40", "tiny step, batch 1", ", counted", "static"):
+        assert heading in text
+    assert "tiny encoder-layer, M 80" in output
+    kinds = {file.name.split("-")[0] for file in (folder / "plots").glob("*.svg")}
+    assert kinds == {"roofline", "time", "step", "bytes"}
+
+
+def test_a_table_shows_the_newest_line_and_the_right_ratio(one_run):
+    folder, _ = one_run
+    lines = [json.loads(line) for line in (folder / "step.jsonl").read_text().splitlines()]
+    (lora,) = (row for row in lines if row["provider"] == "lora-six" and row["kind"] == "measured")
+    newer = {**lora, "provider": "s2lora", "p20_ms": 1, "p50_ms": lora["p50_ms"] / 4, "p80_ms": 3, "peak_mib": 0.5}
+    with (folder / "step.jsonl").open("a") as stream:
+        stream.write(json.dumps(newer) + "\n")
+    (line,) = (
+        line
+        for line in report.tables(report.load(folder)).splitlines()
+        if line.startswith("| s2lora ") and " 0.25 " in line
+    )
+    assert " 0.50 " in line
+
+
+def test_figures_of_equal_rows_are_equal(one_run):
+    folder, _ = one_run
+    first = {file.name: file.read_text() for file in (folder / "plots").iterdir()}
+    plots.draw(report.load(folder), folder / "plots")
+    assert {file.name: file.read_text() for file in (folder / "plots").iterdir()} == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "fc3"], "'fc3' is not one of"),
+        (["--section", "all"], "'all' is not one of"),
+        (["--size", "huge"], "'huge'"),
+    ],
+)
+def test_a_selection_that_does_not_exist_is_refused(arguments, message):
+    result = CliRunner().invoke(app(), arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_what_no_time_is_left_for_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "measure_device", lambda: DEVICE_IN_HAND)
+    arguments = ["--section", "layer", "--size", "tiny", "--minutes", "0", "--results", str(tmp_path)]
+    result = CliRunner().invoke(app(), arguments)
+    assert result.exit_code == 0
+    assert "no time for: tiny encoder-layer" in result.output
+    assert not (tmp_path / "layer.jsonl").exists()
+
+
+def test_every_size_is_known_to_both_sections():
+    assert {Case("qkv", size, 1).groups()[0].inputs for size in SIZES} == {row[0] for row in SIZES.values()}

@@ -31,7 +31,7 @@ TRITON_DTYPES = [
     ),
 ]
 triton_linear = functools.partial(s2_linear, backend="triton")
-auto_linear = functools.partial(s2_linear, backend="auto")
+merged_linear = functools.partial(s2_linear, backend="merged")
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
@@ -46,10 +46,10 @@ def test_auto_output_and_gradients(shape, dtype):
     factors = torch.float64 if dtype == torch.float64 else torch.float32
     # PyTorch's own bfloat16 product on CPU lets NaN beyond the end of a row into the result: 0 · NaN in its padding.
     padding = 0.0 if dtype == torch.bfloat16 and not ON_GPU else torch.nan
-    check(make_problem(*shape, dtype, factor_dtype=factors, padding=padding), auto_linear)
+    check(make_problem(*shape, dtype, factor_dtype=factors, padding=padding), merged_linear)
 
 
-@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
 @pytest.mark.parametrize(
     "trained",
     [(), ("x",), ("down",), ("up",), ("coefficients",), ("x", "coefficients"), ("down", "up"), ("up", "coefficients")],
@@ -61,7 +61,7 @@ def test_only_what_is_asked_for(operation, trained):
     assert set(run(problem, operation)) == {"y", *trained}
 
 
-@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
 def test_no_bias_and_leading_dimensions(operation):
     check(make_problem((2, 3, 33), 40, 48, 8, torch.float32, bias=False), operation)
     check(make_problem((2, 0), 40, 48, 8, torch.float32), operation)
@@ -69,7 +69,7 @@ def test_no_bias_and_leading_dimensions(operation):
     check(vector, operation)
 
 
-@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
 def test_strides_of_every_kind(operation):
     problem = make_problem((20, 30), 40, 48, 8, torch.float32)
     problem.operands["x"] = problem.operands["x"].transpose(0, 1)
@@ -171,7 +171,7 @@ def test_reference_and_merged_pass_gradcheck():
     assert torch.autograd.gradgradcheck(lambda x, *f: s2_linear_reference(x, weight, bias, *f), trained)
 
 
-@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
 def test_second_derivative_is_refused(operation):
     problem = make_problem(5, 6, 7, 3, torch.float32)
     problem.operands["x"].requires_grad_()
@@ -180,7 +180,7 @@ def test_second_derivative_is_refused(operation):
         torch.autograd.grad(y.sum(), problem.operands["x"], create_graph=True)
 
 
-@pytest.mark.parametrize("operation", [triton_linear, auto_linear], ids=["triton", "auto"])
+@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
 def test_compiles_without_graph_breaks(operation):
     problem = make_problem(33, 40, 48, 8, torch.float32)
     compiled = torch.compile(lambda **operands: operation(**operands), fullgraph=True, backend="aot_eager")

@@ -1,0 +1,87 @@
+"""Section `counted`: launches, bytes and peak memory of layers and steps, and the time they imply on known GPUs.
+
+Nothing runs: fake tensors go through each provider's own code, forward and backward, and what PyTorch dispatches is
+added up. The implied time is the sum over launches of the least time each can take by the GPU's data sheet. It leaves
+out launch gaps and caches, so it is a bound and not a forecast.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.cases import Case, make_operands
+from bench.counter import Count, count
+from bench.layer import passes, row
+from bench.providers import providers
+from bench.roofline import DATA_SHEETS
+from bench.step import METHODS, Step, StepCase, step_row
+from fused_s2lora.kernels import s2_linear
+from fused_s2lora.kernels.s2_linear import STRATEGIES
+
+
+def count_layer(case: Case, *, only: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """A row for every provider of a case, none of which needs a GPU; for what a compiler fuses, a row saying so."""
+    fake = _fake()
+    with fake:
+        groups = make_operands(case, "cpu")
+    rows = []
+    for name, build in providers(case, "cpu", counting=True).items():
+        if _wanted(name, only):
+            calls = passes([build(group) for group in groups], groups)
+            with fake:
+                rows.append(row(case, name, "counted", **fields(count(calls["both"]))))
+    if _wanted("s2-compiled", only):
+        reason = "what Inductor launches on a GPU is decided on that GPU"
+        rows.append(row(case, "s2-compiled", "not counted", reason=reason))
+    return rows
+
+
+def count_step(case: StepCase, methods: Iterable[str] = METHODS) -> list[dict[str, Any]]:
+    """A row for every method, S2-LoRA once by strategy: forward and backward of a training step.
+
+    `state_mib` is what AdamW keeps, by its definition: two float32 numbers for each trainable one.
+    """
+    rows = []
+    for method in methods:
+        step = Step(method, case, "cpu", initialised=False)
+        trainable = sum(parameter.numel() for parameter in step.trainable)
+        state = {"trainable": trainable, "state_mib": round(2 * 4 * trainable / 2**20, 2)}
+        for strategy in STRATEGIES if method == "s2lora" else (None,):
+            with mock.patch.object(s2_linear, "_strategy", lambda *_, strategy=strategy: strategy), _fake():
+                counted = count(lambda step=step: _gradients(step))
+            name = f"{method}-{strategy}" if strategy else method
+            rows.append(step_row(case, name, "counted", **fields(counted), **state))
+    return rows
+
+
+def _gradients(step: Step) -> list[Tensor]:
+    """Forward and backward without touching `.grad` of real parameters; those of `frozen` end at the front end."""
+    loss = step.loss()
+    if step.trainable:
+        return list(torch.autograd.grad(loss, step.trainable, allow_unused=True))
+    loss.backward()
+    return []
+
+
+def _fake() -> FakeTensorMode:
+    """Inside, tensors have shapes and no data; real ones stand for their shapes."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fields(counted: Count) -> dict[str, Any]:
+    """Fields of a result line: totals, and the implied milliseconds by data sheet."""
+    return {
+        "counted_launches": len(counted.launches),
+        "counted_bytes": counted.bytes,
+        "counted_flops": counted.flops,
+        "counted_peak_mib": round(counted.peak_bytes / 2**20, 1),
+        "implied_ms": {name: round(sheet.floor_ms(counted), 4) for name, sheet in DATA_SHEETS.items()},
+    }
+
+
+def _wanted(name: str, only: Iterable[str] | None) -> bool:
+    return only is None or name in only

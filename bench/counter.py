@@ -1,0 +1,165 @@
+"""What PyTorch dispatches while a callable runs: launches, bytes, floating-point operations and peak memory.
+
+Everything here is *counted*, never timed. An operation that is not a view is one launch; it reads each tensor it is
+given once and writes each tensor it returns once. On fake tensors nothing is computed, so that a large model is counted
+on a small machine.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fused_s2lora.kernels import configs
+
+# Allocations and relabellings: nothing is launched for them, though their schemas do not say so.
+_FREE = {
+    "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided",
+    "aten._unsafe_view", "aten._reshape_alias", "aten.lift_fresh", "aten.detach", "aten.alias", "aten.set_",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operation: bytes read and written, and its matrix flops in half or in single precision."""
+
+    name: str
+    bytes: int
+    flops: int
+    half: bool
+
+    def floor_s(self, bytes_per_s: float, half_flops_per_s: float, single_flops_per_s: float) -> float:
+        """The least time it can take on a device of those rates: its memory's or its arithmetic's."""
+        return max(self.bytes / bytes_per_s, self.flops / (half_flops_per_s if self.half else single_flops_per_s))
+
+
+@dataclass
+class Count:
+    """All launches of a callable, and the most bytes it held at once beyond what existed before."""
+
+    launches: list[Launch] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written by all launches."""
+        return sum(launch.bytes for launch in self.launches)
+
+    @property
+    def flops(self) -> int:
+        """Flops of all matrix products."""
+        return sum(launch.flops for launch in self.launches)
+
+
+class OpCounter(TorchDispatchMode):
+    """Fills `count` with what is dispatched inside the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Count()
+        self._held = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self._hold(given, made)
+        if not _launches_nothing(func):
+            self.count.launches += _launches(func, args, kwargs or {}, out, given, made)
+        return out
+
+    def _hold(self, given: list[Tensor], made: list[Tensor]) -> None:
+        """Follows the life of every storage that is new here."""
+        old = {id(tensor.untyped_storage()) for tensor in given}
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if id(storage) in old or id(storage) in self._seen:
+                continue
+            key, size = id(storage), storage.nbytes()
+            self._seen.add(key)
+            self._held += size
+            self.count.peak_bytes = max(self.count.peak_bytes, self._held)
+            weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._held -= size
+
+
+def _launches_nothing(func: Any) -> bool:
+    if func.namespace == "prim" or str(func.overloadpacket) in _FREE:
+        return True
+    infos = [result.alias_info for result in func._schema.returns]
+    return bool(infos) and all(info is not None and not info.is_write for info in infos)
+
+
+def _launches(func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], made: list[Tensor]) -> list[Launch]:
+    name = str(func.overloadpacket)
+    written = [tensor for tensor in made if all(tensor is not other for other in given)]
+    mutated = [tensor for tensor in made if any(tensor is other for other in given)]
+    writes_only = name in ("aten.zero_", "aten.fill_", "aten.copy_")
+    read = given[1:] if writes_only and given else given
+    moved = sum(map(_touched, [*read, *written, *mutated]))
+    half = bool(given) and all(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in given)
+    if name == "fused_s2lora.linear":
+        return [Launch(name, moved, _linear_flops(*args), given[0].dtype != torch.float32)]
+    if name == "fused_s2lora.factor_gradient":
+        return _factor_gradient_launches(name, moved, *args)
+    formula = flop_registry.get(func.overloadpacket)
+    flops = int(formula(*args, **kwargs, out_val=out)) if formula else _cpu_attention_flops(name, args)
+    return [Launch(name, moved, flops, half)]
+
+
+def _touched(tensor: Tensor) -> int:
+    """Bytes of memory behind a tensor: an expanded one is read where it lies."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _cpu_attention_flops(name: str, args: Any) -> int:
+    """PyTorch registers no formula for its attention on CPU: two products forward, five backward."""
+    products = {
+        "aten._scaled_dot_product_flash_attention_for_cpu": 2,
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward": 5,
+    }.get(name, 0)
+    if not products:
+        return 0
+    query, key = (args[0], args[1]) if products == 2 else (args[1], args[2])
+    batch, heads, length, width = query.shape
+    return products * 2 * batch * heads * length * key.shape[2] * width
+
+
+def _linear_flops(x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, coefficients: Tensor) -> int:
+    rows, inputs = x.shape
+    outputs, rank = up.shape
+    return 2 * rows * (inputs * outputs + rank * (inputs + outputs))
+
+
+def _factor_gradient_launches(
+    name: str, moved: int, tall: Tensor, low: Tensor, factor: Any, coefficients: Tensor
+) -> list[Launch]:
+    """Zeroed sums, the product in splits, the sum over the splits, and that over blocks of columns."""
+    rows, columns = tall.shape
+    padded = configs.rank_block(low.shape[1])
+    splits = -(-rows // configs.FACTOR[configs.factor_config_name(padded, tall.dtype)].SPLIT_ROWS)
+    workspace = splits * columns * padded * 4
+    half = tall.dtype != torch.float32
+    return [
+        Launch(f"{name}: zero", 0, 0, half),
+        Launch(f"{name}: splits", moved + workspace, 2 * rows * columns * padded, half),
+        Launch(f"{name}: reduce", workspace, 0, half),
+        Launch(f"{name}: sum", 0, 0, half),
+    ]
+
+
+def count(call: Callable[[], Any]) -> Count:
+    """What one call of `call` dispatches; its result is let go."""
+    with OpCounter() as counter:
+        call()
+    return counter.count

@@ -1,0 +1,139 @@
+"""Figures of result lines: the roofline, time by rows, training throughput, and bytes moved."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from bench.cases import Case
+
+Row = dict[str, Any]
+_CASE = tuple(Case.__dataclass_fields__)
+_COLOURS = {
+    "frozen": "0.55", "full": "0.25", "addmm-lora": "tab:olive", "peft-lora": "tab:orange",
+    "peft-lora-half": "tab:brown", "peft-adalora": "tab:pink", "peft-vera": "tab:purple", "lora-qv": "tab:olive",
+    "lora-six": "tab:orange", "adalora-six": "tab:pink", "vera-six": "tab:purple", "s2-reference": "lightblue",
+    "s2-compiled": "tab:cyan", "s2-auto": "tab:blue", "s2-merged": "tab:green", "s2-triton": "navy",
+    "s2lora": "tab:blue", "s2lora-merged": "tab:green", "s2lora-triton": "navy",
+}  # fmt: skip
+
+
+def draw(rows: Iterable[Row], folder: Path) -> None:
+    """Writes an SVG for every figure these rows have data for; equal rows give equal files."""
+    rows = list(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({"svg.hashsalt": "fused_s2lora", "font.size": 9, "axes.spines.top": False})
+    plt.rcParams.update({"axes.spines.right": False, "legend.frameon": False})
+    for device in dict.fromkeys(row["device"] for row in rows if row["kind"] == "measured"):
+        here = [row for row in rows if row["device"] == device and row["kind"] == "measured"]
+        kind = "-".join(device.lower().replace("(", "").replace(")", "").replace(",", "").split())
+        _save(_roofline(device, here), folder / f"roofline-{kind}.svg")
+        _save(_time_by_rows(device, here), folder / f"time-by-rows-{kind}.svg")
+        _save(_throughput(device, here), folder / f"step-throughput-{kind}.svg")
+    _save(_bytes([row for row in rows if row["kind"] == "counted"]), folder / "bytes-counted.svg")
+
+
+def _save(figure: Figure | None, file: Path) -> None:
+    if figure is not None:
+        figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)
+
+
+def _roofline(device: str, rows: list[Row]) -> Figure | None:
+    """Achieved rate of the work a case cannot do without, against that work's flops a byte."""
+    limits = [row for row in rows if row["section"] == "device"]
+    both = [row for row in rows if row["section"] == "layer" and row["pass"] == "both"]
+    if not (limits and both):
+        return None
+    bandwidth, matrix = limits[-1]["copy_gb_per_s"] * 1e9, limits[-1]["matrix_tflops"]
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    intensities = []
+    for provider in dict.fromkeys(row["provider"] for row in both):
+        points = []
+        for row in (row for row in both if row["provider"] == provider):
+            work = [Case(**{name: row[name] for name in _CASE}).minimum(backward) for backward in (False, True)]
+            moved, flops = (sum(values) for values in zip(*work, strict=True))
+            points.append((flops / moved, flops / row["p50_ms"] / 1e9))
+        intensities += [intensity for intensity, _ in points]
+        x, y = zip(*points, strict=True)
+        axes.scatter(x, y, s=18, label=provider, color=_COLOURS.get(provider))
+    span = [min(intensities) / 2, max(intensities) * 2]
+    axes.plot(span, [value * bandwidth / 1e12 for value in span], color="black", linewidth=1)
+    for precision in dict.fromkeys(row["precision"] for row in both):
+        axes.axhline(matrix[precision], color="black", linewidth=1, linestyle=":")
+        axes.annotate(f"{precision} product", (span[0], matrix[precision]), va="bottom", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="flops / byte (least possible)", ylabel="TFLOP/s", xlim=span)
+    axes.set_title(f"Linear maps, forward + backward, measured\n{device}", fontsize=9)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _time_by_rows(device: str, rows: list[Row]) -> Figure | None:
+    """Time of the encoder layer's maps over the frozen ones, by rows."""
+    both = [
+        row for row in rows if row["section"] == "layer" and row["pass"] == "both" and row["layer"] == "encoder-layer"
+    ]
+    series: dict[tuple, dict[str, dict[int, float]]] = {}
+    for row in both:
+        group = series.setdefault((row["size"], row["precision"], row["rank"]), {})
+        group.setdefault(row["provider"], {})[row["rows"]] = row["p50_ms"]
+    series = {key: group for key, group in series.items() if len(group.get("frozen", {})) > 1}
+    if not series:
+        return None
+    figure, grid = plt.subplots(1, len(series), figsize=(5 * len(series), 3.6), squeeze=False)
+    for axes, ((size, precision, rank), group) in zip(grid[0], series.items(), strict=True):
+        for provider, times in group.items():
+            x = sorted(set(times) & set(group["frozen"]))
+            y = [times[m] / group["frozen"][m] for m in x]
+            axes.plot(x, y, marker="o", markersize=3, label=provider, color=_COLOURS.get(provider))
+        axes.set(xscale="log", xlabel="rows M", ylabel="time / frozen", ylim=(0, None))
+        axes.set_title(f"{size} encoder layer, {precision}, rank {rank}\n{device}", fontsize=9)
+    grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _throughput(device: str, rows: list[Row]) -> Figure | None:
+    """Audio seconds a second of a training step, by method."""
+    steps = [row for row in rows if row["section"] == "step"]
+    if not steps:
+        return None
+    cases: dict[str, list[Row]] = {}
+    for row in steps:
+        window = "30 s" if row["window"] == "full" else "trimmed"
+        cases.setdefault(f"{row['size']}, batch {row['batch']}, {window}", []).append(row)
+    figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
+    for axes, (case, found) in zip(grid[0], cases.items(), strict=True):
+        names = [row["provider"] for row in found]
+        rates = [row["audio_s_per_s"] for row in found]
+        bars = axes.barh(names, rates, color=[_COLOURS.get(name) for name in names])
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axes.invert_yaxis()
+        axes.set(xlabel="audio seconds / second")
+        axes.set_title(case, fontsize=9)
+    figure.suptitle(f"Training step, bf16 autocast, measured · {device}", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def _bytes(rows: list[Row]) -> Figure | None:
+    """Bytes moved by the maps of one encoder layer, by provider."""
+    layers = [row for row in rows if row["section"] == "layer" and row["layer"] == "encoder-layer"]
+    if not layers:
+        return None
+    cases: dict[str, list[Row]] = {}
+    for row in layers:
+        cases.setdefault(f"{row['size']}, M {row['rows']:,}, {row['precision']}", []).append(row)
+    figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
+    for axes, (case, found) in zip(grid[0], cases.items(), strict=True):
+        names = [row["provider"] for row in found]
+        amounts = [row["counted_bytes"] / 1e9 for row in found]
+        bars = axes.barh(names, amounts, color=[_COLOURS.get(name) for name in names])
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axes.invert_yaxis()
+        axes.set(xlabel="GB, forward + backward")
+        axes.set_title(case, fontsize=9)
+    figure.suptitle("Bytes read and written by an encoder layer's linear maps, counted", fontsize=9)
+    figure.tight_layout()
+    return figure

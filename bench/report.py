@@ -1,0 +1,212 @@
+"""Tables and plots, drawn from result lines only.
+
+python -m bench.report [results folder]
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Case
+from bench.measure import RESULTS
+from bench.plots import draw
+from bench.step import StepCase
+
+Row = dict[str, Any]
+_NO_FIGURE = {"measured": "refused", "counted": "not counted"}
+_CASE = tuple(Case.__dataclass_fields__)
+_STEP_CASE = tuple(StepCase.__dataclass_fields__)
+_IDENTITY = (
+    "section", "device", "kind", "provider", "pass", "kernel", "config", "direction", "dtype", "R", "target",
+    *_CASE, *_STEP_CASE,
+)  # fmt: skip
+
+
+def load(results: Path) -> list[Row]:
+    """The newest line of each case, provider, pass and device in the folder's JSON lines, in the order of the files."""
+    newest: dict[tuple, Row] = {}
+    for file in sorted(results.glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            identity = tuple(str(row.get(name)) for name in _IDENTITY)
+            newest.pop(identity, None)
+            newest[identity] = row
+    return list(newest.values())
+
+
+def write(results: Path = RESULTS) -> None:
+    """Draws `tables.md` and `plots/` of a results folder anew."""
+    rows = load(results)
+    (results / "tables.md").write_text(
+        "# Results\n\nDrawn by `python -m bench.report` from the JSON lines beside this file; how to read them is in "
+        "`bench/README.md`.\n\n" + tables(rows),
+        encoding="utf-8",
+    )
+    draw(rows, results / "plots")
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """All tables of these rows, in Markdown."""
+    rows = list(rows)
+    parts = [
+        _devices([row for row in rows if row["section"] == "device"]),
+        *_each_case(rows, "step", "measured", _measured_step),
+        *_each_case(rows, "layer", "measured", _measured_layer),
+        *_each_case(rows, "layer", "counted", _counted),
+        *_each_case(rows, "step", "counted", _counted),
+        _static([row for row in rows if row["section"] == "static"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _each_case(rows: list[Row], section: str, kind: str, table: Callable[[str, list[Row]], str]) -> list[str]:
+    """One table for every case and, where it was measured, device; refusals are named under it."""
+    grouped: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["section"] != section or row["kind"] not in (kind, _NO_FIGURE[kind]):
+            continue
+        device = _device(row) if kind == "measured" else ""
+        grouped.setdefault((case_of(row), device), []).append(row)
+    parts = []
+    for (case, device), found in grouped.items():
+        heading = f"### {case}, {kind}" + (f" · {device}" if device else "")
+        left_out = [f"{row['provider']}: {row['kind']}, {row['reason']}" for row in found if "reason" in row]
+        body = [row for row in found if "reason" not in row]
+        parts.append("\n\n".join([heading, *([table(device, body)] if body else []), *left_out]))
+    return parts
+
+
+def case_of(row: Row) -> str:
+    """What a row of a layer or a step is about."""
+    if row["section"] == "layer":
+        return str(Case(**{name: row[name] for name in _CASE}))
+    return str(StepCase(**{name: row[name] for name in _STEP_CASE}))
+
+
+def _device(row: Row) -> str:
+    return f"{row['device']}, {row['utc'][:10]}"
+
+
+def _devices(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    names = list(rows[0]["matrix_tflops"])
+    lines = [
+        [_device(row), f"{row['copy_gb_per_s']:,.0f}", *(f"{row['matrix_tflops'][name]:.2f}" for name in names)]
+        for row in rows
+    ]
+    heads = ["device", "copy GB/s", *(f"{name} TFLOP/s" for name in names)]
+    return "### Devices, measured\n\n" + _markdown(heads, lines)
+
+
+def _measured_layer(device: str, rows: list[Row]) -> str:
+    passes = {(row["provider"], row["pass"]): row for row in rows}
+    both = {row["provider"]: row for row in rows if row["pass"] == "both"}
+    lines = []
+    for name, row in both.items():
+        single = [
+            _number(passes[name, which]["p50_ms"]) for which in ("forward", "backward") if (name, which) in passes
+        ]
+        peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else f"{row.get('counted_peak_mib', '–')} c"
+        percentiles = " / ".join(_number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms"))
+        ratios = [_ratio(row, both.get(other), "p50_ms") for other in ("frozen", "addmm-lora", "peft-lora")]
+        over_floor = f"{row['p50_ms'] / row['floor_ms']:.2f}"
+        lines.append([name, *single, percentiles, *ratios, over_floor, peak, str(row.get("counted_launches", "–"))])
+    heads = [
+        "provider", "forward ms", "backward ms", "both p20 / p50 / p80 ms", "/ frozen", "/ addmm-lora", "/ peft-lora",
+        "/ floor", "peak MiB", "launches c",
+    ]  # fmt: skip
+    return _markdown(heads, lines)
+
+
+def _measured_step(device: str, rows: list[Row]) -> str:
+    named = {row["provider"]: row for row in rows}
+    frozen, lora = named.get("frozen"), named.get("lora-six")
+    lines = [
+        [
+            name,
+            " / ".join(_number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms")),
+            _ratio(row, frozen, "p50_ms"),
+            _ratio(row, lora, "p50_ms"),
+            f"{row['audio_s_per_s']:.1f}",
+            f"{row['peak_mib']:.0f}",
+            _ratio(row, lora, "peak_mib"),
+            str(row.get("launches", "–")),
+        ]
+        for name, row in named.items()
+    ]
+    heads = [
+        "method", "p20 / p50 / p80 ms", "/ frozen", "/ lora-six", "audio s / s", "peak MiB", "/ lora-six", "launches",
+    ]  # fmt: skip
+    return _markdown(heads, lines)
+
+
+def _counted(device: str, rows: list[Row]) -> str:
+    named = {row["provider"]: row for row in rows}
+    frozen = named.get("frozen")
+    peft = named.get("peft-lora", named.get("lora-six"))
+    gpus = list(rows[0]["implied_ms"])
+    lines = []
+    for name, row in named.items():
+        beyond = [
+            f"{(row[key] - frozen[key]) / (peft[key] - frozen[key]):.2f}" if frozen and peft else "–"
+            for key in ("counted_launches", "counted_bytes")
+        ]
+        lines.append(
+            [
+                name,
+                str(row["counted_launches"]),
+                f"{row['counted_bytes'] / 1e9:.2f}",
+                *beyond,
+                f"{row['counted_peak_mib'] + row.get('state_mib', 0):,.0f}",
+                *(_number(row["implied_ms"][gpu]) for gpu in gpus),
+            ]
+        )
+    heads = ["provider", "launches", "GB", "launches beyond", "GB beyond", "peak MiB", *(f"{gpu} ms" for gpu in gpus)]
+    return _markdown(heads, lines)
+
+
+def _static(rows: list[Row]) -> str:
+    """Registers, spilled bytes, shared memory, blocks on a multiprocessor and matrix instructions, build by target."""
+    if not rows:
+        return ""
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    builds: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        builds.setdefault((row["kernel"], row["config"], row["direction"], row["dtype"], row["R"]), {})[
+            row["target"]
+        ] = row
+    lines = [
+        [*map(str, build), *(_resources(found[target]) if target in found else "–" for target in targets)]
+        for build, found in builds.items()
+    ]
+    heads = ["kernel", "config", "direction", "dtype", "R", *(f"sm_{target}" for target in targets)]
+    legend = (
+        "registers a thread · spilled bytes · shared KiB · blocks a multiprocessor (occupancy) · matrix instructions"
+    )
+    return f"### Kernels compiled ahead of time, static\n\nEach cell: {legend}.\n\n" + _markdown(heads, lines)
+
+
+def _resources(row: Row) -> str:
+    matrix = "+".join(f"{number} {name}" for name, number in row["matrix_instructions"].items() if number) or "none"
+    blocks = f"{row['blocks_per_multiprocessor']} ({row['occupancy']:.0%})"
+    return f"{row['registers']} · {row['spilled']} · {row['shared_memory'] / 1024:.0f} · {blocks} · {matrix}"
+
+
+def _ratio(row: Row, other: Row | None, key: str) -> str:
+    return f"{row[key] / other[key]:.2f}" if other and other.get(key) else "–"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _markdown(heads: list[str], lines: list[list[str]]) -> str:
+    rule = ["---" if index == 0 else "--:" for index in range(len(heads))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *lines])
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
