@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import Case, Operands, make_operands
 from bench.counter import count
-from bench.measure import latencies, latency_fields
+from bench.measure import Staged, latencies, latency_fields
 from bench.providers import Provided, gradients, providers, refuse_wrong
 from bench.roofline import Device
 
@@ -32,7 +32,7 @@ def measure(
     """
     torch.compiler.reset()
     groups = make_operands(case, device.type)
-    calls: dict[str, dict[str, Callable[[], Any]]] = {}
+    calls: dict[str, dict[str, Any]] = {}
     rows = []
     counted: dict[str, dict[str, Any]] = {}
     for name, build in providers(case, device.type).items():
@@ -64,24 +64,17 @@ def row(case: Case, provider: str, kind: str, **fields: Any) -> dict[str, Any]:
     return {"section": "layer", **case.fields(), "provider": provider, "kind": kind, **fields}
 
 
-def passes(provided: list[Provided], groups: list[Operands]) -> dict[str, Callable[[], Any]]:
-    """One call for each of `PASSES` over all groups; the backward pass runs again and again over a kept graph."""
+def passes(provided: list[Provided], groups: list[Operands]) -> dict[str, Any]:
+    """What is timed for each of `PASSES`, over all groups; the backward pass after a forward that is not timed."""
 
     def forward() -> list:
         return [one.forward() for one in provided]
 
-    def backward_of(outputs: list, keep_graph: bool = False) -> None:
+    def backward(outputs: list) -> None:
         for one, ys, group in zip(provided, outputs, groups, strict=True):
-            gradients(one, ys, group, keep_graph=keep_graph)
+            gradients(one, ys, group)
 
-    kept: list = []
-
-    def backward() -> None:
-        if not kept:
-            kept.extend(forward())
-        backward_of(kept, keep_graph=True)
-
-    return {"forward": forward, "backward": backward, "both": lambda: backward_of(forward())}
+    return {"forward": forward, "backward": Staged(forward, backward), "both": lambda: backward(forward())}
 
 
 def _counts(call: Callable[[], Any], *, compiled: bool) -> dict[str, Any]:

@@ -31,8 +31,16 @@ class Latency:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A call `run(prepare())` of which only `run` is timed."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Any]
+
+
 def latencies(
-    providers: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2, seconds: float = math.inf
+    providers: Mapping[str, Callable[[], Any] | Staged], *, rounds: int, warmup: int = 2, seconds: float = math.inf
 ) -> dict[str, Latency]:
     """Wall time of every provider, one call of each per round, so that drift of the machine meets all of them alike.
 
@@ -46,10 +54,17 @@ def latencies(
         if index >= warmup + 3 and time.perf_counter() - began > seconds:
             break
         for name, call in providers.items():
-            elapsed = timer(call)
+            elapsed = timer(_ready(call))
             if index >= warmup:
                 samples[name].append(elapsed)
     return {name: _percentiles(values) for name, values in samples.items()}
+
+
+def _ready(call: Callable[[], Any] | Staged) -> Callable[[], Any]:
+    if not isinstance(call, Staged):
+        return call
+    prepared, run = call.prepare(), call.run
+    return lambda: run(prepared)
 
 
 def _percentiles(values: list[float]) -> Latency:

@@ -185,10 +185,10 @@ def _fill(layer: Any, config: PeftConfig, group: Operands, index: int) -> list[L
     return learned
 
 
-def gradients(provided: Provided, ys: list[Tensor], group: Operands, *, keep_graph: bool = False) -> list[Tensor]:
+def gradients(provided: Provided, ys: list[Tensor], group: Operands) -> list[Tensor]:
     """Gradients of x and of every learned tensor, in that order."""
     inputs = [group.x, *(learned.tensor for learned in provided.learned)]
-    return list(torch.autograd.grad(ys, inputs, group.dys, retain_graph=keep_graph))
+    return list(torch.autograd.grad(ys, inputs, group.dys))
 
 
 def refuse_wrong(name: str, provided: Provided, group: Operands, dtype: torch.dtype) -> None:

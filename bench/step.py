@@ -7,6 +7,7 @@ nothing to train, and no optimizer.
 import contextlib
 import gc
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from bench.measure import Latency, latencies, latency_fields, peak_mib
 from fused_s2lora import S2LoraConfig, parameter_groups
 from fused_s2lora.training.audio_window import POSITIONS, AudioWindow, window_of
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 SIX = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 METHODS: dict[str, Callable[[int], Any]] = {
     "frozen": lambda rank: None,

@@ -104,6 +104,8 @@ def test_latency_is_that_of_the_call():
     assert 2 <= times["short"].p20_ms <= times["short"].p50_ms <= times["short"].p80_ms
     assert times["long"].p50_ms > 2 * times["short"].p50_ms
     assert times["long"].rounds == 5
+    staged = measure.Staged(lambda: time.sleep(0.02) or 3, lambda given: time.sleep(0.001 * given))
+    assert 3 <= measure.latencies({"staged": staged}, rounds=5)["staged"].p50_ms < 15
     assert measure.latencies({"long": lambda: time.sleep(0.02)}, rounds=50, seconds=0.1)["long"].rounds < 10
 
 
