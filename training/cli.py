@@ -49,7 +49,7 @@ def train(
     ] = False,
     limit: Limit = None,
     strict: Strict = False,
-    method: Annotated[str, typer.Option(help="s2lora, or lora (PEFT's) to compare with.")] = "s2lora",
+    method: Annotated[str, typer.Option(help="s2lora, or to compare with: lora, adalora, ..., full.")] = "s2lora",
     preset: Annotated[str, typer.Option(help="S2-LoRA's default settings, or those of the paper.")] = "default",
     rank: Annotated[int, typer.Option(help="Rank of the factors.")] = 8,
     target_modules: Annotated[
@@ -61,6 +61,9 @@ def train(
     sparsity_weight: Annotated[float | None, typer.Option(help="α₁. [dim]default: the preset's[/dim]")] = None,
     norm_weight: Annotated[float | None, typer.Option(help="α₂. [dim]default: the preset's[/dim]")] = None,
     penalty: Annotated[str | None, typer.Option(help="soft, or proximal for exact zeros.")] = None,
+    freeze_factors: Annotated[
+        bool, typer.Option("--freeze-factors", help="Leave the shared factors as they start; train coefficients only.")
+    ] = False,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate of the factors. [dim]default: the method's[/dim]")
     ] = None,
@@ -103,6 +106,22 @@ def train(
     from .train import train as run
 
     run(TrainOptions(**options), fresh=fresh)
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="YAML file that describes the runs, see docs/reproduction/.")],
+    output: Annotated[Path, typer.Option(help="Folder of all runs, tables and figures.")] = Path("runs/comparison"),
+) -> None:
+    """Train and score many methods alike, and compare them in tables and figures.
+
+    Run again to go on after an interruption; what is finished is not run again.
+    """
+    from .comparison import read_comparison, run_comparison
+
+    comparison = read_comparison(file, output)
+    for _ in run_comparison(comparison):
+        pass
 
 
 @app.command()

@@ -1,9 +1,14 @@
-"""The adaptation methods: what each wraps the model with, and the learning rate it is used with."""
+"""The adaptation methods: what each trains, and the learning rate it is used with.
+
+S2-LoRA and α-LoRA are this library's tuner, all else is PEFT's own, configured as in the paper (arXiv 2309.11756,
+section 3), or for full fine-tuning and BitFit the model's own parameters.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, GloraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import WhisperForConditionalGeneration
 
 from fused_s2lora import S2LoraConfig
@@ -11,13 +16,10 @@ from fused_s2lora import S2LoraConfig
 from .errors import UserError
 from .options import TrainOptions
 
-# Of the factors; the coefficients' is `coefficient_lr_ratio` times that. Found by experiment: docs/defaults.md.
-LEARNING_RATE = {"s2lora": 5e-3, "s2lora-paper": 1e-3, "lora": 1e-3}
+_QUERY_VALUE = ["q_proj", "v_proj"]
 
 
-def _s2lora(options: TrainOptions) -> PeftConfig:
-    if options.preset not in ("default", "paper"):
-        raise UserError(f"--preset {options.preset!r} is not one of default, paper")
+def _s2lora(options: TrainOptions, steps: int) -> PeftConfig:
     named = {
         "target_modules": options.target_modules,
         "sharing": options.sharing,
@@ -30,31 +32,106 @@ def _s2lora(options: TrainOptions) -> PeftConfig:
     build = S2LoraConfig.paper if options.preset == "paper" else S2LoraConfig
     try:
         return build(
-            r=options.rank, audio_window=options.window, audio_window_margin=options.margin,
-            language=options.language, task=options.task, **given,
+            r=options.rank, train_factors=not options.freeze_factors, audio_window=options.window,
+            audio_window_margin=options.margin, language=options.language, task=options.task, **given,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"S2-LoRA cannot be set up so: {error}") from error
 
 
-def _lora(options: TrainOptions) -> PeftConfig:
-    targets = options.target_modules or ["q_proj", "v_proj"]
+def _alpha_lora(options: TrainOptions, steps: int) -> PeftConfig:
+    """ΔW = α B A: factors of each weight's own and one trainable scalar that starts at 0."""
+    return S2LoraConfig(
+        r=options.rank, target_modules=options.target_modules or _QUERY_VALUE, sharing="none", coefficient="scalar",
+        init="normal", sparsity_weight=0.0, norm_weight=0.0, coefficient_lr_ratio=1.0,
+        audio_window=options.window, audio_window_margin=options.margin, language=options.language, task=options.task,
+    )  # fmt: skip
+
+
+def _lora(options: TrainOptions, steps: int) -> PeftConfig:
+    targets = options.target_modules or _QUERY_VALUE
     return LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets)
 
 
-_METHODS: dict[str, Callable[[TrainOptions], PeftConfig]] = {"s2lora": _s2lora, "lora": _lora}
+def _glora(options: TrainOptions, steps: int) -> PeftConfig:
+    return GloraConfig(r=options.rank, target_modules=options.target_modules or _QUERY_VALUE, config_C="lora")
 
 
-def adapt(model: WhisperForConditionalGeneration, options: TrainOptions) -> PeftModel:
-    """The model wrapped for `options.method`: S2-LoRA, or PEFT's LoRA with α = 2 r.
+def _ia3(options: TrainOptions, steps: int) -> PeftConfig:
+    return IA3Config(target_modules=options.target_modules or ["k_proj", "v_proj", "fc2"], feedforward_modules=[])
+
+
+def adalora_start(rank: int) -> int:
+    """Rank before allocation for a mean rank of `rank` after it: 12 for 1 and 8, 48 for 32, as published."""
+    return max(12, rank + rank // 2)
+
+
+def _adalora(orthogonality: bool, allocation: bool) -> Callable[[TrainOptions, int], PeftConfig]:
+    def build(options: TrainOptions, steps: int) -> PeftConfig:
+        start = adalora_start(options.rank)
+        # Allocation from 10 % to 70 % of the steps, then the ranks stay.
+        warmup, final = steps // 10, 3 * steps // 10
+        return AdaLoraConfig(
+            init_r=start,
+            target_r=options.rank if allocation else start,
+            lora_alpha=2 * start,
+            target_modules=options.target_modules or _QUERY_VALUE,
+            orth_reg_weight=0.5 if orthogonality else 0.0,
+            tinit=warmup,
+            tfinal=final,
+            deltaT=max(1, steps // 100),
+            total_step=steps,
+        )
+
+    return build
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is configured, from the options and the number of steps; None: some of Whisper's own parameters."""
+
+    learning_rate: float
+    config: Callable[[TrainOptions, int], PeftConfig] | None = None
+    trains: Callable[[str], bool] = lambda name: True
+
+
+# S2-LoRA's learning rate is that of the factors; the coefficients' is `coefficient_lr_ratio` times that. It was found
+# by experiment (docs/defaults.md). The others' are the paper's.
+METHODS: dict[str, Method] = {
+    "s2lora": Method(5e-3, _s2lora),
+    "lora": Method(1e-3, _lora),
+    "glora": Method(1e-3, _glora),
+    "adalora": Method(1e-3, _adalora(orthogonality=True, allocation=True)),
+    "adalora-without-orthogonality": Method(1e-3, _adalora(orthogonality=False, allocation=True)),
+    "adalora-without-allocation": Method(1e-3, _adalora(orthogonality=True, allocation=False)),
+    "adalora-without-both": Method(1e-3, _adalora(orthogonality=False, allocation=False)),
+    "alpha-lora": Method(1e-3, _alpha_lora),
+    "ia3": Method(1e-3, _ia3),
+    "bitfit": Method(1e-3, trains=lambda name: name.endswith(".bias")),
+    "full": Method(1e-4),
+}
+_PAPER_LEARNING_RATE = 1e-3
+
+
+def adapt(
+    model: WhisperForConditionalGeneration, options: TrainOptions, *, steps: int
+) -> PeftModel | WhisperForConditionalGeneration:
+    """The model ready to be trained for `steps` steps by `options.method`: wrapped by PEFT, or itself.
 
     Raises:
-        UserError: an unknown method, or targets the model does not have.
+        UserError: an unknown method or preset, or targets the model does not have.
     """
-    if options.method not in _METHODS:
-        raise UserError(f"--method {options.method!r} is not one of {', '.join(_METHODS)}")
+    if options.method not in METHODS:
+        raise UserError(f"--method {options.method!r} is not one of {', '.join(METHODS)}")
+    if options.preset not in ("default", "paper"):
+        raise UserError(f"--preset {options.preset!r} is not one of default, paper")
+    method = METHODS[options.method]
+    if method.config is None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and method.trains(name))
+        return model
     try:
-        return get_peft_model(model, _METHODS[options.method](options))
+        return get_peft_model(model, method.config(options, steps))
     except ValueError as error:
         raise UserError(f"--target-modules: {error}") from error
 
@@ -63,5 +140,6 @@ def learning_rate(options: TrainOptions) -> float:
     """The learning rate of `options`, or the method's own."""
     if options.lr is not None:
         return options.lr
-    paper = options.method == "s2lora" and options.preset == "paper"
-    return LEARNING_RATE["s2lora-paper" if paper else options.method]
+    if options.method == "s2lora" and options.preset == "paper":
+        return _PAPER_LEARNING_RATE
+    return METHODS[options.method].learning_rate

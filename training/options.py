@@ -40,6 +40,7 @@ class TrainOptions:
     sparsity_weight: float | None = None
     norm_weight: float | None = None
     penalty: str | None = None
+    freeze_factors: bool = False
     lr: float | None = None
     coefficient_lr_ratio: float | None = None
 

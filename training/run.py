@@ -28,8 +28,8 @@ _FREE_TO_CHANGE = {"output", "eval_batch_size", "group_by", "test", "before", "w
 class RunFolder:
     """The folder of one training run.
 
-    `config.json` options, `command.txt`, `versions.json`, `checkpoints/`, `adapter/`, `before/` and `after/` with
-    results.json and transcripts, `results.json` of both, `summary.json` times and memory, `skipped.tsv`.
+    `config.json` options, `command.txt`, `versions.json`, `checkpoints/`, `adapter/` or `model/`, `before/` and
+    `after/` with results.json and transcripts, `results.json` of both, `summary.json` times and memory, `skipped.tsv`.
 
     Raises:
         UserError: the folder cannot be written, or holds a run with other options.
@@ -39,6 +39,7 @@ class RunFolder:
         self.path = Path(options.output)
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
         config = self.path / "config.json"
         wanted = asdict(options)
         try:
@@ -58,7 +59,12 @@ class RunFolder:
 
     def finished(self) -> bool:
         """Whether training is done and the adapter saved."""
-        return (self.path / "summary.json").is_file() and (self.adapter / "adapter_config.json").is_file()
+        return (self.path / "summary.json").is_file() and self.trained.is_dir()
+
+    @property
+    def trained(self) -> Path:
+        """What training left: the adapter, or the whole model of a method without one."""
+        return self.model if self.model.is_dir() else self.adapter
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end; a half-written newer one is removed."""

@@ -1,5 +1,6 @@
 """Adapting Whisper to speech: `train` reads the data, scores before, trains, saves the adapter and scores after."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
+from torch import nn
 from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, WhisperProcessor, set_seed
 
 from fused_s2lora import S2LoraCallback, S2LoraModel, rank_pattern
@@ -25,7 +27,7 @@ from .options import TrainOptions
 from .precision import autocast_dtype
 from .run import RunFolder, peak_memory_mib, write_json
 from .text import language_code
-from .trainer import SpeechTrainer
+from .trainer import AdaLoraCallback, SpeechTrainer
 
 MAX_LABEL_TOKENS = 448
 
@@ -72,13 +74,14 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         evaluations.append(before)
 
     set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
-    adapted = adapt(model, options)
+    adapted = adapt(model, options, steps=_steps(options, len(speech)))
     if run.finished():
-        adapted.load_adapter(str(run.adapter), "default")
-        console.print(f"{run.path}: already trained, adapter read from {run.adapter}")
+        _load_trained(adapted, run)
+        console.print(f"{run.path}: already trained, read from {run.trained}")
     else:
         _train(options, run, adapted, processor, speech, dev)
-        remember_speech(run.adapter, options.audio_window(), language, options.task)
+        if isinstance(adapted, PeftModel):
+            remember_speech(run.adapter, options.audio_window(), language, options.task)
     if tests:
         after = read_evaluation(run.path / "after", options.method, tests, options.group_by)
         if after is None:
@@ -89,8 +92,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         evaluations.append(after)
         write_json(run.path / "results.json", [evaluation.to_dict() for evaluation in evaluations])
         console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
-    trainable, total = adapted.get_nb_trainable_parameters()
-    console.print(f"adapter: {run.adapter} ({trainable:,} of {total:,} parameters)")
+    trainable, total = parameter_counts(adapted)
+    console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)")
     return evaluations
 
 
@@ -165,6 +168,27 @@ def base_dtype(options: TrainOptions) -> torch.dtype:
     return (autocast_dtype(options.precision) or torch.float32) if options.half_base else torch.float32
 
 
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Trainable parameters and all, each shared one once."""
+    counts = {id(parameter): (parameter.numel(), parameter.requires_grad) for parameter in model.parameters()}
+    return sum(size for size, trainable in counts.values() if trainable), sum(size for size, _ in counts.values())
+
+
+def _steps(options: TrainOptions, utterances: int) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them."""
+    if options.max_steps > 0:
+        return options.max_steps
+    batches = math.ceil(utterances / options.batch_size)
+    return math.ceil(options.epochs * math.ceil(batches / options.accumulation))
+
+
+def _load_trained(model: Any, run: RunFolder) -> None:
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(run.adapter), "default")
+    else:
+        model.load_state_dict(type(model).from_pretrained(str(run.model)).state_dict())
+
+
 def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqTrainingArguments:
     dtype = autocast_dtype(options.precision)
     return Seq2SeqTrainingArguments(
@@ -204,20 +228,21 @@ def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqT
 def _train(
     options: TrainOptions,
     run: RunFolder,
-    model: PeftModel,
+    model: Any,
     processor: WhisperProcessor,
     speech: Speech,
     dev: Speech | None,
 ) -> None:
     """Trains to the end, from the last checkpoint if there is one, and writes adapter, summary and rank pattern."""
-    whisper: Any = model.get_base_model()
+    wrapped = isinstance(model, PeftModel)
+    whisper: Any = model.get_base_model() if wrapped else model
     whisper.config.use_cache = False
     if options.gradient_checkpointing:
         whisper.gradient_checkpointing_enable({"use_reentrant": False})
     if options.spec_augment:
         whisper.config.apply_spec_augment = True
         whisper.config.mask_time_prob = whisper.config.mask_feature_prob = 0.05
-    callbacks: list[Any] = [S2LoraCallback()]
+    callbacks: list[Any] = [S2LoraCallback(), AdaLoraCallback()]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(options.early_stopping))
     trainer = SpeechTrainer(
@@ -232,17 +257,21 @@ def _train(
         feature_extractor=processor.feature_extractor,
     )
     checkpoint = run.last_checkpoint()
+    if checkpoint is not None and options.method.startswith("adalora"):
+        checkpoint = None  # PEFT cannot restore the allocator's statistics, so a killed AdaLoRA run starts anew
     start = time.perf_counter()
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
     steps = trainer.state.global_step
     whisper.config.use_cache = True
-    model.save_pretrained(str(run.adapter))
-    if isinstance(model.base_model, S2LoraModel):
+    model.save_pretrained(str(run.adapter if wrapped else run.model))
+    if not wrapped:
+        processor.save_pretrained(str(run.model))
+    if wrapped and isinstance(model.base_model, S2LoraModel):
         write_json(run.path / "rank_pattern.json", [pattern.to_dict() for pattern in rank_pattern(model)])
     write_json(run.path / "metrics.json", trainer.state.log_history)
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = parameter_counts(model)
     write_json(
         run.path / "summary.json",
         {

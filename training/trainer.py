@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from peft import AdaLoraModel
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, WhisperFeatureExtractor
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, WhisperFeatureExtractor
+from transformers import TrainingArguments as Arguments
 
 from fused_s2lora import S2LoraModel, parameter_groups
 
@@ -52,8 +54,11 @@ class SpeechTrainer(Seq2SeqTrainer):
         """Mean cross-entropy per token plus the adapter's penalties in training."""
         whisper = self.accelerator.unwrap_model(model)
         features = self.log_mel(inputs["waveforms"], inputs["mel_frames"])
+        # AdaLoRA's orthogonality term is added by PEFT's tuner, which PeftModel passes by for a model like Whisper.
+        tuner = getattr(model, "base_model", None)
+        called = tuner if model.training and isinstance(tuner, AdaLoraModel) else model
         with window_of(whisper, inputs["mel_frames"]):
-            outputs = model(input_features=features.to(whisper.dtype), labels=inputs["labels"])
+            outputs = called(input_features=features.to(whisper.dtype), labels=inputs["labels"])
         loss = outputs.loss
         if model.training:
             if not torch.isfinite(loss):
@@ -78,3 +83,18 @@ class SpeechTrainer(Seq2SeqTrainer):
             logs |= {name: round(float(total) / self._part_steps, 5) for name, total in self._parts.items()}
             self._parts, self._part_steps = {}, 0
         super().log(logs, start_time)
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Runs AdaLoRA's budget allocation after each optimizer step, which the Trainer does not do by itself.
+
+    Without effect on other methods, and where no rank is to be given up.
+    """
+
+    def on_optimizer_step(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        tuner = getattr(kwargs["model"], "base_model", None)
+        if not isinstance(tuner, AdaLoraModel):
+            return
+        config: Any = tuner.peft_config[tuner.trainable_adapter_name]
+        if config.target_r < config.init_r:
+            tuner.update_and_allocate(state.global_step + 1)
