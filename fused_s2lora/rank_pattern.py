@@ -1,10 +1,11 @@
 """How many ranks of each weight are alive: the paper's figure 3."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor
 
 from .layer import S2LoraLinear
 from .model import S2LoraModel
@@ -69,12 +70,21 @@ def rank_pattern(
         raise ValueError(f"no adapter named {name!r}; the model has {', '.join(tuner.peft_config)}")
     config = tuner.peft_config[name]
     limit = config.threshold if threshold is None else threshold
-    cells: dict[str, dict[tuple[str, str], nn.Parameter]] = {}
-    for key, layer in tuner.model.named_modules():
-        if isinstance(layer, S2LoraLinear) and name in layer.s2lora_coefficients:
-            stack, row, column = _cell(key)
-            cells.setdefault(stack, {})[row, column] = layer.s2lora_coefficients[name]
-    return [_pattern(stack, table, config.r, limit) for stack, table in cells.items()]
+    coefficients = {
+        key: layer.s2lora_coefficients[name]
+        for key, layer in tuner.model.named_modules()
+        if isinstance(layer, S2LoraLinear) and name in layer.s2lora_coefficients
+    }
+    return tabulate(coefficients, config.r, limit)
+
+
+def tabulate(coefficients: Mapping[str, Tensor], r: int, threshold: float) -> list[RankPattern]:
+    """Rank coefficients ([r] or one scalar) by module path, as one `RankPattern` for each stack."""
+    cells: dict[str, dict[tuple[str, str], Tensor]] = {}
+    for key, values in coefficients.items():
+        stack, row, column = _cell(key)
+        cells.setdefault(stack, {})[row, column] = values
+    return [_pattern(stack, table, r, threshold) for stack, table in cells.items()]
 
 
 def _cell(key: str) -> tuple[str, str, str]:
@@ -88,13 +98,13 @@ def _cell(key: str) -> tuple[str, str, str]:
     return stack, parts[number], _COLUMNS.get(matrix, matrix)
 
 
-def _pattern(stack: str, table: dict[tuple[str, str], nn.Parameter], r: int, threshold: float) -> RankPattern:
+def _pattern(stack: str, table: dict[tuple[str, str], Tensor], r: int, threshold: float) -> RankPattern:
     layers = list(dict.fromkeys(row for row, _ in table))
     found = {column for _, column in table}
     known = [column for column in _COLUMNS.values() if column in found]
     matrices = known + sorted(found - set(known))
 
-    def live(values: nn.Parameter) -> int:
+    def live(values: Tensor) -> int:
         ranks = values.detach().expand(r) if values.numel() == 1 else values.detach()
         return int((ranks.abs() >= threshold).sum())
 

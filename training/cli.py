@@ -48,6 +48,9 @@ def train(
         bool, typer.Option("--keep-case", help="Do not turn bare capitals into sentence case.")
     ] = False,
     limit: Limit = None,
+    utterances: Annotated[
+        int | None, typer.Option(help="Train on so many utterances, drawn at random with --seed.")
+    ] = None,
     strict: Strict = False,
     method: Annotated[str, typer.Option(help="s2lora, or to compare with: lora, adalora, ..., full.")] = "s2lora",
     preset: Annotated[str, typer.Option(help="S2-LoRA's default settings, or those of the paper.")] = "default",
@@ -118,10 +121,26 @@ def compare(
     Run again to go on after an interruption; what is finished is not run again.
     """
     from .comparison import read_comparison, run_comparison
+    from .report import write_report
 
     comparison = read_comparison(file, output)
     for _ in run_comparison(comparison):
-        pass
+        write_report(output)
+    write_report(output)
+    print(f"tables, figures and report.html: {output}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run or of a comparison.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file. [dim]default: report.html in the folder[/dim]")
+    ] = None,
+) -> None:
+    """One HTML page of a run or a comparison: tables, figures, rank maps, transcripts with the errors marked."""
+    from .report import write_report
+
+    print(write_report(run, output))
 
 
 @app.command()

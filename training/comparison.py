@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from .errors import UserError
 from .evaluate import evaluate
 from .methods import METHODS
 from .options import TrainOptions
-from .run import versions, write_json
+from .run import called_as, versions, write_json
 from .train import named_sets, train
 
 ZERO_SHOT = "zero-shot"
-_OPTIONS = {field.name: field for field in dataclasses.fields(TrainOptions)}
-_LISTS = {name for name, field in _OPTIONS.items() if "list" in str(field.type)}
+_OPTIONS = {option.name: str(option.type) for option in dataclasses.fields(TrainOptions)}
+_LISTS = {name for name, kind in _OPTIONS.items() if "list" in kind}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Cell:
     row: str
     name: str
     options: TrainOptions
+    varied: dict[str, Any] = field(default_factory=dict)  # options with several values in the file, but rank and seed
 
     @property
     def path(self) -> Path:
@@ -52,6 +53,7 @@ class Comparison:
     title: str
     path: Path
     cells: list[Cell]
+    source: str  # the file's text
 
 
 def read_comparison(file: str | Path, output: str | Path) -> Comparison:
@@ -65,7 +67,8 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     """
     file, output = Path(file), Path(output)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        source = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(source)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{file}: not to be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or not content["rows"]:
@@ -83,7 +86,7 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
                 raise UserError(
                     f"{file}: two different cells are called {cell.name}; give one of the rows another name"
                 )
-    return Comparison(str(content.get("title", file.stem)), output, list(cells.values()))
+    return Comparison(str(content.get("title", file.stem)), output, list(cells.values()), source)
 
 
 def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterator[Cell]:
@@ -98,12 +101,13 @@ def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterato
         slug = re.sub(r"[^a-z0-9]+", "-", row.lower().replace("α", "a")).strip("-")
         rank, seed = chosen.get("rank", 8), chosen.get("seed", 0)
         ranked = "rank" if given["method"] not in (ZERO_SHOT, "full", "bitfit", "ia3") else ""
-        further = [f"{key}{chosen[key]}" for key in several if key not in ("rank", "seed")]
+        varied = {key: chosen[key] for key in several if key not in ("rank", "seed")}
+        further = [f"{key}-{value}".replace("_", "-") for key, value in varied.items()]
         name = "-".join([slug, *([f"r{rank}"] if ranked else []), *further, f"seed{seed}"])
         if given["method"] == ZERO_SHOT:
             name = slug
         try:
-            yield Cell(row, name, TrainOptions(**chosen, output=str(output / name)))
+            yield Cell(row, name, TrainOptions(**chosen, output=str(output / name)), varied)
         except TypeError as error:
             raise UserError(f"{file}: {row!r} has a value of the wrong kind ({error})") from error
 
@@ -115,6 +119,8 @@ def run_comparison(comparison: Comparison, *, console: Console | None = None) ->
     finished with the reason in its `cell.json`.
     """
     console = console or Console()
+    comparison.path.mkdir(parents=True, exist_ok=True)
+    (comparison.path / "comparison.yaml").write_text(comparison.source, encoding="utf-8")
     waiting = [cell for cell in comparison.cells if not cell.finished()]
     done = len(comparison.cells) - len(waiting)
     if done:
@@ -154,6 +160,7 @@ def _run_cell(cell: Cell, console: Console) -> None:
     )  # fmt: skip
     write_json(cell.path / "results.json", [evaluation.to_dict()])
     write_json(cell.path / "config.json", dataclasses.asdict(options))
+    (cell.path / "command.txt").write_text(called_as() + "\n")
 
 
 def _duration(seconds: float) -> str:
@@ -162,11 +169,13 @@ def _duration(seconds: float) -> str:
 
 
 def results_of(cell: Cell) -> dict[str, Any] | None:
-    """What a finished cell found: config, results after, summary, versions; None where it is not finished."""
+    """What a cell left, by file: cell, config, summary, metrics, rank_pattern, results; None where it is unfinished."""
     if not cell.finished():
         return None
-    found: dict[str, Any] = {"name": cell.name, "row": cell.row}
-    for part in ("cell", "config", "summary", "rank_pattern"):
+    found: dict[str, Any] = {"name": cell.name, "row": cell.row, "varied": cell.varied}
+    command = cell.path / "command.txt"
+    found["command"] = command.read_text().splitlines()[-1] if command.is_file() else ""
+    for part in ("cell", "config", "summary", "metrics", "rank_pattern"):
         file = cell.path / f"{part}.json"
         found[part] = json.loads(file.read_text()) if file.is_file() else None
     results = cell.path / "results.json"

@@ -30,6 +30,7 @@ class TrainOptions:
     audio_column: str | None = None
     keep_case: bool = False
     limit: int | None = None
+    utterances: int | None = None
     strict: bool = False
 
     method: str = "s2lora"
@@ -79,6 +80,8 @@ class TrainOptions:
         for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        if self.utterances is not None and self.utterances < 1:
+            raise UserError(f"--utterances is {self.utterances}; give at least 1")
         for name in ("dev_share", "full_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a share from 0 up to 1")

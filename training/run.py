@@ -52,7 +52,7 @@ class RunFolder:
                 raise UserError(f"{self.path}: the folder holds other files; give an empty --output")
             write_json(config, wanted)
             with (self.path / "command.txt").open("a") as stream:
-                stream.write(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
+                stream.write(called_as() + "\n")
             write_json(self.path / "versions.json", versions())
         except OSError as error:
             raise UserError(f"{self.path}: cannot write the run there ({error}); give another --output") from error
@@ -95,6 +95,11 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
             f"{path}: holds a run with {key} = {found.get(key)!r}, not {wanted[key]!r}; "
             "give another --output, or --fresh to delete it and start anew"
         )
+
+
+def called_as() -> str:
+    """The command line of this process."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def write_json(file: Path, content: Any) -> None:

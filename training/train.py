@@ -1,5 +1,6 @@
 """Adapting Whisper to speech: `train` reads the data, scores before, trains, saves the adapter and scores after."""
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -12,9 +13,15 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, WhisperProcessor, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainingArguments,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    set_seed,
+)
 
-from fused_s2lora import S2LoraCallback, S2LoraModel, rank_pattern
+from fused_s2lora import S2LoraCallback
 
 from .audio_window import AudioWindow
 from .collate import SpeechCollator
@@ -22,9 +29,10 @@ from .data import Skipped, Speech, drop_overlong, load_speech
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, results_table
 from .methods import adapt, learning_rate
-from .models import check_language, load_base, remember_speech, to_best_device
+from .models import check_language, load_adapter, load_base, remember_speech, to_best_device
 from .options import TrainOptions
 from .precision import autocast_dtype
+from .rank_maps import rank_maps
 from .run import RunFolder, peak_memory_mib, write_json
 from .text import language_code
 from .trainer import AdaLoraCallback, SpeechTrainer
@@ -73,12 +81,13 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
             before.write(run.path / "before")
         evaluations.append(before)
 
-    set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
-    adapted = adapt(model, options, steps=_steps(options, len(speech)))
+    adapted: Any
     if run.finished():
-        _load_trained(adapted, run)
+        adapted = _trained(model, run)
         console.print(f"{run.path}: already trained, read from {run.trained}")
     else:
+        set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
+        adapted = adapt(model, options, steps=_steps(options, len(speech)))
         _train(options, run, adapted, processor, speech, dev)
         if isinstance(adapted, PeftModel):
             remember_speech(run.adapter, options.audio_window(), language, options.task)
@@ -92,7 +101,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         evaluations.append(after)
         write_json(run.path / "results.json", [evaluation.to_dict() for evaluation in evaluations])
         console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
-    trainable, total = parameter_counts(adapted)
+    summary = json.loads((run.path / "summary.json").read_text())
+    trainable, total = summary["trainable_parameters"], summary["parameters"]
     console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)")
     return evaluations
 
@@ -107,6 +117,8 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
     reading: dict[str, Any] = {**columns, "keep_case": options.keep_case, "strict": options.strict}
     sources = [load_speech(source, limit=options.limit, **reading) for source in options.data]
     speech = _joined(sources)
+    if options.utterances is not None:
+        speech = _drawn(speech, options.utterances, options.seed)
     if options.dev is not None:
         return speech, load_speech(options.dev, **reading)
     if options.dev_share == 0:
@@ -121,6 +133,13 @@ def _joined(sources: Sequence[Speech]) -> Speech:
     dataset = datasets.concatenate_datasets([source.dataset.select_columns(shared) for source in sources])
     skipped = [item for source in sources for item in source.skipped]
     return Speech(dataset, " + ".join(source.source for source in sources), skipped)
+
+
+def _drawn(speech: Speech, utterances: int, seed: int) -> Speech:
+    if utterances > len(speech):
+        raise UserError(f"{speech.source}: --utterances is {utterances}, but there are {len(speech)}")
+    chosen = np.random.default_rng(seed).permutation(len(speech))[:utterances]
+    return Speech(speech.dataset.select(sorted(chosen)), speech.source, speech.skipped)
 
 
 def _hold_out(speech: Speech, share: float, seed: int) -> tuple[Speech, Speech]:
@@ -182,11 +201,11 @@ def _steps(options: TrainOptions, utterances: int) -> int:
     return math.ceil(options.epochs * math.ceil(batches / options.accumulation))
 
 
-def _load_trained(model: Any, run: RunFolder) -> None:
-    if isinstance(model, PeftModel):
-        model.load_adapter(str(run.adapter), "default")
-    else:
-        model.load_state_dict(type(model).from_pretrained(str(run.model)).state_dict())
+def _trained(model: WhisperForConditionalGeneration, run: RunFolder) -> nn.Module:
+    if run.trained == run.adapter:
+        return load_adapter(model, run.adapter)
+    model.load_state_dict(type(model).from_pretrained(str(run.model)).state_dict())
+    return model
 
 
 def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqTrainingArguments:
@@ -268,8 +287,8 @@ def _train(
     model.save_pretrained(str(run.adapter if wrapped else run.model))
     if not wrapped:
         processor.save_pretrained(str(run.model))
-    if wrapped and isinstance(model.base_model, S2LoraModel):
-        write_json(run.path / "rank_pattern.json", [pattern.to_dict() for pattern in rank_pattern(model)])
+    if maps := rank_maps(model):
+        write_json(run.path / "rank_pattern.json", [pattern.to_dict() for pattern in maps])
     write_json(run.path / "metrics.json", trainer.state.log_history)
     trainable, total = parameter_counts(model)
     write_json(

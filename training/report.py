@@ -1,0 +1,183 @@
+"""One self-contained HTML page of a run or a comparison: tables, figures, rank maps, transcripts with errors marked."""
+
+import csv
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jiwer
+
+from .comparison import Comparison, read_comparison
+from .comparison_figures import draw_figures
+from .comparison_tables import columns_of, lines_of, record, write_tables
+from .errors import UserError
+from .text import UNSPACED_LANGUAGES
+
+_TEMPLATE = Path(__file__).parent / "report.html"
+_HIDDEN = ("normalized_reference", "normalized_hypothesis", "reference", "hypothesis", "utterance")
+
+
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Writes the page of the run or comparison in `folder` (default `report.html` there) and returns its path.
+
+    A comparison's tables and figures are written anew first. The page needs no network and no other file.
+
+    Raises:
+        UserError: the folder holds neither.
+    """
+    folder = Path(folder)
+    output = Path(output) if output else folder / "report.html"
+    if (folder / "comparison.yaml").is_file():
+        page = _comparison_page(read_comparison(folder / "comparison.yaml", folder))
+    elif (folder / "config.json").is_file():
+        page = _run_page(folder)
+    else:
+        raise UserError(f"{folder}: holds neither a run (config.json) nor a comparison (comparison.yaml)")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    data = json.dumps(page.pop("data"), ensure_ascii=False).replace("</", "<\\/")
+    output.write_text(template.render(**page, data=data), encoding="utf-8")
+    return output
+
+
+def _run_page(folder: Path) -> dict[str, Any]:
+    """Of one run: what was asked, error rates before and after, its rank map and transcripts."""
+    config = json.loads((folder / "config.json").read_text())
+    results = _read(folder / "results.json", [])
+    rates = [
+        {"set": name, "group": group, "evaluation": evaluation["label"], **_rates(units)}
+        for evaluation in results
+        for name, result in evaluation["sets"].items()
+        for group, units in result["groups"].items()
+    ]
+    labels = [path for path in ("before", "after") if (folder / path).is_dir()]
+    return {
+        "title": f"{folder.name}: {config['method']}",
+        "facts": {
+            **_read(folder / "summary.json", {}),
+            **_read(folder / "versions.json", {}),
+            "command": _command(folder),
+        },
+        "figures": [],
+        "data": {
+            "tables": [{"title": "Error rates, percent", "rows": rates}],
+            "maps": _maps(folder.name, _read(folder / "rank_pattern.json", [])),
+            "transcripts": _transcripts({label: folder / label for label in labels}, config),
+        },
+    }
+
+
+def _comparison_page(comparison: Comparison) -> dict[str, Any]:
+    """Of a comparison: the tables of the paper, every figure, every rank map, transcripts by method."""
+    write_tables(comparison)
+    figures = draw_figures(comparison)
+    lines = lines_of(comparison)
+    columns = columns_of(lines)
+    rows, runs = [], []
+    for line in lines:
+        for cell in line.cells:
+            entry = record(line, cell, columns)
+            names = ("row", "rank", "seed", "trainable_parameters", "step_s", "peak_memory_mib")
+            row = {name: entry[name] for name in names}
+            for column in columns:
+                row[str(column)] = entry[f"{column} rate"]
+                row[f"{column}, capped"] = entry[f"{column} capped_rate"]
+            rows.append(row)
+            runs.append({name: entry[name] for name in ("row", "cell", "seed", "utc", "commit", "command", "device")})
+    first = {line.label: comparison.path / line.cells[0]["name"] / "after" for line in lines}
+    config = lines[0].cells[0]["config"] if lines else {"language": "en"}
+    return {
+        "title": comparison.title,
+        "facts": {"finished": f"{sum(len(line.cells) for line in lines)} of {len(comparison.cells)} runs"},
+        "figures": [(title, file.read_text(encoding="utf-8")) for title, file in figures.items()],
+        "data": {
+            "tables": [{"title": "Methods: error rates, percent", "rows": rows}, {"title": "Runs", "rows": runs}],
+            "maps": [
+                entry for line in lines if line.cells[0]["rank_pattern"]
+                for entry in _maps(f"{line.label}, r = {line.rank}", line.cells[0]["rank_pattern"])
+            ],
+            "transcripts": _transcripts({label: path for label, path in first.items() if path.is_dir()}, config),
+        },
+    }  # fmt: skip
+
+
+def _read(file: Path, default: Any) -> Any:
+    return json.loads(file.read_text()) if file.is_file() else default
+
+
+def _command(folder: Path) -> str:
+    file = folder / "command.txt"
+    return file.read_text().splitlines()[-1] if file.is_file() else ""
+
+
+def _rates(units: dict[str, Any]) -> dict[str, Any]:
+    words, characters = units["wer"], units["cer"]
+    return {
+        "utterances": words["utterances"],
+        "WER": words["rate"],
+        "low": words["low"],
+        "high": words["high"],
+        "WER, capped": words["capped_rate"],
+        "CER": characters["rate"],
+        "substitutions": words["substitutions"],
+        "deletions": words["deletions"],
+        "insertions": words["insertions"],
+    }
+
+
+def _maps(name: str, patterns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept = ("stack", "layers", "matrices", "live", "mean_magnitude", "r")
+    return [{"name": name, **{key: pattern[key] for key in kept}} for pattern in patterns]
+
+
+def _transcripts(folders: dict[str, Path], config: dict[str, Any]) -> dict[str, Any]:
+    """By set: each utterance's metadata and reference, and by label its hypothesis with errors marked and counted."""
+    languages = {}
+    for specification in config.get("test", []):
+        name, _, source = specification.rpartition("=")
+        source, _, own = source.partition("@")
+        languages[name or Path(source).name] = own or config["language"]
+    sets: dict[str, dict[str, Any]] = {}
+    for label, folder in folders.items():
+        for file in sorted(folder.glob("*.tsv")):
+            with file.open(encoding="utf-8", newline="") as stream:
+                rows = list(csv.DictReader(stream, delimiter="\t"))
+            by_character = languages.get(file.stem) in UNSPACED_LANGUAGES
+            found = sets.setdefault(file.stem, {"unit": "cer" if by_character else "wer", "rows": {}})
+            for row in rows:
+                metadata = {key: value for key, value in row.items() if key not in _HIDDEN and "_" not in key}
+                entry = found["rows"].setdefault(
+                    row["utterance"],
+                    {"utterance": row["utterance"], **metadata, "reference": row["reference"], "said": {}},
+                )
+                reference, heard = row["normalized_reference"], row["normalized_hypothesis"]
+                entry["said"][label] = marked(reference, heard, by_character=by_character)
+    return {
+        "labels": list(folders),
+        "sets": {name: {**found, "rows": list(found["rows"].values())} for name, found in sets.items()},
+    }
+
+
+def marked(reference: str, hypothesis: str, *, by_character: bool = False) -> dict[str, Any]:
+    """The hypothesis as HTML with its errors marked, and how many: words, or characters of unspaced languages.
+
+    A substitution is <s>said</s><b>heard</b>, a deletion <s>said</s>, an insertion <b>heard</b>.
+    """
+    if not reference:
+        words = hypothesis.split()
+        return {"html": "".join(f"<b>{html.escape(word)}</b> " for word in words).strip(), "errors": len(words)}
+    process = jiwer.process_characters if by_character else jiwer.process_words
+    joint = "" if by_character else " "
+    output = process(reference, hypothesis)
+    said, heard = output.references[0], output.hypotheses[0]
+    parts = []
+    for chunk in output.alignments[0]:
+        before = html.escape(joint.join(said[chunk.ref_start_idx : chunk.ref_end_idx]))
+        after = html.escape(joint.join(heard[chunk.hyp_start_idx : chunk.hyp_end_idx]))
+        if chunk.type == "equal":
+            parts.append(after)
+        else:
+            parts.append((f"<s>{before}</s>" if before else "") + (f"<b>{after}</b>" if after else ""))
+    return {"html": joint.join(parts), "errors": output.substitutions + output.deletions + output.insertions}
