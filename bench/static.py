@@ -48,7 +48,7 @@ def occupancy(target: str, registers: int, warps: int, shared_memory: int) -> tu
 
 def report(targets: Iterable[str] = TARGETS) -> Iterator[dict[str, Any]]:
     """A row for every build of every target, in order, as the builds end."""
-    jobs = [(target, build) for target in targets for build in aot.builds(target)]
+    jobs = [(target, index) for target in targets for index in range(len(aot.variants(target)))]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _compiling) as pool:
         for (target, _), found in zip(jobs, pool.map(_compile, jobs), strict=True):
             blocks, share = occupancy(target, found.registers, found.num_warps, found.shared_memory)
@@ -66,6 +66,6 @@ def _compiling() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _compile(job: tuple[str, aot.Build]) -> aot.Report:
-    target, build = job
-    return aot.compile_build(build, target)
+def _compile(job: tuple[str, int]) -> aot.Report:
+    target, index = job
+    return aot.compile_variant(aot.variants(target)[index], target)

@@ -6,7 +6,6 @@ prints one JSON line a build: registers, spilled bytes, shared memory, and how m
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -14,21 +13,16 @@ import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .configs import FACTOR, LINEAR, SHARED_MEMORY, factor_config_name, linear_config_name
-from .triton_linear import (
-    REDUCE_BLOCK,
-    _s2_linear_bwd_factor_kernel,
-    _s2_linear_bwd_reduce_kernel,
-    _s2_linear_kernel,
-)
+from . import triton_linear
+from .configs import SHARED_MEMORY
+from .variants import Variant
 
+_MODULES = (triton_linear,)
 _AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
 _MATRIX_INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -36,28 +30,11 @@ _MATRIX_INSTRUCTIONS = {
     "mma": r"\bmma\.sync",
     "mfma": r"v_mfma",
 }
-_DIVISIBLE = ("M", "N", "K", "C")
-_STEPS = {
-    "forward": ("stride_xk", "stride_wk", "stride_dk", "stride_ur"),
-    "input gradient": ("stride_xk", "stride_wn", "stride_dr", "stride_un"),
-}
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Build:
-    """One kernel, configuration and direction to compile, for operands of `dtype` and padded rank `R`."""
-
-    kernel: str
-    config: str
-    direction: str
-    dtype: str
-    R: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the binary of a build for `target` shows; memory in bytes, registers a thread."""
+    """What the binary of a variant for `target` shows; memory in bytes, registers a thread."""
 
     kernel: str
     config: str
@@ -74,20 +51,12 @@ class Report:
     matrix_instructions: dict[str, int]
 
 
-def builds(target: str) -> list[Build]:
-    """Every build that a GPU of this kind can be asked to run, as the choice in `configs.py` has it."""
-    memory = SHARED_MEMORY[target]
-    found: dict[Build, None] = {}
-    for dtype, rank in itertools.product(_DTYPES, (16, 32, 64, 128, 256)):
-        for rows, direction in itertools.product((512, 24_000), _STEPS):
-            name = linear_config_name(rows, rank, _DTYPES[dtype], memory)
-            found[Build("linear", name, direction, dtype, rank)] = None
-        found[Build("factor", factor_config_name(rank, _DTYPES[dtype]), "factor gradient", dtype, rank)] = None
-        found[Build("reduce", "all", "factor gradient", "fp32", rank)] = None
-    return list(found)
+def variants(target: str) -> list[Variant]:
+    """Every specialisation that a GPU of this kind can be asked to run, as the choice in `configs.py` has it."""
+    return [variant for module in _MODULES for variant in module.variants(target)]
 
 
-def compile_build(build: Build, target: str) -> Report:
+def compile_variant(variant: Variant, target: str) -> Report:
     """Compiles for "80", "89", "90", "100" (CUDA compute capability × 10) or "gfx942" and reads the binary.
 
     Raises:
@@ -96,67 +65,38 @@ def compile_build(build: Build, target: str) -> Report:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile ahead of time")
     amd = target.startswith("gfx")
-    limit = SHARED_MEMORY[target]
-    kernel, constants, ones, options = _specialised(build, limit, amd)
-    names = kernel.arg_names
-    constants |= dict.fromkeys(ones, 1)
-    signature = {name: "constexpr" if name in constants else _type_of(name, build.dtype) for name in names}
-    divisible = [
+    names = variant.function.arg_names
+    aligned = [
         index
         for index, name in enumerate(names)
-        if name not in constants and (name.endswith("_ptr") or name in _DIVISIBLE or name.startswith("stride"))
+        if name not in variant.constants and (name.endswith("_ptr") or name in variant.divisible)
     ]
     source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(index,): [["tt.divisibility", 16]] for index in divisible},
+        variant.function,
+        variant.signature(),
+        {(names.index(name),): value for name, value in variant.constants.items()},
+        {(index,): [["tt.divisibility", 16]] for index in aligned},
     )
+    stages = min(variant.num_stages, _AMD_STAGES) if amd else variant.num_stages
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target), 32)
-    compiled = triton.compile(source, target=gpu, options=options)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": variant.num_warps, "num_stages": stages})
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
     registers, spilled = _amd_resources(assembly) if amd else _cuda_resources(compiled.asm["cubin"])
     return Report(
-        **asdict(build),
+        kernel=variant.kernel,
+        config=variant.config,
+        direction=variant.direction,
+        dtype=variant.dtype,
+        R=variant.R,
         target=target,
-        num_warps=options["num_warps"],
-        num_stages=options["num_stages"],
+        num_warps=variant.num_warps,
+        num_stages=stages,
         registers=registers,
         spilled=spilled,
         shared_memory=compiled.metadata.shared,
-        shared_memory_limit=limit,
+        shared_memory_limit=SHARED_MEMORY[target],
         matrix_instructions={name: len(re.findall(code, assembly)) for name, code in _MATRIX_INSTRUCTIONS.items()},
     )
-
-
-def _specialised(build: Build, limit: int, amd: bool) -> tuple[Any, dict[str, Any], tuple[str, ...], dict[str, int]]:
-    """Kernel, compile-time constants, strides that are 1, and compile options of a build."""
-    precision = {"PRECISION": "ieee", "R": build.R}
-    if build.kernel == "linear":
-        linear = LINEAR[build.config]
-        stages = linear.fitted_stages(build.R, _DTYPES[build.dtype].itemsize, limit)
-        tiles = {name: getattr(linear, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
-        bias: dict[str, Any] = {"HAS_BIAS": True}
-        if build.direction == "input gradient":
-            bias = {"HAS_BIAS": False, "bias_ptr": None}
-        options = {"num_warps": linear.num_warps, "num_stages": min(stages, _AMD_STAGES) if amd else stages}
-        return _s2_linear_kernel, tiles | bias | precision, _STEPS[build.direction], options
-    if build.kernel == "factor":
-        factor = FACTOR[build.config]
-        tiles = {name: getattr(factor, name) for name in ("BLOCK_C", "BLOCK_M", "SPLIT_ROWS")}
-        stages = min(factor.num_stages, _AMD_STAGES) if amd else factor.num_stages
-        options = {"num_warps": factor.num_warps, "num_stages": stages}
-        return _s2_linear_bwd_factor_kernel, tiles | precision, ("stride_tc",), options
-    constants = {"HAS_FACTOR": True, "R": build.R, "BLOCK_C": REDUCE_BLOCK}
-    return _s2_linear_bwd_reduce_kernel, constants, ("stride_fr",), {"num_warps": 4, "num_stages": 3}
-
-
-def _type_of(name: str, dtype: str) -> str:
-    """Triton's type of a kernel argument: factors, coefficients and workspaces are float32, x and its like `dtype`."""
-    if not name.endswith("_ptr"):
-        return "i32"
-    full = ("down_ptr", "up_ptr", "coefficients_ptr", "partial_ptr", "factor_ptr", "d_factor_ptr", "d_coefficients_ptr")
-    return "*fp32" if name in full else f"*{dtype}"
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
@@ -189,8 +129,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=SHARED_MEMORY, nargs="+", default=list(SHARED_MEMORY))
     for target in parser.parse_args().target:
-        for build in builds(target):
-            print(json.dumps(asdict(compile_build(build, target))), flush=True)
+        for variant in variants(target):
+            print(json.dumps(asdict(compile_variant(variant, target))), flush=True)
 
 
 if __name__ == "__main__":

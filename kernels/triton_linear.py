@@ -8,8 +8,10 @@ dx is the forward operation on (Wᵀ, Bᵀ, Aᵀ, e), so one kernel serves both 
 the same tall product, summed over rows in fixed splits and then over the splits: deterministic, no atomics.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +28,7 @@ from .configs import (
     linear_config_name,
     rank_block,
 )
+from .variants import Variant
 
 REDUCE_BLOCK = 32
 
@@ -311,3 +314,56 @@ def triton_backward(
         d_up, d_coefficients = factor_gradient(dy, z, up, coefficients)
         d_up, d_coefficients = d_up.to(up.dtype), d_coefficients.to(coefficients.dtype)
     return dx, d_down, d_up if needs_up else None, d_coefficients if needs_coefficients else None
+
+
+_UNIT_STRIDES = {
+    "forward": ("stride_xk", "stride_wk", "stride_dk", "stride_ur"),
+    "input gradient": ("stride_xk", "stride_wn", "stride_dr", "stride_un"),
+}
+_FULL_PRECISION = dict.fromkeys(
+    ("down_ptr", "up_ptr", "coefficients_ptr", "partial_ptr", "factor_ptr", "d_factor_ptr", "d_coefficients_ptr"),
+    "*fp32",
+)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def variants(target: str) -> list[Variant]:
+    """Every specialisation that a GPU of this kind can be asked to run."""
+    memory = SHARED_MEMORY[target]
+    found: dict[tuple, Variant] = {}
+    for (name, dtype), rank in itertools.product(_DTYPES.items(), (16, 32, 64, 128, 256)):
+        precision = {"PRECISION": "ieee", "R": rank}
+        for rows, direction in itertools.product((512, 24_000), _UNIT_STRIDES):
+            config = linear_config_name(rows, rank, dtype, memory)
+            linear = LINEAR[config]
+            constants: dict[str, Any] = {
+                **{tile: getattr(linear, tile) for tile in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")},
+                **precision,
+                **dict.fromkeys(_UNIT_STRIDES[direction], 1),
+                "HAS_BIAS": direction == "forward",
+            }
+            if direction != "forward":
+                constants["bias_ptr"] = None
+            found["linear", config, direction, name, rank] = Variant(
+                "linear", config, direction, name, rank, _s2_linear_kernel, constants, linear.num_warps,
+                linear.fitted_stages(rank, dtype.itemsize, memory), _FULL_PRECISION, _strides_and("M", "N", "K"),
+            )  # fmt: skip
+        config = factor_config_name(rank, dtype)
+        factor = FACTOR[config]
+        tiles = {tile: getattr(factor, tile) for tile in ("BLOCK_C", "BLOCK_M", "SPLIT_ROWS")}
+        found["factor", name, rank] = Variant(
+            "factor", config, "factor gradient", name, rank, _s2_linear_bwd_factor_kernel,
+            {**tiles, **precision, "stride_tc": 1}, factor.num_warps, factor.num_stages, _FULL_PRECISION,
+            _strides_and("M", "C"),
+        )  # fmt: skip
+        found["reduce", rank] = Variant(
+            "reduce", "all", "factor gradient", "fp32", rank, _s2_linear_bwd_reduce_kernel,
+            {"HAS_FACTOR": True, "R": rank, "BLOCK_C": REDUCE_BLOCK, "stride_fr": 1}, 4, 3, _FULL_PRECISION,
+            _strides_and("C"),
+        )  # fmt: skip
+    return list(found.values())
+
+
+def _strides_and(*names: str) -> tuple[str, ...]:
+    strides = [f"stride_{tensor}{axis}" for tensor in "xwduft" for axis in "mnkrc"]
+    return (*names, *strides)

@@ -63,8 +63,8 @@ def test_half_precision_builds_use_matrix_instructions(reports):
 
 
 def test_interpreter_mode_is_refused(monkeypatch):
-    from fused_s2lora.kernels.aot import builds, compile_build
+    from fused_s2lora.kernels.aot import compile_variant, variants
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset it"):
-        compile_build(builds("90")[0], "90")
+        compile_variant(variants("90")[0], "90")
