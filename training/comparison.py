@@ -112,8 +112,12 @@ def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterato
             raise UserError(f"{file}: {row!r} has a value of the wrong kind ({error})") from error
 
 
-def run_comparison(comparison: Comparison, *, console: Console | None = None) -> Iterator[Cell]:
+def run_comparison(
+    comparison: Comparison, *, part: tuple[int, int] = (1, 1), console: Console | None = None
+) -> Iterator[Cell]:
     """Runs every cell that is not finished, one after the other, and yields each as it ends.
+
+    With part (I, N) only every N-th cell from the I-th on, so that N processes share the work and the folder.
 
     A cell that was stopped goes on where it was. One that cannot be trained (its loss stops being finite, say) is
     finished with the reason in its `cell.json`.
@@ -121,14 +125,16 @@ def run_comparison(comparison: Comparison, *, console: Console | None = None) ->
     console = console or Console()
     comparison.path.mkdir(parents=True, exist_ok=True)
     (comparison.path / "comparison.yaml").write_text(comparison.source, encoding="utf-8")
-    waiting = [cell for cell in comparison.cells if not cell.finished()]
-    done = len(comparison.cells) - len(waiting)
+    first, step = part
+    cells = comparison.cells[first - 1 :: step]
+    waiting = [cell for cell in cells if not cell.finished()]
+    done = len(cells) - len(waiting)
     if done:
-        console.print(f"{done} of {len(comparison.cells)} cells are finished already")
+        console.print(f"{done} of {len(cells)} cells are finished already")
     took: list[float] = []
     for index, cell in enumerate(waiting):
         left = f", about {_duration(sum(took) / len(took) * (len(waiting) - index))} left" if took else ""
-        console.rule(f"{done + index + 1} of {len(comparison.cells)}: {cell.name}{left}")
+        console.rule(f"{done + index + 1} of {len(cells)}: {cell.name}{left}")
         start = time.perf_counter()
         failed = None
         try:
@@ -144,6 +150,19 @@ def run_comparison(comparison: Comparison, *, console: Console | None = None) ->
         shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
         shutil.rmtree(cell.path / "model", ignore_errors=True)
         yield cell
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N", with 1 <= I <= N.
+
+    Raises:
+        UserError: anything else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part[0] <= part[1]:
+        raise UserError(f"--part {text!r} is not I/N with I from 1 to N, such as 2/4")
+    return part
 
 
 def _run_cell(cell: Cell, console: Console) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from fused_s2lora.training import comparison as comparison_module
 from fused_s2lora.training import published
 from fused_s2lora.training.cli import app
-from fused_s2lora.training.comparison import read_comparison, results_of, run_comparison
+from fused_s2lora.training.comparison import read_comparison, read_part, results_of, run_comparison
 from fused_s2lora.training.comparison_figures import draw_figures
 from fused_s2lora.training.comparison_tables import columns_of, lines_of, write_tables
 from fused_s2lora.training.errors import UserError
@@ -248,6 +248,18 @@ def test_a_stopped_comparison_goes_on(quick, tmp_path, short_decoding, monkeypat
         comparison_module, "_run_cell", lambda cell, console: ran.append(cell.path.mkdir() or cell.name)
     )
     assert [cell.name for cell in run_comparison(comparison, console=QUIET)] == ran == ["lora-r2-seed0"]
+
+
+def test_parts_share_the_work(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(comparison_module, "_run_cell", lambda cell, console: cell.path.mkdir())
+    comparison = read_comparison(write(tmp_path, quick, ROWS), tmp_path / "out")
+    names = [cell.name for cell in comparison.cells]
+    second = [cell.name for cell in run_comparison(comparison, part=read_part("2/3"), console=QUIET)]
+    assert second == names[1::3]
+    assert [cell.name for cell in run_comparison(comparison, console=QUIET)] == [n for n in names if n not in second]
+    for wrong in ("0/2", "3/2", "2", "a/b"):
+        with pytest.raises(UserError, match="I/N with I from 1"):
+            read_part(wrong)
 
 
 def test_a_cell_whose_loss_breaks_is_named_and_the_rest_runs(quick, tmp_path, short_decoding):
