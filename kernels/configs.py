@@ -77,3 +77,16 @@ def factor_config_name(padded_rank: int, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "single precision"
     return "low rank" if padded_rank <= 32 else "middle rank" if padded_rank <= 128 else "high rank"
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Tile of the merged weight, [BLOCK_N, BLOCK_K]."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+
+
+# A row of A that is no longer than the program's threads is loaded in the layout of the tile, without shared memory.
+MERGE = MergeConfig(32, 64, num_warps=4)
