@@ -5,7 +5,7 @@ In this order: the `backend` argument; the environment variable S2LORA_BACKEND; 
 fastest. `reference` is always among those timed, so that the choice is never slower than it at the shape timed: rows
 count as the next power of two.
 
-On any other device the choice is `merged`, untimed: on CPUs it was measured to be the faster one at Whisper's shapes.
+On any other device nothing is timed and the choice is `default_strategy`.
 
 Nothing is timed while torch.compile traces, on tensors without data, while a CUDA stream is captured, within a backward
 pass (whose thread would wait for itself), or under `torch.use_deterministic_algorithms`, where the choice must not
@@ -36,9 +36,18 @@ _log = logging.getLogger(__name__)
 
 
 def default_strategy(shape: Shape, device: torch.device, names: Collection[str]) -> str:
-    """The choice without timing: `fused` for up to 1,024 rows on a CUDA GPU, else `merged`, of those in `names`."""
-    few_rows = device.type == "cuda" and shape.rows_bucket <= MERGE_ROWS
-    order = ("fused", "merged") if few_rows else ("merged",)
+    """The choice without timing, of those in `names`.
+
+    On a CUDA GPU `fused` for up to 1,024 rows, else `merged`. Elsewhere by memory traffic: `merged` reads W and writes
+    it again once, in float32; `split` reads and writes y and dx. Half-precision weights are not merged there.
+    """
+    outputs, inputs, rows = shape.outputs, shape.inputs, shape.rows_bucket
+    if device.type == "cuda":
+        order: tuple[str, ...] = ("fused", "merged") if rows <= MERGE_ROWS else ("merged",)
+    elif shape.weight_dtype.itemsize == 2 or rows * (inputs + outputs) < 2 * inputs * outputs:
+        order = ("split", "merged")
+    else:
+        order = ("merged",)
     return next((name for name in order if name in names), REFERENCE)
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MERGE
+from .ops import kernel_op
 from .variants import TRITON_TYPES, Variant
 
 MAX_GROUP = 3
@@ -129,7 +130,12 @@ def _round_stochastically(value, random, dtype: tl.constexpr):
     return tl.where(tl.abs(value) <= LARGEST, rounded, value)
 
 
-@torch.library.custom_op("fused_s2lora::merge", mutates_args=())
+def _fake_merge(weights, down, up, coefficients, dtype, seed):
+    outputs, inputs = weights[0].shape
+    return weights[0].new_empty(len(weights) * outputs, inputs, dtype=dtype)
+
+
+@kernel_op("merge", _fake_merge)
 def merge(
     weights: Sequence[Tensor], down: Tensor, up: Tensor, coefficients: Tensor, dtype: torch.dtype, seed: Tensor
 ) -> Tensor:
@@ -149,12 +155,6 @@ def merge(
         num_warps=MERGE.num_warps,
     )  # fmt: skip
     return merged
-
-
-@merge.register_fake
-def _(weights, down, up, coefficients, dtype, seed):
-    outputs, inputs = weights[0].shape
-    return weights[0].new_empty(len(weights) * outputs, inputs, dtype=dtype)
 
 
 def merge_weights(

@@ -42,21 +42,21 @@ Candidate = Callable[[Operands], Callable[[], Sequence[Tensor]]]
 Clock = Callable[[Callable[[], Any]], float]
 
 
-def candidates_of(operation: Callable[..., Tensor], names: Sequence[str]) -> dict[str, Candidate]:
-    """Candidates that call `operation(x, W, b, A, B, e, backend=name)` for each weight of a group.
+def candidates_of(operation: Callable[..., Sequence[Tensor]], names: Sequence[str]) -> dict[str, Candidate]:
+    """Candidates that call `operation(x, weights, bias, A, B, coefficients, backend=name)`, as `s2_linear_group`.
 
     Under autocast where the weight is stored in another dtype than that of the product.
     """
 
     def candidate(name: str) -> Candidate:
         def build(operands: Operands) -> Callable[[], list[Tensor]]:
-            x, down, up = operands.x, operands.down, operands.up
-            each = list(zip(operands.weights, operands.biases, operands.coefficients, strict=True))
+            x, weights, bias = operands.x, operands.weights, torch.cat(operands.biases)
+            shared = (operands.down, operands.up, operands.coefficients)
             mixed = x.dtype != operands.weights[0].dtype
 
             def forward() -> list[Tensor]:
                 with torch.autocast(x.device.type, x.dtype) if mixed else contextlib.nullcontext():
-                    return [operation(x, weight, bias, down, up, e, backend=name) for weight, bias, e in each]
+                    return list(operation(x, weights, bias, *shared, backend=name))
 
             return forward
 

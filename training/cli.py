@@ -115,7 +115,9 @@ def train(
 def compare(
     file: Annotated[Path, typer.Argument(help="YAML file that describes the runs, see docs/reproduction/.")],
     output: Annotated[Path, typer.Option(help="Folder of all runs, tables and figures.")] = Path("runs/comparison"),
-    part: Annotated[str, typer.Option(help="I/N: only every N-th run from the I-th on, one process for each I.")] = "1/1",
+    part: Annotated[
+        str, typer.Option(help="I/N: only every N-th run from the I-th on, one process for each I.")
+    ] = "1/1",
 ) -> None:
     """Train and score many methods alike, and compare them in tables and figures.
 

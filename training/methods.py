@@ -11,7 +11,7 @@ from typing import Any
 from peft import AdaLoraConfig, GloraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import WhisperForConditionalGeneration
 
-from fused_s2lora import S2LoraConfig
+from fused_s2lora import S2LoraConfig, S2LoraModel, fuse_whisper
 
 from .errors import UserError
 from .options import TrainOptions
@@ -131,9 +131,12 @@ def adapt(
             parameter.requires_grad_(parameter.requires_grad and method.trains(name))
         return model
     try:
-        return get_peft_model(model, method.config(options, steps))
+        adapted = get_peft_model(model, method.config(options, steps))
     except ValueError as error:
         raise UserError(f"--target-modules: {error}") from error
+    if isinstance(adapted.base_model, S2LoraModel):
+        fuse_whisper(adapted)
+    return adapted
 
 
 def learning_rate(options: TrainOptions) -> float:

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import AutoConfig, WhisperConfig
 
 from fused_s2lora.kernels.choice import VARIABLE, Chooser
-from fused_s2lora.kernels.s2_linear import STRATEGIES, s2_linear
+from fused_s2lora.kernels.s2_linear import STRATEGIES, s2_linear_group
 from fused_s2lora.kernels.strategy_record import (
     FROZEN,
     REFERENCE,
@@ -43,8 +43,8 @@ SIZES = {
     "turbo": (1280, 32, 4, 128),
 }
 NO_GPU = (
-    "there is no CUDA GPU here, and strategies are timed on a GPU only: on a CPU the choice is always `merged`, "
-    f"unless {VARIABLE} or the argument `backend` names another"
+    "there is no CUDA GPU here, and strategies are timed on a GPU only: on a CPU the choice is `merged`, or `split` "
+    f"for few rows and for half-precision weights, unless {VARIABLE} or the argument `backend` names another"
 )
 _SHORTEST_AUDIO = 16_000  # samples, 1 s: the shortest batch that --window trim is tuned for
 
@@ -161,7 +161,7 @@ def tune(
         weight_dtype=dtype if half_base else torch.float32,
     )  # fmt: skip
     device = device or torch.device("cuda", torch.cuda.current_device())
-    candidates = candidates_of(s2_linear, (REFERENCE, *STRATEGIES))
+    candidates = candidates_of(s2_linear_group, (REFERENCE, *STRATEGIES))
     records: dict[Shape, Record | None] = {}
     for shape in shapes:
         with console.status(f"timing {shape.key}"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_s2lora import s2_linear
+from fused_s2lora import s2_linear_group
 from fused_s2lora.kernels import choice, strategy_timing
 from fused_s2lora.kernels.choice import VARIABLE, Chooser, default_strategy
 from fused_s2lora.kernels.strategy_record import (
@@ -115,10 +115,13 @@ def test_wrong_names_are_refused(make, monkeypatch):
         make().pick("auto", SHAPE, GPU, {"merged": CANDIDATES["merged"]})
 
 
-def test_a_cpu_merges_untimed(make, path, monkeypatch):
-    chooser = make(forbidden)
-    assert chooser.pick("auto", SHAPE, CPU, CANDIDATES) == "merged"
+def test_a_cpu_chooses_untimed(make, path, monkeypatch):
+    chooser, candidates = make(forbidden), {**CANDIDATES, "split": CANDIDATES["merged"]}
+    assert chooser.pick("auto", SHAPE, CPU, candidates) == "merged"
+    assert chooser.pick("auto", FEW_ROWS, CPU, candidates) == "split"
     assert chooser.pick("auto", FEW_ROWS, CPU, CANDIDATES) == "merged"
+    half = Shape(65536, 768, 768, 8, 1, torch.bfloat16, torch.bfloat16, True)
+    assert chooser.pick("auto", half, CPU, candidates) == "split"
     assert chooser.pick("auto", SHAPE, CPU, {"reference": CANDIDATES["reference"]}) == "reference"
     monkeypatch.setenv(VARIABLE, "reference")
     assert chooser.pick("auto", SHAPE, CPU, CANDIDATES) == "reference"
@@ -479,7 +482,7 @@ class FakeClock:
         return self.now - before
 
     def candidates(self, **ms):
-        real = candidates_of(s2_linear, ["reference"])["reference"]
+        real = candidates_of(s2_linear_group, ["reference"])["reference"]
 
         def build(operands, cost):
             forward = real(operands)
@@ -501,7 +504,7 @@ def test_times_are_medians_of_each_candidate(few_rounds):
 
 def test_a_candidate_that_raises_or_computes_something_else_has_no_time(few_rounds):
     clock = FakeClock()
-    real = candidates_of(s2_linear, ["reference"])["reference"]
+    real = candidates_of(s2_linear_group, ["reference"])["reference"]
 
     def raises_when_built(operands):
         raise NotImplementedError
@@ -557,7 +560,7 @@ def test_a_candidate_that_raises_or_computes_something_else_has_no_time(few_roun
 def test_todays_strategies_are_timed_in_every_precision(dtype, weight_dtype, needs_gradient, few_rounds):
     shape = Shape(64, 48, 64, 8, 3, dtype, weight_dtype, needs_gradient)
     clock = FakeClock()
-    ms, errors = time_candidates(shape, CPU, candidates_of(s2_linear, ["reference", "merged"]), clock)
+    ms, errors = time_candidates(shape, CPU, candidates_of(s2_linear_group, ["reference", "merged"]), clock)
     assert errors == {}
     assert ms.keys() == {"reference", "merged", FROZEN}
 
@@ -583,7 +586,7 @@ def test_the_callers_state_does_not_reach_the_timing_nor_the_other_way_round(few
 
         return forward
 
-    real = candidates_of(s2_linear, ["reference"])["reference"]
+    real = candidates_of(s2_linear_group, ["reference"])["reference"]
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -599,7 +602,7 @@ def test_a_candidate_that_asks_for_a_choice_does_not_wait_for_itself(make, few_r
         assert chooser.pick("auto", FEW_ROWS, GPU, CANDIDATES) == "fused"
         return real(operands)
 
-    real = candidates_of(s2_linear, ["reference"])["reference"]
+    real = candidates_of(s2_linear_group, ["reference"])["reference"]
     chooser = make(lambda shape, device, candidates: time_candidates(SMALL, CPU, candidates, FakeClock()))
     record = chooser.tune(SHAPE, GPU, {"reference": candidate})
     assert record is not None
@@ -610,7 +613,7 @@ def test_a_candidate_that_asks_for_a_choice_does_not_wait_for_itself(make, few_r
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="strategies are timed on a CUDA GPU only")
 def test_on_a_gpu_the_choice_is_the_fastest_timed(path):
     chooser = Chooser(StrategyFile(path))
-    candidates = candidates_of(s2_linear, ["reference", "merged"])
+    candidates = candidates_of(s2_linear_group, ["reference", "merged"])
     name = chooser.pick("auto", SHAPE, GPU, candidates)
     (records,) = json.loads(path.read_text()).values()
     record = record_from(records[SHAPE.key])
