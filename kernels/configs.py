@@ -77,3 +77,80 @@ def factor_config_name(padded_rank: int, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "single precision"
     return "low rank" if padded_rank <= 32 else "middle rank" if padded_rank <= 128 else "high rank"
+
+
+# --- fused: y, z and dx in one launch; its plain tiles are those of `LINEAR` ---
+
+
+def fused_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_memory: int, accumulate: bool) -> str:
+    """Which of `LINEAR` serves plain tiles; what adds to y needs registers for its old tile too, so not the widest."""
+    name = linear_config_name(rows, padded_rank, dtype, shared_memory)
+    return "square" if accumulate and name == "wide" else name
+
+
+@dataclass(frozen=True)
+class PersistentConfig:
+    """Tiles of the persistent product, and how its loop over tiles is compiled.
+
+    FLATTEN makes one loop of tiles and depth, so that the next tile's loads start under this tile's epilogue;
+    WARP_SPECIALIZE gives loads, products and epilogue warps of their own, which does the same and more.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    FLATTEN: bool
+    WARP_SPECIALIZE: bool
+    num_warps: int
+    num_stages: int
+
+
+# By the major number of the compute capability. Hopper: Triton 3.9 specialises only kernels of 4 warps there, and fails
+# on this one. Blackwell: two accumulators each of y and z fill the 512 columns of tensor memory, so BLOCK_N cannot be
+# 256; flattened and specialised at once does not compile.
+PERSISTENT = {
+    9: PersistentConfig(128, 256, 64, 8, FLATTEN=True, WARP_SPECIALIZE=False, num_warps=8, num_stages=3),
+    10: PersistentConfig(128, 128, 64, 8, FLATTEN=False, WARP_SPECIALIZE=True, num_warps=8, num_stages=4),
+}
+PERSISTENT_MAX_RANK = 32
+
+
+def persistent_obstacle(
+    capability: tuple[int, int] | None, dtype: torch.dtype, padded_rank: int, descriptors: bool
+) -> str | None:
+    """Why the persistent variant cannot serve these operands on a GPU of that capability; None if it can."""
+    if capability is None or capability[0] not in PERSISTENT:
+        return f"it needs compute capability {' or '.join(f'{major}.x' for major in PERSISTENT)}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"its tiles hold half precision, not {dtype}"
+    return persistent_operand_obstacle(padded_rank, descriptors)
+
+
+def persistent_operand_obstacle(padded_rank: int, descriptors: bool) -> str | None:
+    """The part of `persistent_obstacle` that holds in Triton's interpreter as well."""
+    if padded_rank > PERSISTENT_MAX_RANK:
+        return f"its rank is at most {PERSISTENT_MAX_RANK}"
+    if not descriptors:
+        return "x, weight and y need unit strides along one axis, 16-byte steps along the other and aligned starts"
+    return None
+
+
+def fused_variant(
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    padded_rank: int,
+    descriptors: bool,
+    rows: int,
+    outputs: int,
+    multiprocessors: int,
+) -> str:
+    """Which variant "auto" means, "persistent" or "tiles", for y [rows, outputs].
+
+    Persistent where it can serve and every multiprocessor gets a tile; with fewer tiles smaller ones spread better.
+    """
+    if capability is None or persistent_obstacle(capability, dtype, padded_rank, descriptors) is not None:
+        return "tiles"
+    config = PERSISTENT[capability[0]]
+    tiles = -(-rows // config.BLOCK_M) * -(-outputs // config.BLOCK_N)
+    return "persistent" if tiles >= multiprocessors else "tiles"
