@@ -18,12 +18,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_linear
+from . import fused, fused_persistent, triton_linear
 from .configs import SHARED_MEMORY
 from .variants import Variant
 
-_MODULES = (triton_linear,)
+_MODULES = (triton_linear, fused, fused_persistent)
 _AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
+TENSOR_MEMORY = 512  # columns of it that one program may hold on Blackwell; a build that needs more is an empty kernel
 _MATRIX_INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
@@ -34,7 +35,11 @@ _MATRIX_INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the binary of a variant for `target` shows; memory in bytes, registers a thread."""
+    """What the binary of a variant for `target` shows; memory in bytes, registers a thread.
+
+    `tensor_memory` counts columns, `bulk_copies` the TMA loads and stores in the code, `partitions` the parts of the
+    loop that have warps of their own beside the default ones (0: not warp-specialised).
+    """
 
     kernel: str
     config: str
@@ -49,6 +54,9 @@ class Report:
     shared_memory: int
     shared_memory_limit: int
     matrix_instructions: dict[str, int]
+    tensor_memory: int
+    bulk_copies: int
+    partitions: int
 
 
 def variants(target: str) -> list[Variant]:
@@ -96,6 +104,9 @@ def compile_variant(variant: Variant, target: str) -> Report:
         shared_memory=compiled.metadata.shared,
         shared_memory_limit=SHARED_MEMORY[target],
         matrix_instructions={name: len(re.findall(code, assembly)) for name, code in _MATRIX_INSTRUCTIONS.items()},
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", assembly)),
+        partitions=len(re.findall(r"^\s*partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
     )
 
 

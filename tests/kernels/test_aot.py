@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from fused_s2lora.kernels.aot import TENSOR_MEMORY
 from fused_s2lora.kernels.configs import SHARED_MEMORY
 
 TENSOR_CORES = {"80": "mma", "89": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
@@ -60,6 +61,18 @@ def test_half_precision_builds_use_matrix_instructions(reports):
     without = [_name(report) for report in half if not report["matrix_instructions"][TENSOR_CORES[report["target"]]]]
     assert half
     assert without == []
+
+
+def test_every_build_fits_tensor_memory(reports):
+    assert [_name(report) for report in reports if report["tensor_memory"] > TENSOR_MEMORY] == []
+
+
+def test_persistent_builds_move_tiles_by_tma_and_specialise_warps_on_blackwell(reports):
+    persistent = [report for report in reports if report["kernel"] == "fused persistent"]
+    target = reports[0]["target"]
+    assert bool(persistent) == (target in ("90", "100"))
+    assert [_name(report) for report in persistent if report["bulk_copies"] < 4] == []
+    assert {report["partitions"] > 0 for report in persistent} <= {target == "100"}
 
 
 def test_interpreter_mode_is_refused(monkeypatch):
