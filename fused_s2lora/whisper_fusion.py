@@ -36,7 +36,7 @@ def fuse_whisper(model: nn.Module) -> int:
     if not any(isinstance(module, S2LoraLinear) for module in model.modules()):
         raise ValueError("the model has no S2-LoRA adapter: wrap it with get_peft_model(model, S2LoraConfig()) first")
     unfuse_whisper(model)
-    decoders = [module for module in model.modules() if isinstance(module, WhisperDecoder)]
+    decoders: list[Any] = [module for module in model.modules() if isinstance(module, WhisperDecoder)]
     cross_attentions = [layer.encoder_attn for decoder in decoders for layer in decoder.layers]
     groups = []
     for attention in attentions:
