@@ -157,6 +157,12 @@ def tall_config_name(padded_rank: int, dtype: torch.dtype) -> str:
 # --- fused: y, z and dx in one launch; its plain tiles are those of `LINEAR` ---
 
 
+def fused_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_memory: int, accumulate: bool) -> str:
+    """Which of `LINEAR` serves plain tiles; what adds to y needs registers for its old tile too, so not the widest."""
+    name = linear_config_name(rows, padded_rank, dtype, shared_memory)
+    return "square" if accumulate and name == "wide" else name
+
+
 @dataclass(frozen=True)
 class PersistentConfig:
     """Tiles of the persistent product, and how its loop over tiles is compiled.

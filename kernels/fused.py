@@ -20,8 +20,8 @@ from .configs import (
     LINEAR,
     SHARED_MEMORY,
     LinearConfig,
+    fused_config_name,
     fused_variant,
-    linear_config_name,
     persistent_obstacle,
     persistent_operand_obstacle,
     rank_block,
@@ -139,9 +139,10 @@ def _fused_tile_kernel(
                 PRECISION,
             )  # fmt: skip
     else:
-        if WRITE_Z:
-            mask_z = mask_m[:, None] & mask_r[None, :] & (tile_n == 0)
-            tl.store(z_tile_ptr + offs_r[None, :] * stride_zr, z_acc.to(z_ptr.dtype.element_ty), mask=mask_z)
+        if WRITE_Z:  # noqa: SIM102 - known when compiling, which tile_n is not
+            if tile_n == 0:
+                mask_z = mask_m[:, None] & mask_r[None, :]
+                tl.store(z_tile_ptr + offs_r[None, :] * stride_zr, z_acc.to(z_ptr.dtype.element_ty), mask=mask_z)
         acc = _add_low_rank(
             acc, z_acc, coefficients_ptr, up_tile_ptr, offs_r, mask_n, rank, stride_ur, x_ptr.dtype.element_ty,
             PRECISION,
@@ -175,7 +176,7 @@ def tile_linear(
     memory = shared_memory(x)
     if z_given:
         padded_rank = min(padded_rank, _Z_BLOCK)
-    config: LinearConfig = LINEAR[linear_config_name(rows, padded_rank, x.dtype, memory)]
+    config: LinearConfig = LINEAR[fused_config_name(rows, padded_rank, x.dtype, memory, accumulate)]
     grid = (triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N),)
     _fused_tile_kernel[grid](
         x, weight, bias, down, up, coefficients, y, z, rows, outputs, inputs, rank,
@@ -351,7 +352,7 @@ def variants(target: str) -> list[Variant]:
     ):
         if constants["HAS_Z"] and rank > _Z_BLOCK:
             continue
-        config_name = linear_config_name(rows, rank, dtype, memory)
+        config_name = fused_config_name(rows, rank, dtype, memory, constants["ACCUMULATE"])
         config = LINEAR[config_name]
         found[config_name, way, name, rank] = Variant(
             "fused tiles", config_name, way, name, rank, _fused_tile_kernel,

@@ -2,9 +2,9 @@
 
     z = x Aᵀ          y = x Wᵀ + b + (z ⊙ e) Bᵀ
 
-One program a multiprocessor takes tile after tile of y. x, W, A, B and y are read and written through tensor descriptors
-made on the host: they are kernel arguments, so no program builds or fences one and no workspace is allocated.
-A is read in x's dtype, since a conversion between its load and the tensor cores would make every step wait.
+One program a multiprocessor takes tile after tile of y. x, W, A, B and y move through tensor descriptors made on the
+host: they are kernel arguments, so no program builds or fences one and no workspace is allocated. A is read in x's
+dtype, since a conversion between its load and the tensor cores would make every step wait.
 """
 
 import itertools
@@ -116,8 +116,9 @@ def _fused_persistent_kernel(
             z_tile_ptr = z_ptr + offs_m.to(tl.int64)[:, None] * stride_zm + offs_r[None, :] * stride_zr
         if HAS_Z:
             z_acc = tl.load(z_tile_ptr, mask=mask_z, other=0.0).to(tl.float32)
-        elif WRITE_Z:
-            tl.store(z_tile_ptr, z_acc.to(z_ptr.dtype.element_ty), mask=mask_z & (tile_n == 0))
+        elif WRITE_Z:  # noqa: SIM102 - known when compiling, which tile_n is not
+            if tile_n == 0:
+                tl.store(z_tile_ptr, z_acc.to(z_ptr.dtype.element_ty), mask=mask_z)
         up_tile = up_desc.load([0, first_n]) if UP_TRANSPOSED else up_desc.load([first_n, 0]).T  # [R, BLOCK_N]
         scaled = (z_acc * coefficients[None, :]).to(up_tile.dtype)
         acc = tl.dot(scaled, up_tile, acc, input_precision=PRECISION)

@@ -347,7 +347,7 @@ def test_compiles_without_graph_breaks():
 def test_the_operator_is_well_formed():
     group = make_group(40, 70, 8, 2, torch.float16)
     arguments = (group.weights, group.down, group.up, group.coefficients, torch.float16, torch.tensor([5]))
-    torch.library.opcheck(merge, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(merge.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_bad_groups_are_named():
