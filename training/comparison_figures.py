@@ -139,7 +139,7 @@ def _panels(
             )
         axes.set(xscale="log", xlabel=label, ylabel=f"{column}, capped, %")
         positions = sorted({position(line) for line in lines})
-        if len(positions) < 6:
+        if all(after > 1.5 * before for before, after in itertools.pairwise(positions)) and len(positions) < 6:
             axes.set_xticks(positions, [f"{value:,}" for value in positions])
             axes.minorticks_off()
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

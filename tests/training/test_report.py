@@ -126,3 +126,17 @@ def test_the_page_of_one_run_shows_its_transcripts_once(browser, compared):
     opened.locator(".map td").first.hover()
     assert "of 8 ranks" in opened.locator("#value").inner_text()
     opened.close()
+
+
+def test_an_endless_repetition_does_not_stretch_the_page(browser, compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "out" / "lora-r8-seed0", run)
+    table = run / "after" / "same.tsv"
+    lines = table.read_text().split("\n")
+    cells = lines[1].split("\t")
+    cells[lines[0].split("\t").index("normalized_hypothesis")] = "truly" * 300
+    table.write_text("\n".join([lines[0], "\t".join(cells), *lines[2:]]))
+    opened = browser.new_page(viewport={"width": 1200, "height": 800})
+    opened.goto(write_report(run).as_uri())
+    assert opened.locator("td.text", has_text="trulytruly").bounding_box()["width"] < 800
+    opened.close()
