@@ -16,6 +16,7 @@ from fused_s2lora.kernels.configs import (
     TALL,
     pass_config_name,
     rank_block,
+    rank_tile,
     tall_config_name,
 )
 
@@ -76,11 +77,11 @@ def _output_gradients(
 ) -> list[Launch]:
     """Passes over dy into workspaces, and the sum over these; `adapter_gradients.py` says how many."""
     (rows, outputs), (group, rank) = dys[0].shape, coefficients.shape
-    padded, half = rank_block(rank), _half(dys[0])
+    tile, half = rank_tile(rank), _half(dys[0])
     needs_coefficients = needs_coefficients and z is not None
-    together = group if padded <= GROUP_RANK else 1
-    blocks = -(-rows // PASS[pass_config_name(rows, together, padded, dys[0].dtype)].BLOCK_M)
-    one_pass = padded <= ONE_PASS_RANK and d_up is not None
+    together = group if rank <= GROUP_RANK else 1
+    blocks = -(-rows // PASS[pass_config_name(rows, together, tile, dys[0].dtype)].BLOCK_M)
+    one_pass = rank <= ONE_PASS_RANK and d_up is not None
     partial = 4 * blocks * group * rank if needs_coefficients else 0
     product = 4 * blocks * (group // together) * rank * outputs if one_pass else 0
     launches = []
@@ -107,7 +108,7 @@ def _input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> list[Launch]
 def _tall_products(talls: Sequence[Tensor], rank: int, low: Tensor | None) -> tuple[list[Launch], int]:
     """A pass over each tall matrix, and the bytes of the workspace it leaves."""
     rows, columns = talls[0].shape
-    config = TALL[tall_config_name(rank_block(rank), talls[0].dtype)]
+    config = TALL[tall_config_name(rank_tile(rank), talls[0].dtype)]
     product = 4 * -(-rows // config.split_rows(rows, columns)) * rank * columns
     one = Launch("tall product", _bytes(talls[0], low) + product, 2 * rows * columns * rank, _half(talls[0]))
     return [one] * len(talls), product * len(talls)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, pass_config_name, rank_block
+from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, pass_config_name, rank_tile
 from .ops import kernel_op
 from .row_sums import reduce_splits, tall_product
 from .variants import Variant
@@ -46,22 +46,23 @@ def _project_kernel(
 
     x [M, K], down [rank, K] -> z [M, rank]
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Neighbouring programs share the rows: what the first reads is in the L2 cache for the others.
+    offs_r = tl.program_id(0) * R + tl.arange(0, R)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, R)
     mask_m = offs_m < M
     mask_r = offs_r < rank
     rows_m = offs_m.to(tl.int64)
     x_tile_ptr = x_ptr + rows_m[:, None] * stride_xm + offs_k[None, :]
-    down_tile_ptr = down_ptr + offs_k[:, None].to(tl.int64) * stride_dk + offs_r[None, :].to(tl.int64) * stride_dr
+    offs_down = offs_k[:, None] * stride_dk + offs_r[None, :] * stride_dr
     acc = tl.zeros((BLOCK_M, R), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         x_tile = tl.load(x_tile_ptr, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        down_tile = tl.load(down_tile_ptr, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, R]
+        down_tile = tl.load(down_ptr + offs_down, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, R]
         acc = tl.dot(x_tile, down_tile.to(x_tile.dtype), acc, input_precision=PRECISION)
         x_tile_ptr += BLOCK_K
-        down_tile_ptr += BLOCK_K * stride_dk
+        down_ptr += BLOCK_K * stride_dk
     z_tile_ptr = z_ptr + rows_m[:, None] * rank + offs_r[None, :]
     tl.store(z_tile_ptr, acc.to(z_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
@@ -71,18 +72,18 @@ def _one_output(
     dy_tile_ptr,
     mask,
     up_tile,
-    z_tile,  # [R, BLOCK_M]
+    z_transposed,
     coefficients,
     g,
-    product,
     PRECISION: tl.constexpr,
     HAS_PRODUCT: tl.constexpr,
 ):
-    """g + dy B and product + diag(e) zᵀ dy of one tile of dy, which is loaded once for both."""
+    """g + dy B and diag(e) zᵀ dy of one tile of dy, which is loaded once for both."""
     dy_tile = tl.load(dy_tile_ptr, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
     g = tl.dot(dy_tile, up_tile, g, input_precision=PRECISION)
+    product = g
     if HAS_PRODUCT:
-        product += tl.dot(z_tile, dy_tile, input_precision=PRECISION) * coefficients[:, None]
+        product = tl.dot(z_transposed, dy_tile, input_precision=PRECISION) * coefficients[:, None]  # [R, BLOCK_N]
     return g, product
 
 
@@ -123,19 +124,20 @@ def _output_gradients_kernel(
     dy0..2 [M, N], z [M, rank], up [N, rank], coefficients [GROUP, rank]
     -> g [M, rank], product [blocks, rank, N], d_coefficients [blocks, GROUP, rank], all float32
     """
-    pid = tl.program_id(0)
+    pid = tl.program_id(1)
     dtype: tl.constexpr = dy0_ptr.dtype.element_ty
+    offs_r = tl.program_id(0) * R + tl.arange(0, R)
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_r = tl.arange(0, R)
     mask_m = offs_m < M
     mask_r = offs_r < rank
     mask_mr = mask_m[:, None] & mask_r[None, :]
     rows_m = offs_m.to(tl.int64)
 
-    z_tile = tl.zeros((BLOCK_M, R), dtype=dtype)
-    if HAS_PRODUCT or HAS_COEFFICIENTS:
-        z_tile = tl.load(z_ptr + rows_m[:, None] * stride_zm + offs_r[None, :], mask=mask_mr, other=0.0).to(dtype)
+    z_transposed = tl.zeros((R, BLOCK_M), dtype=dtype)
+    if HAS_PRODUCT:
+        z_tile_ptr = z_ptr + rows_m[:, None] * stride_zm + offs_r[None, :]
+        z_transposed = tl.trans(tl.load(z_tile_ptr, mask=mask_mr, other=0.0).to(dtype))
     coefficients_0 = tl.load(coefficients_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)
     g_0 = tl.zeros((BLOCK_M, R), dtype=tl.float32)
     dy0_tile_ptr = dy0_ptr + rows_m[:, None] * stride_0m + offs_n[None, :]
@@ -147,37 +149,39 @@ def _output_gradients_kernel(
         coefficients_2 = tl.load(coefficients_ptr + 2 * rank + offs_r, mask=mask_r, other=0.0).to(tl.float32)
         g_2 = tl.zeros((BLOCK_M, R), dtype=tl.float32)
         dy2_tile_ptr = dy2_ptr + rows_m[:, None] * stride_2m + offs_n[None, :]
-    up_tile_ptr = up_ptr + offs_n[:, None].to(tl.int64) * stride_un + offs_r[None, :].to(tl.int64) * stride_ur
+    offs_up = offs_n[:, None] * stride_un + offs_r[None, :] * stride_ur
     product_tile_ptr = product_ptr + pid.to(tl.int64) * N * rank + offs_r[:, None] * N + offs_n[None, :]
 
-    z_transposed = tl.trans(z_tile)  # [R, BLOCK_M]
     for n in range(0, N, BLOCK_N):
         mask_n = offs_n < N - n
         mask_nr = mask_n[:, None] & mask_r[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
-        up_tile = tl.load(up_tile_ptr, mask=mask_nr, other=0.0).to(dtype)
-        product = tl.zeros((R, BLOCK_N), dtype=tl.float32)
+        up_tile = tl.load(up_ptr + offs_up, mask=mask_nr, other=0.0).to(dtype)
         g_0, product = _one_output(
-            dy0_tile_ptr, mask, up_tile, z_transposed, coefficients_0, g_0, product, PRECISION, HAS_PRODUCT
+            dy0_tile_ptr, mask, up_tile, z_transposed, coefficients_0, g_0, PRECISION, HAS_PRODUCT
         )
         dy0_tile_ptr += BLOCK_N
         if GROUP > 1:
-            g_1, product = _one_output(
-                dy1_tile_ptr, mask, up_tile, z_transposed, coefficients_1, g_1, product, PRECISION, HAS_PRODUCT
+            g_1, product_1 = _one_output(
+                dy1_tile_ptr, mask, up_tile, z_transposed, coefficients_1, g_1, PRECISION, HAS_PRODUCT
             )
+            product += product_1
             dy1_tile_ptr += BLOCK_N
         if GROUP > 2:
-            g_2, product = _one_output(
-                dy2_tile_ptr, mask, up_tile, z_transposed, coefficients_2, g_2, product, PRECISION, HAS_PRODUCT
+            g_2, product_2 = _one_output(
+                dy2_tile_ptr, mask, up_tile, z_transposed, coefficients_2, g_2, PRECISION, HAS_PRODUCT
             )
+            product += product_2
             dy2_tile_ptr += BLOCK_N
         if HAS_PRODUCT:
             tl.store(product_tile_ptr, product, mask=mask_r[:, None] & mask_n[None, :])
             product_tile_ptr += BLOCK_N
-        up_tile_ptr += BLOCK_N * stride_un
+        up_ptr += BLOCK_N * stride_un
 
     if HAS_COEFFICIENTS:
-        z_tile = z_tile.to(tl.float32)
+        # Loaded once more: kept in registers all along it would cost more than this.
+        z_tile_ptr = z_ptr + rows_m[:, None] * stride_zm + offs_r[None, :]
+        z_tile = tl.load(z_tile_ptr, mask=mask_mr, other=0.0).to(tl.float32)
         d_coefficients_row_ptr = d_coefficients_ptr + pid * stride_dm + offs_r
         tl.store(d_coefficients_row_ptr, tl.sum(z_tile * g_0, axis=0), mask=mask_r)
         if GROUP > 1:
@@ -211,13 +215,12 @@ def project(x: Tensor, down: Tensor) -> Tensor:
     if rows == 0:
         return z
     x = _unit_columns(x)
-    padded_rank = rank_block(rank)
-    config = PASS[pass_config_name(rows, 1, padded_rank, x.dtype)]
-    _project_kernel[(triton.cdiv(rows, config.BLOCK_M),)](
+    R = rank_tile(rank)
+    config = PASS[pass_config_name(rows, 1, R, x.dtype)]
+    _project_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
         x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
-        PRECISION=device.precision(x.dtype), R=padded_rank, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
-        num_warps=config.num_warps,
-        num_stages=config.fitted_stages(1, padded_rank, x.element_size(), device.shared_memory(x)),
+        PRECISION=device.precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
+        num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), device.shared_memory(x)),
     )  # fmt: skip
     return z
 
@@ -268,10 +271,9 @@ def output_gradients(
     dys = [_unit_columns(dy) for dy in dys]
     z = None if z is None else _unit_columns(z)
     coefficients = coefficients.contiguous()
-    padded_rank = rank_block(rank)
-    one_pass = padded_rank <= ONE_PASS_RANK
-    together = group if padded_rank <= GROUP_RANK else 1  # outputs a launch
-    blocks = triton.cdiv(rows, PASS[pass_config_name(rows, together, padded_rank, dys[0].dtype)].BLOCK_M)
+    one_pass = rank <= ONE_PASS_RANK
+    together = group if rank <= GROUP_RANK else 1  # outputs a launch
+    blocks = triton.cdiv(rows, PASS[pass_config_name(rows, together, rank_tile(rank), dys[0].dtype)].BLOCK_M)
     partial = d_coefficients.new_empty(blocks, len(d_coefficients), rank)
     launches = group // together if one_pass and d_up is not None else 0
     product = d_coefficients.new_empty(launches * blocks, rank, outputs)
@@ -281,6 +283,7 @@ def output_gradients(
             part = product[i * blocks : (i + 1) * blocks]
             _launch_pass(dys[some], z, up, coefficients[some], g, part, partial[:, some], add_to_g or i > 0)
     if d_up is not None and not one_pass:
+        assert z is not None
         product = tall_product(dys, z, coefficients)
     if d_up is not None or needs_coefficients:
         reduce_splits(product, None if d_up is None else d_up.mT, partial, d_coefficients)
@@ -325,8 +328,10 @@ def _plain_output_gradients(
         if g is not None:
             g += dy_up * e
         if needs_coefficients:
+            assert z is not None
             d_coefficients.append((z.to(wide) * dy_up).sum(0))
         if d_up is not None:
+            assert z is not None
             d_up += (dy.mT @ z.to(dtype)).to(wide) * e
     return torch.stack(d_coefficients) if needs_coefficients else coefficients.new_empty(0, coefficients.shape[1])
 
@@ -347,18 +352,18 @@ def _launch_pass(
     add_to_g: bool,
 ) -> None:
     (rows, outputs), rank, group = dys[0].shape, up.shape[1], len(dys)
-    padded_rank = rank_block(rank)
-    config = PASS[pass_config_name(rows, group, padded_rank, dys[0].dtype)]
+    R = rank_tile(rank)
+    config = PASS[pass_config_name(rows, group, R, dys[0].dtype)]
     memory = device.shared_memory(dys[0])
     given = [*dys, *(None,) * (MAX_GROUP - group)]
-    _output_gradients_kernel[(triton.cdiv(rows, config.BLOCK_M),)](
+    _output_gradients_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
         *given, z, up, coefficients, g, product, partial, rows, outputs, rank,
         *(0 if dy is None else dy.stride(0) for dy in given), 0 if z is None else z.stride(0), *up.stride(),
         0 if g is None else g.stride(0), partial.stride(0),
         GROUP=group, HAS_G=g is not None, ADD_TO_G=add_to_g, HAS_PRODUCT=len(product) > 0,
-        HAS_COEFFICIENTS=partial.shape[1] > 0, PRECISION=device.precision(dys[0].dtype), R=padded_rank,
+        HAS_COEFFICIENTS=partial.shape[1] > 0, PRECISION=device.precision(dys[0].dtype), R=R,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
-        num_stages=config.fitted_stages(group, padded_rank, dys[0].element_size(), memory),
+        num_stages=config.fitted_stages(group, R, dys[0].element_size(), memory),
     )  # fmt: skip
 
 
@@ -372,7 +377,7 @@ _DIVISIBLE = ("M", "N", "K", "stride_xm", "stride_0m", "stride_1m", "stride_2m")
 def variants(target: str) -> list[Variant]:
     """Every specialisation that a GPU of this kind can be asked to run; a group of two lies between one and three."""
     found: dict[tuple, Variant] = {}
-    for (name, dtype), R, rows in itertools.product(_DTYPES.items(), (16, 32, 64, 128, 256), (512, 24_000)):
+    for (name, dtype), R, rows in itertools.product(_DTYPES.items(), (16, 32, 64), (512, 24_000)):
         for group in (1, 3) if R <= GROUP_RANK else (1,):
             config = pass_config_name(rows, group, R, dtype)
             kinds = ["coefficients"] + ["z"] * (group == 1) + ["factor and coefficients"] * (R <= ONE_PASS_RANK)

@@ -118,40 +118,44 @@ class TallConfig:
 
 PASS = {
     "many rows": PassConfig(128, 64, num_warps=8, num_stages=4),
-    "many rows, group": PassConfig(64, 64, num_warps=4, num_stages=4),
+    "many rows, group": PassConfig(64, 64, num_warps=8, num_stages=4),
     "many rows, rank 32": PassConfig(128, 32, num_warps=8, num_stages=4),
     "few rows": PassConfig(32, 64, num_warps=4, num_stages=4),
-    "middle rank": PassConfig(64, 64, num_warps=4, num_stages=3),
-    "high rank": PassConfig(64, 32, num_warps=8, num_stages=3),
+    "high rank": PassConfig(64, 64, num_warps=8, num_stages=3),
     "single precision": PassConfig(64, 32, num_warps=8, num_stages=2),
+    "single precision, rank 32": PassConfig(64, 16, num_warps=8, num_stages=2),
     "single precision, group": PassConfig(32, 32, num_warps=8, num_stages=2),
     "single precision, high rank": PassConfig(16, 16, num_warps=8, num_stages=1),
 }
 TALL = {
     "low rank": TallConfig(128, 64, num_warps=4, num_stages=3),
-    "middle rank": TallConfig(64, 64, num_warps=4, num_stages=2),
-    "high rank": TallConfig(64, 64, num_warps=8, num_stages=2),
+    "high rank": TallConfig(64, 64, num_warps=4, num_stages=2),
     "single precision": TallConfig(32, 16, num_warps=8, num_stages=1),
 }
 
 
-def pass_config_name(rows: int, group: int, padded_rank: int, dtype: torch.dtype) -> str:
+def rank_tile(rank: int) -> int:
+    """How much of the rank a program takes, padded to what a matrix instruction takes; others take the rest."""
+    return min(64, rank_block(rank))
+
+
+def pass_config_name(rows: int, group: int, rank_tile: int, dtype: torch.dtype) -> str:
     """Which of `PASS` serves a group of [M, N] with M = `rows` in `dtype`."""
-    of_group = "" if group == 1 else ", group"
-    if dtype == torch.float32:
-        return "single precision, high rank" if padded_rank > 32 else "single precision" + of_group
-    if padded_rank > 32:
-        return "middle rank" if padded_rank <= 128 else "high rank"
-    if rows <= 4096:
+    if dtype == torch.float32 and rank_tile > 32:
+        return "single precision, high rank"
+    if rank_tile > 32:
+        return "high rank"
+    if dtype != torch.float32 and rows <= 4096:
         return "few rows"
-    return ("many rows" if padded_rank == 16 else "many rows, rank 32") + of_group
+    name = "single precision" if dtype == torch.float32 else "many rows"
+    return name + (", rank 32" if rank_tile == 32 else "" if group == 1 else ", group")
 
 
-def tall_config_name(padded_rank: int, dtype: torch.dtype) -> str:
-    """Which of `TALL` serves that padded rank in `dtype`."""
+def tall_config_name(rank_tile: int, dtype: torch.dtype) -> str:
+    """Which of `TALL` serves that part of the rank in `dtype`."""
     if dtype == torch.float32:
         return "single precision"
-    return "low rank" if padded_rank <= 32 else "middle rank" if padded_rank <= 128 else "high rank"
+    return "low rank" if rank_tile <= 32 else "high rank"
 
 
 # --- fused: y, z and dx in one launch; its plain tiles are those of `LINEAR` ---
