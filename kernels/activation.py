@@ -231,7 +231,7 @@ def variants(target: str) -> list[Variant]:
         for rows, gelu in itertools.product((512, 24_000), (True, False)):
             config = activation_config_name(rows, rank, dtype)
             direction = "gelu" if gelu else "copy"
-            constants = {"GELU": gelu, "R": rank, "stride_xk": 1, "stride_dk": 1}
+            constants: dict[str, Any] = {"GELU": gelu, "R": rank, "stride_xk": 1, "stride_dk": 1}
             found[config, direction, name, rank, x_type] = _variant(
                 config, direction, name, x_type, rank, _activation_project_kernel, ACTIVATION[config], constants
             )

@@ -3,9 +3,10 @@
     y  = [x | z | 0] [W | B diag(e) | 0]ᵀ + b                                     z  = x Aᵀ
     [d | ge | 0]  = dy [W | B diag(e) | 0]                                        dx = d + ge A,   ge = g ⊙ e
 
-[x | z | 0] comes from what makes x (`producers.py`). Nothing is rounded that the frozen map would not round, and neither x
-nor y is read for the low-rank part. `augmented_gradient` is the gradient of [x | z | 0] as a whole, which is all that
-`layer_norm_augmented` and `gelu_augmented` need; for any other x `augmented_input_gradient` adds ge A, in one pass over dx.
+[x | z | 0] comes from what makes x (`producers.py`). W is not rounded with the update, and neither x nor y is read for
+the low-rank part. `augmented_gradient` is the gradient of [x | z | 0] as a whole, which is all that
+`layer_norm_augmented` and `gelu_augmented` need; for any other x `augmented_input_gradient` adds ge A, in one pass over
+dx.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def _write_spare_columns_kernel(
 
 @torch.library.custom_op("fused_s2lora::write_spare_columns_", mutates_args=("buffer",))
 def write_spare_columns_(buffer: Tensor, up: Tensor, coefficients: Tensor) -> None:
-    """One launch: up [N, r], coefficients [G, r] -> up diag(coefficients[g]) in the last columns of buffer [G N, K + R]."""
+    """One launch: up [N, r], coefficients e [G, r] -> up diag(e_g) in the last R columns of buffer [G N, K + R]."""
     outputs, rank = up.shape
     group, padded_rank = coefficients.shape[0], rank_block(rank)
     _write_spare_columns_kernel[(triton.cdiv(outputs, SPARE_BLOCK_N), group)](
@@ -75,15 +76,15 @@ def _(buffer, up, coefficients):
 class AugmentedWeight:
     """[W | B diag(e) | 0] of one frozen weight, or of a group of up to 3 that read one x, stacked along its rows.
 
-    `buffer` [G N, K + R] holds a copy of the weights, made once; `update` writes the R = `rank_block(rank)` columns behind
-    them and nothing else. `bias` [G N] is the group's, zero where a member has none, or None.
+    `buffer` [G N, K + R] holds a copy of the weights, made once; `update` writes the R = `rank_block(rank)` columns
+    behind them and nothing else. `bias` [G N] is the group's, zero where a member has none, or None.
 
     Args:
         weights: G weights [N, K].
         rank: r, 1 to 256.
         biases: their biases [N] or None; without it none has one.
-        dtype: of `buffer` and `bias`, by default the weights'. A narrower one rounds the copy once, as autocast would at
-            every use.
+        dtype: of `buffer` and `bias`, by default the weights'. A narrower one rounds the copy once, as autocast would
+            at every use.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class AugmentedWeight:
         if triton_is_usable(self.buffer)[0]:
             write_spare_columns_(self.buffer, up, coefficients)
         else:
-            scaled = up * coefficients[:, None, :]  # [G, N, r]
+            wide = torch.promote_types(up.dtype, self.buffer.dtype)
+            scaled = up.to(wide) * coefficients[:, None, :]  # [G, N, r]
             self.buffer[:, self.inputs : self.inputs + self.rank].copy_(scaled.flatten(0, 1))
 
     def is_copy_of(self, weights: Sequence[Tensor]) -> bool:
@@ -132,8 +134,8 @@ def _identity(weight: Tensor) -> tuple[torch.device, torch.dtype, int, int]:
 def with_spare_columns(x: Tensor, down: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """x [M, K], down [r, K] -> [x | z | 0] [M, K + rank_block(r)] in x's dtype or `out_dtype`, in one launch.
 
-    For an x that did not come from a producer. It copies x: 2 · M · K elements moved, where a plain z = x Aᵀ reads M · K.
-    This copy is what makes the augmented strategy slow there; it is only worth it where x had to be cast anyway.
+    For an x that did not come from a producer. It copies x: 2 · M · K elements moved, where a plain z = x Aᵀ reads
+    M · K. This copy is what makes the augmented strategy slow there, unless x had to be cast anyway.
     """
     spare, out_dtype = rank_block(down.shape[0]), x.dtype if out_dtype is None else out_dtype
     if triton_is_usable(x)[0] and triton_is_usable(x.new_empty(0, dtype=out_dtype))[0]:

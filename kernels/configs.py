@@ -81,10 +81,10 @@ def factor_config_name(padded_rank: int, dtype: torch.dtype) -> str:
 
 # What makes the input of a linear map and its z in one pass (layer_norm.py, activation.py).
 #
-# A LayerNorm's rows lie in registers: [BLOCK_M, K] of them, and twice that in its backward. Its z is formed without
-# matrix instructions, r · K multiplications a row, which hide behind the memory's time up to about rank 32; beyond,
-# a product of its own is cheaper.
-NORM_MAX_WIDTH = 2048
+# A LayerNorm's rows lie in registers, BLOCK_M of them, and twice that in its backward; up to the width of the largest
+# Whisper. Its z is formed without matrix instructions, r · K multiplications a row, which hide behind the memory's time
+# up to about rank 32; beyond, a product of its own is cheaper.
+NORM_MAX_WIDTH = 1280
 NORM_MAX_RANK = 32
 
 
@@ -100,8 +100,8 @@ class PassTiles:
 
 # Columns of a LayerNorm's tile: no more than threads, so that a row of A is loaded in the tile's layout, without
 # shared memory.
-NORM = {"narrow": PassTiles(8, 128, num_warps=4), "wide": PassTiles(4, 128, num_warps=4)}
-NORM_INPUT_GRADIENT = {"narrow": PassTiles(4, 128, num_warps=4), "wide": PassTiles(2, 128, num_warps=4)}
+NORM = PassTiles(8, 128, num_warps=4)
+NORM_INPUT_GRADIENT = PassTiles(4, 128, num_warps=4)
 ACTIVATION = {
     "many rows": PassTiles(64, 64, num_warps=4, num_stages=3),
     "few rows": PassTiles(16, 128, num_warps=8, num_stages=3),
@@ -113,11 +113,6 @@ ACTIVATION_INPUT_GRADIENT = {
     "single precision": PassTiles(16, 32, num_warps=8),
 }
 SPARE_BLOCK_N = 32  # rows of W whose spare columns a program writes
-
-
-def norm_config_name(width: int) -> str:
-    """Which of `NORM` and `NORM_INPUT_GRADIENT` serves rows of that width."""
-    return "narrow" if width <= 1280 else "wide"
 
 
 def activation_config_name(rows: int, padded_rank: int, dtype: torch.dtype) -> str:

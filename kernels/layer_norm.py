@@ -6,14 +6,14 @@
 Means are over a row. ge is the gradient of z where z is a factor of what follows; without it, d = dh ⊙ w.
 """
 
-import itertools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import NORM, NORM_INPUT_GRADIENT, NORM_MAX_RANK, norm_config_name, rank_block
+from .configs import NORM, NORM_INPUT_GRADIENT, NORM_MAX_RANK, NORM_MAX_WIDTH, PassTiles, rank_block
 from .variants import Variant
 
 
@@ -59,7 +59,7 @@ def _layer_norm_project_kernel(
         x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x_tile = tl.load(x_tile_ptr, mask=mask_m[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
         total += x_tile
-        x_tiles = x_tiles + (x_tile,)  # noqa: RUF005  (Triton's tuples do not unpack)
+        x_tiles += (x_tile,)  # type: ignore[assignment]
     mean = tl.sum(total, axis=1) / K
 
     total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
@@ -81,7 +81,7 @@ def _layer_norm_project_kernel(
         h_tile = (normal * weight[None, :] + bias[None, :]).to(h_ptr.dtype.element_ty)
         h_tile_ptr = h_ptr + rows[:, None] * stride_hm + offs_k[None, :]
         tl.store(h_tile_ptr, h_tile, mask=mask_m[:, None] & mask_k[None, :])
-        h_tiles = h_tiles + (h_tile.to(tl.float32),)  # noqa: RUF005
+        h_tiles += (h_tile.to(tl.float32),)  # type: ignore[assignment]
 
     z = tl.zeros((BLOCK_M, R), dtype=tl.float32)
     for j in range(rank):
@@ -150,8 +150,8 @@ def _layer_norm_input_gradient_kernel(
         d_tile *= tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
         total += d_tile
         total_normal += d_tile * normal
-        d_tiles = d_tiles + (d_tile,)  # noqa: RUF005
-        normals = normals + (normal,)  # noqa: RUF005
+        d_tiles += (d_tile,)  # type: ignore[assignment]
+        normals += (normal,)  # type: ignore[assignment]
     mean_d = tl.sum(total, axis=1) / K
     mean_dn = tl.sum(total_normal, axis=1) / K
 
@@ -177,7 +177,7 @@ def layer_norm_project(
     if rows == 0:
         return h, z, mean, rstd
     z_out = h[:, inputs:] if spare else z
-    tiles = NORM[norm_config_name(inputs)]
+    tiles = NORM
     fused = rank <= NORM_MAX_RANK
     _layer_norm_project_kernel[(triton.cdiv(rows, tiles.BLOCK_M),)](
         x, weight.contiguous(), bias.contiguous(), down, h, z_out, mean, rstd,
@@ -210,13 +210,13 @@ def layer_norm_input_gradient(
     dx = x.new_empty(rows, inputs)
     if rows == 0:
         return dx
-    tiles = NORM_INPUT_GRADIENT[norm_config_name(inputs)]
-    has_low_rank = ge is not None and down is not None
-    low_rank = (down.shape[0], *ge.stride(), *down.stride()) if has_low_rank else (0, 0, 0, 0, 0)
-    rank, *strides = low_rank
+    tiles = NORM_INPUT_GRADIENT
+    rank, strides = 0, [0, 0, 0, 0]
+    if ge is not None and down is not None:
+        rank, strides = down.shape[0], [*ge.stride(), *down.stride()]
     _layer_norm_input_gradient_kernel[(triton.cdiv(rows, tiles.BLOCK_M),)](
         dh, ge, down, x, weight.contiguous(), mean, rstd, dx, rows, rank, *dh.stride(), *strides, *x.stride(),
-        HAS_LOW_RANK=has_low_rank, K=inputs, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K, num_warps=tiles.num_warps,
+        HAS_LOW_RANK=rank > 0, K=inputs, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K, num_warps=tiles.num_warps,
     )  # fmt: skip
     return dx
 
@@ -226,37 +226,29 @@ def _(dh, ge, down, x, weight, mean, rstd):
     return x.new_empty(x.shape)
 
 
-_WIDTHS = (384, 1280, 2048)
-_FULL_PRECISION = {"down_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
-
-
 def variants(target: str) -> list[Variant]:
-    """Widths of the smallest and largest Whisper and the widest there can be; x in h's dtype and, as under autocast, wider."""
+    """Rows of the largest Whisper, which need most registers; x in h's dtype and, as under autocast, in float32."""
     found = []
-    for width, dtype, x_type in itertools.product(_WIDTHS, ("bf16", "fp32"), ("bf16", "fp32")):
-        if (dtype, x_type) == ("fp32", "bf16"):
-            continue
-        types = {**_FULL_PRECISION, **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "dx_ptr"), f"*{x_type}")}
-        config = f"{norm_config_name(width)} {width}, x {x_type}"
-        forward, backward = NORM[norm_config_name(width)], NORM_INPUT_GRADIENT[norm_config_name(width)]
+    for dtype, x_type in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        types = {"down_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
+        types |= dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "dx_ptr"), f"*{x_type}")
         for rank in (16, 32, 256):
-            constants = {"K": width, "R": rank, "BLOCK_M": forward.BLOCK_M, "BLOCK_K": forward.BLOCK_K}
-            found.append(
-                Variant(
-                    "layer norm", config, "forward", dtype, rank, _layer_norm_project_kernel,
-                    {**constants, "stride_xk": 1, "stride_dk": 1}, forward.num_warps, forward.num_stages, types,
-                    ("M", "stride_xm", "stride_dr", "stride_hm"),
-                )  # fmt: skip
-            )
+            constants: dict[str, Any] = {"R": rank, "stride_xk": 1, "stride_dk": 1}
+            found.append(_variant("forward", dtype, x_type, rank, _layer_norm_project_kernel, NORM, constants, types))
         for has_low_rank in (False, True):
-            constants = {"K": width, "BLOCK_M": backward.BLOCK_M, "BLOCK_K": backward.BLOCK_K, "stride_xk": 1}
-            constants |= {"HAS_LOW_RANK": has_low_rank, "stride_hk": 1}
+            direction = f"input gradient{' with low rank' * has_low_rank}"
+            constants = {"HAS_LOW_RANK": has_low_rank, "stride_hk": 1, "stride_xk": 1}
             constants |= {"stride_gr": 1, "stride_dk": 1} if has_low_rank else {"ge_ptr": None, "down_ptr": None}
-            found.append(
-                Variant(
-                    "layer norm", config, f"input gradient{' with low rank' * has_low_rank}", dtype, 16,
-                    _layer_norm_input_gradient_kernel, constants, backward.num_warps, backward.num_stages, types,
-                    ("M", "stride_hm", "stride_gm", "stride_dr", "stride_xm"),
-                )  # fmt: skip
-            )
+            kernel = _layer_norm_input_gradient_kernel
+            found.append(_variant(direction, dtype, x_type, 16, kernel, NORM_INPUT_GRADIENT, constants, types))
     return found
+
+
+def _variant(
+    direction: str, dtype: str, x_type: str, rank: int, kernel: Any, tiles: PassTiles, constants: dict, types: dict
+) -> Variant:
+    constants |= {"K": NORM_MAX_WIDTH, "BLOCK_M": tiles.BLOCK_M, "BLOCK_K": tiles.BLOCK_K}
+    return Variant(
+        "layer norm", f"x {x_type}", direction, dtype, rank, kernel, constants, tiles.num_warps, tiles.num_stages,
+        types, ("M", "stride_xm", "stride_dr", "stride_hm", "stride_gm"),
+    )  # fmt: skip

@@ -2,10 +2,10 @@
 
     h  = LayerNorm(x) or GELU(x)            z  = h Aᵀ, from the rounded h
 
-Two forms. In `*_project` z is a by-product without a gradient: what uses h and z returns as dh the gradient of its whole
-map. In `*_augmented` h and z lie in one matrix [h | z | 0] that is differentiable as a whole. Its gradient [dh | dz | ·] is
-what the product with [W | B diag(e)] gives in its backward, and dz A joins dh inside the LayerNorm's or GELU's own
-backward, without a pass over dh.
+Two forms. In `*_project` z is a by-product without a gradient: what uses h and z returns as dh the gradient of its
+whole map. In `*_augmented` h and z lie in one matrix [h | z | 0] that is differentiable as a whole. Its gradient
+[dh | dz | ·] is what the product with [W | B diag(e)] gives in its backward, and dz A joins dh inside the LayerNorm's
+or GELU's own backward, without a pass over dh.
 """
 
 from typing import Any

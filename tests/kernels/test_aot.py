@@ -12,6 +12,8 @@ import pytest
 from fused_s2lora.kernels.configs import SHARED_MEMORY
 
 TENSOR_CORES = {"80": "mma", "89": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
+# The kernels whose arithmetic is row sums or one multiplication an entry, bound by memory.
+WITHOUT_PRODUCTS = ("layer norm", "spare columns", "input gradient of gelu")
 
 
 @functools.cache
@@ -56,10 +58,21 @@ def test_every_build_fits_shared_memory(reports):
 
 
 def test_half_precision_builds_use_matrix_instructions(reports):
-    half = [report for report in reports if report["dtype"] == "bf16"]
-    without = [_name(report) for report in half if not report["matrix_instructions"][TENSOR_CORES[report["target"]]]]
+    half = [
+        report
+        for report in reports
+        if report["dtype"] == "bf16" and not {report["kernel"], report["direction"]} & set(WITHOUT_PRODUCTS)
+    ]
+    without = [_name(report) for report in half if not _matrix_instructions(report)]
     assert half
     assert without == []
+
+
+def _matrix_instructions(report: dict) -> int:
+    """Those of the target's newest kind; sixteen rows of an activation are too few for it and use the older `mma`."""
+    counts = report["matrix_instructions"]
+    few_rows = report["kernel"] == "activation" and report["config"].startswith("few rows")
+    return counts[TENSOR_CORES[report["target"]]] + (counts["mma"] if few_rows else 0)
 
 
 def test_interpreter_mode_is_refused(monkeypatch):

@@ -154,10 +154,9 @@ def test_augmented(operation, shape, dtypes):
 @pytest.mark.parametrize("augmented", [False, True], ids=["by-product", "augmented"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_widths_of_whisper(operation, augmented):
-    for width in (1280, 2000):
-        check_producer(operation, make_operands(5, width, 8, torch.float32), torch.float16, augmented=augmented)
-    # Beyond the widest row that fits registers, PyTorch's own.
-    check_producer(operation, make_operands(3, 5120, 8, torch.float32), torch.float16, augmented=augmented)
+    # 5120 is wider than a LayerNorm's kernel takes, and PyTorch's own serves.
+    for width in (384, 1280, 5120):
+        check_producer(operation, make_operands(3, width, 8, torch.float32), torch.float16, augmented=augmented)
 
 
 @pytest.mark.parametrize("augmented", [False, True], ids=["by-product", "augmented"])
@@ -260,7 +259,7 @@ def test_faults_are_caught():
         check_producer("gelu", operands, torch.float32, augmented=True, make=other_input)
 
     def tanh_gelu(operation, values, out_dtype, spare):
-        h, z = project(operation, values, out_dtype, 0)
+        _, z = project(operation, values, out_dtype, 0)
         return F.gelu(values["x"], approximate="tanh"), z
 
     with pytest.raises(AssertionError):
