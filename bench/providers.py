@@ -133,6 +133,9 @@ def _s2(group: Operands, backend: Any, device: str, autocast: bool) -> Provided:
                 ys += s2_linear_group(x, weights, bias, pair.down, pair.up, coefficients, sink=sink, backend=backend)
         return ys
 
+    if backend == "augmented":
+        with torch.no_grad():
+            forward()  # the copy of the weights is made once
     return Provided(forward, _learned(group))
 
 

@@ -103,7 +103,8 @@ class S2LoraConfig(PeftConfig):
         default=6.0, metadata={"help": "Learning rate of s over that of A and B, see `parameter_groups`."}
     )
     backend: str = field(
-        default="auto", metadata={"help": "Kernels: auto, merged, split, fused or reference, see `s2_linear`."}
+        default="auto",
+        metadata={"help": "Strategy: auto, merged, split, fused, augmented, reference; see `s2_linear`."},
     )
     audio_window: str = field(
         default="full",

@@ -18,11 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapter_gradients, fused, fused_persistent, merge, row_sums
+from . import activation, adapter_gradients, augmented, fused, fused_persistent, layer_norm, merge, row_sums
 from .configs import SHARED_MEMORY
 from .variants import Variant
 
-_MODULES = (fused, fused_persistent, merge, adapter_gradients, row_sums)
+_MODULES = (fused, fused_persistent, merge, adapter_gradients, row_sums, layer_norm, activation, augmented)
 _AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
 TENSOR_MEMORY = 512  # columns of it that one program may hold on Blackwell; a build that needs more is an empty kernel
 _MATRIX_INSTRUCTIONS = {
@@ -139,8 +139,12 @@ def main() -> None:
     """Command line: compiles everything for the targets asked for, one JSON line a build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=SHARED_MEMORY, nargs="+", default=list(SHARED_MEMORY))
-    for target in parser.parse_args().target:
+    parser.add_argument("--rank", type=int, nargs="+", help="padded ranks, 0 for kernels of any rank; default: all")
+    arguments = parser.parse_args()
+    for target in arguments.target:
         for variant in variants(target):
+            if arguments.rank and variant.R not in arguments.rank:
+                continue
             print(json.dumps(asdict(compile_variant(variant, target))), flush=True)
 
 

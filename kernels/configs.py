@@ -233,3 +233,58 @@ def fused_variant(
     config = PERSISTENT[capability[0]]
     tiles = -(-rows // config.BLOCK_M) * -(-outputs // config.BLOCK_N)
     return "persistent" if tiles >= multiprocessors else "tiles"
+
+
+# What makes the input of a linear map and its z in one pass (layer_norm.py, activation.py).
+#
+# A LayerNorm's rows lie in registers, BLOCK_M of them, and twice that in its backward; up to the width of the largest
+# Whisper. Its z is formed without matrix instructions, r · K multiplications a row, which hide behind the memory's time
+# up to about rank 32; beyond, a product of its own is cheaper.
+NORM_MAX_WIDTH = 1280
+NORM_MAX_RANK = 32
+
+
+@dataclass(frozen=True)
+class PassTiles:
+    """Tiles [BLOCK_M, BLOCK_K] of a pass over rows."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int = 1
+
+
+# Columns of a LayerNorm's tile: no more than threads, so that a row of A is loaded in the tile's layout, without
+# shared memory.
+NORM = PassTiles(8, 128, num_warps=4)
+NORM_INPUT_GRADIENT = PassTiles(4, 128, num_warps=4)
+ACTIVATION = {
+    "many rows": PassTiles(64, 64, num_warps=4, num_stages=3),
+    "few rows": PassTiles(16, 128, num_warps=8, num_stages=3),
+    "high rank": PassTiles(64, 32, num_warps=8),  # a deeper pipeline spills on compute capability 10.0
+    "single precision": PassTiles(16, 32, num_warps=8),
+}
+ACTIVATION_INPUT_GRADIENT = {
+    "half precision": PassTiles(64, 64, num_warps=4),
+    "single precision": PassTiles(16, 32, num_warps=8),
+}
+SPARE_BLOCK_N = 32  # rows of W whose spare columns a program writes
+
+
+def activation_config_name(rows: int, padded_rank: int, dtype: torch.dtype) -> str:
+    """Which of `ACTIVATION` serves M = `rows` rows where h is of `dtype`."""
+    if dtype == torch.float32:
+        return "single precision"
+    if padded_rank > 32:
+        return "high rank"
+    return "few rows" if rows <= 4096 else "many rows"
+
+
+def activation_gradient_config_name(dtype: torch.dtype) -> str:
+    """Which of `ACTIVATION_INPUT_GRADIENT` serves dh of `dtype`."""
+    return "single precision" if dtype == torch.float32 else "half precision"
+
+
+def gradient_rank_tile(rank: int, dtype: torch.dtype) -> int:
+    """Ranks a step of the input gradient multiplies."""
+    return 16 if dtype == torch.float32 else min(64, rank_block(rank))

@@ -2,21 +2,30 @@
 
     y_i = x W_iᵀ + b_i + ((x Aᵀ) ⊙ e_i) Bᵀ               dx = Σ_i dy_i W_i + (Σ_i (dy_i B) ⊙ e_i) A
 
-`merged` and `split` are cuBLAS products (oneDNN's on a CPU), `fused` is one Triton kernel. What they have in common,
-the gradients of A, B and e, is in `adapter_gradients.py`.
+`merged`, `split` and `augmented` are cuBLAS products (oneDNN's on a CPU), `fused` is one Triton kernel. What they have
+in common, the gradients of A, B and e, is in `adapter_gradients.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import device
 from .adapter_gradients import project
+from .augmented import (
+    AugmentedWeight,
+    augmented_forward,
+    augmented_input_gradient,
+    spare_buffer,
+    with_spare_columns,
+)
 from .fused import fused_linear
 from .merge import merge_weights, merge_weights_reference
+from .producers import split_spare
 
 
 @dataclass
@@ -146,8 +155,38 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
+_augmented_weights: MutableMapping[Tensor, AugmentedWeight] = WeakTensorKeyDictionary()
+
+
+def _augmented(group: Group, dtype: torch.dtype) -> AugmentedWeight:
+    """The copy of the group's weights with spare columns, made once, with B diag(e) in these."""
+    found = _augmented_weights.get(group.weights[0])
+    fits = found is not None and found.rank == len(group.down) and found.buffer.dtype == dtype
+    if found is None or not fits or not found.is_copy_of(group.weights):
+        found = _augmented_weights[group.weights[0]] = AugmentedWeight(group.weights, len(group.down), dtype=dtype)
+    found.update(group.up, group.coefficients)
+    return found
+
+
+def _augmented_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
+    buffer = None if z is None else spare_buffer(x, z)
+    if buffer is None:
+        buffer = with_spare_columns(x, group.down)
+    y = augmented_forward(buffer, _augmented(group, x.dtype), _cast(group.bias, x.dtype))
+    return Forward(list(y.chunk(len(group.weights), dim=1)), split_spare(buffer, group.down)[1])
+
+
+def _augmented_input_gradient(
+    dys: Sequence[Tensor], group: Group, g: Tensor | None, dense: Tensor | None, dx: Tensor | None
+) -> Tensor:
+    # The spare columns are written anew: another use of these weights may have changed them since.
+    own, _ = augmented_input_gradient(dys, _augmented(group, dys[0].dtype), group.down)
+    return own if dx is None else dx.add_(own)
+
+
 STRATEGIES = {
     "merged": Strategy(_merged_forward, _merged_input_gradient),
     "split": Strategy(_split_forward, _split_input_gradient, reads_z=True, needs_g=True),
     "fused": Strategy(_fused_forward, _fused_input_gradient, reads_z=True),
+    "augmented": Strategy(_augmented_forward, _augmented_input_gradient),
 }
