@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels.s2_linear import s2_linear_group
+from .kernels.shared import known_z
 
 if TYPE_CHECKING:
     from .layer import S2LoraLinear
@@ -60,8 +61,9 @@ class ProjectionGroup:
         coefficients = [layer.operands(name)[2] for layer in self.layers]
         backend: Any = first.configs[name].backend
         return s2_linear_group(
-            x, weights, self._stacked_bias(), down, up, coefficients, sink=first.sink(name), backend=backend
-        )
+            x, weights, self._stacked_bias(), down, up, coefficients, z=known_z(x, down), sink=first.sink(name),
+            backend=backend,
+        )  # fmt: skip
 
     def _stacked_bias(self) -> Tensor | None:
         """All biases one after the other, zeros for a layer without; made anew when one of them has changed."""

@@ -4,10 +4,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder
+from transformers.activations import GELUActivation
+from transformers.models.whisper.modeling_whisper import (
+    WhisperAttention,
+    WhisperDecoder,
+    WhisperDecoderLayer,
+    WhisperEncoderLayer,
+)
 
 from .kernels.shared import share_input
 from .layer import S2LoraLinear
+from .projecting import ProjectingGelu, ProjectingLayerNorm, let_norm_be, let_norm_project
 from .projection_group import ProjectionGroup
 
 _HANDLE = "_s2lora_fusion_handle"
@@ -18,8 +25,9 @@ def fuse_whisper(model: nn.Module) -> int:
 
     q, k and v of a self-attention become one operation: one z, one pass over x for dA. Cross-attention's k and v are
     one operation in each decoder layer, and all decoder layers read the encoder's output as one shared input: cast
-    once, one z, one dA, dx added up in place. Parameters, their names and what is saved stay as they are; generate(),
-    gradient checkpointing and disabling, merging or switching adapters work as before. `unfuse_whisper` undoes it.
+    once, one z, one dA, dx added up in place. On a GPU, LayerNorms and GELU write z of what reads them. Parameters,
+    their names and what is saved stay as they are; generate(), gradient checkpointing and disabling, merging or
+    switching adapters work as before. `unfuse_whisper` undoes it.
 
     Args:
         model: a `WhisperForConditionalGeneration` with an S2-LoRA adapter, or the `PeftModel` around it.
@@ -51,7 +59,23 @@ def fuse_whisper(model: nn.Module) -> int:
         if crossing:
             handle = decoder.register_forward_pre_hook(_CrossAttentionInput(crossing), with_kwargs=True)
             setattr(decoder, _HANDLE, handle)
+    for module in model.modules():
+        if isinstance(module, WhisperEncoderLayer | WhisperDecoderLayer):
+            _let_producers_project(module)
     return len(groups)
+
+
+def _let_producers_project(layer: Any) -> None:
+    """LayerNorms and GELU of one layer compute z of what reads them, in one pass on a GPU."""
+    reads = [(layer.self_attn_layer_norm, layer.self_attn.q_proj), (layer.final_layer_norm, layer.fc1)]
+    if isinstance(layer, WhisperDecoderLayer):
+        reads.append((layer.encoder_attn_layer_norm, layer.encoder_attn.q_proj))
+    for norm, reader in reads:
+        if isinstance(reader, S2LoraLinear):
+            let_norm_project(norm, reader)
+    exact = isinstance(layer.activation_fn, GELUActivation) and layer.activation_fn.act is nn.functional.gelu
+    if isinstance(layer.fc2, S2LoraLinear) and exact and not layer.activation_dropout:
+        layer.activation_fn = ProjectingGelu(layer.activation_fn, layer.fc2)
 
 
 def unfuse_whisper(model: nn.Module) -> None:
@@ -62,6 +86,10 @@ def unfuse_whisper(model: nn.Module) -> None:
         elif hasattr(module, _HANDLE):
             getattr(module, _HANDLE).remove()
             delattr(module, _HANDLE)
+        elif isinstance(module, ProjectingLayerNorm):
+            let_norm_be(module)
+        elif isinstance(gelu := getattr(module, "activation_fn", None), ProjectingGelu):
+            module.activation_fn = gelu.gelu
 
 
 def _grouped(*projections: nn.Module) -> list[ProjectionGroup]:

@@ -125,6 +125,24 @@ class SharedInput:
         return dx, g
 
 
+_Z = "_s2lora_z"
+
+
+def remember_z(x: Tensor, z: Tensor, down: Tensor) -> None:
+    """Lets the maps that read x [..., K] find z = x Aᵀ, computed with `down` A, in `known_z`."""
+    setattr(x, _Z, (z, down.detach()))
+
+
+def known_z(x: Tensor, down: Tensor) -> Tensor | None:
+    """z [M, r] of x [..., K] with this very `down`, if something computed it already."""
+    found: tuple[Tensor, Tensor] | None = getattr(x, _Z, None)
+    if found is None:
+        return None
+    z, its_down = found
+    same = its_down.shape == down.shape and its_down.stride() == down.stride()
+    return z if same and its_down.untyped_storage()._cdata == down.untyped_storage()._cdata else None
+
+
 class _ShareInputFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, shared: SharedInput, sink: GradientSink | None) -> Tensor:

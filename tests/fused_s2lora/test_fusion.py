@@ -9,6 +9,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, unfuse_whisper
+from fused_s2lora.kernels import device
+from fused_s2lora.kernels import s2_linear as s2_linear_module
 from fused_s2lora.kernels import shared as shared_module
 from tests.fused_s2lora.adapters import adapted, awaken, batch, logits
 from tests.oracle import DEVICE
@@ -139,6 +141,29 @@ def test_autocast_is_as_exact_as_unfused(tiny_whisper):
         fused = errors(True, backend)
         for name, value in oracle.items():
             assert fused[name] <= 2 * plain[name] + 8e-3 * value.abs().max().item(), f"{backend}: {name}"
+
+
+@pytest.mark.parametrize("backend", ["merged", "augmented"])
+def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
+    """The whole model by Triton's kernels, as exact as unfused PyTorch; LayerNorm and GELU leave nothing to project."""
+    oracle = step(in_float64(tiny_whisper))
+    plain = step(adapted(tiny_whisper, r=4, backend="reference").train(), torch.float32)
+    model = adapted(tiny_whisper, r=4, backend=backend).train().to(DEVICE)
+    fuse_whisper(model)
+    monkeypatch.setattr(device, "runs_triton", lambda x: device.triton_is_usable(x)[0])
+    projected = []
+    project = s2_linear_module.project
+    monkeypatch.setattr(s2_linear_module, "project", lambda x, down: projected.append(x.shape) or project(x, down))
+    got = step(model, torch.float32)
+    # Only what attention makes has no producer: the input of its out projections, two self and one cross, and of
+    # merged weights none is projected before the backward pass asks for it.
+    outs = 2 + 2 + 2
+    assert len(projected) == (outs if backend == "merged" else 0)
+    for name, value in oracle.items():
+        error, unfused = ((one[name].cpu() - value).abs().max() for one in (got, plain))
+        assert error <= 2 * unfused + 2e-6 * value.abs().max(), name
+    unfuse_whisper(model)
+    assert not any("Projecting" in type(module).__name__ for module in model.modules())
 
 
 def test_generation_with_a_cache_and_disabled_adapters(tiny_whisper):

@@ -1,0 +1,85 @@
+"""LayerNorm and GELU that also compute z = h Aᵀ for the adapted map that reads them, in one pass on a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import device
+from .kernels.configs import rank_block
+from .kernels.producers import gelu_project, layer_norm_project
+from .kernels.shared import remember_z
+
+if TYPE_CHECKING:
+    from .layer import S2LoraLinear
+
+
+class _Reader:
+    """The adapted map that reads the output: what is to be projected, and in which dtype."""
+
+    def __init__(self, layer: S2LoraLinear) -> None:
+        self.layer = layer
+
+    def wanted(self, x: Tensor) -> tuple[Tensor, torch.dtype, int] | None:
+        """down A [r, K], the dtype of the products, and spare columns; None where plain PyTorch is to be used."""
+        names = self.layer.names_at_work()
+        if len(names) != 1 or not self.layer.fusable(names) or not torch.is_grad_enabled():
+            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if torch.compiler.is_compiling() or not device.runs_triton(x) or dtype == torch.float64:
+            return None
+        down, _, _ = self.layer.operands(names[0])
+        spare = rank_block(len(down)) if self.layer.configs[names[0]].backend == "augmented" else 0
+        return down, dtype, spare
+
+
+class ProjectingLayerNorm(nn.LayerNorm):
+    """A frozen LayerNorm that leaves z where its reader finds it; made by giving a LayerNorm this class."""
+
+    reader: _Reader
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> [..., K], on the way to a reader in the dtype of the products."""
+        wanted = self.reader.wanted(input)
+        if wanted is None or self.weight.requires_grad or self.bias.requires_grad:
+            return super().forward(input)
+        down, dtype, spare = wanted
+        rows = input.reshape(-1, input.shape[-1])
+        h, z = layer_norm_project(rows, self.weight, self.bias, self.eps, down.detach(), dtype, spare)
+        h = h.view(input.shape)
+        remember_z(h, z, down)
+        return h
+
+
+class ProjectingGelu(nn.Module):
+    """`gelu`, the exact one, that leaves z where its reader finds it."""
+
+    def __init__(self, gelu: nn.Module, layer: S2LoraLinear) -> None:
+        super().__init__()
+        self.gelu, self.reader = gelu, _Reader(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., F] -> [..., F]."""
+        wanted = self.reader.wanted(x)
+        if wanted is None:
+            return self.gelu(x)
+        down, dtype, spare = wanted
+        h, z = gelu_project(x.reshape(-1, x.shape[-1]), down.detach(), dtype, spare)
+        h = h.view(x.shape)
+        remember_z(h, z, down)
+        return h
+
+
+def let_norm_project(norm: nn.LayerNorm, layer: S2LoraLinear) -> None:
+    """Makes `norm` project for `layer`; its parameters and their names stay."""
+    norm.__class__ = ProjectingLayerNorm
+    norm.__dict__["reader"] = _Reader(layer)
+
+
+def let_norm_be(norm: nn.LayerNorm) -> None:
+    """Takes `let_norm_project` back."""
+    norm.__class__ = nn.LayerNorm
+    del norm.__dict__["reader"]
