@@ -106,7 +106,7 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
     if key is not None:
         raise UserError(
             f"{path}: holds a run with {key} = {found.get(key)!r}, not {wanted[key]!r}; "
-            "give another --output, or delete it (--fresh) to start anew"
+            "give another --output, or --fresh to delete it and start anew"
         )
 
 
