@@ -18,11 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_linear
+from . import adapter_gradients, row_sums, triton_linear
 from .configs import SHARED_MEMORY
 from .variants import Variant
 
-_MODULES = (triton_linear,)
+_MODULES = (triton_linear, adapter_gradients, row_sums)
 _AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
 _MATRIX_INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",

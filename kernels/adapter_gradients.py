@@ -1,0 +1,401 @@
+"""The adapter's gradients: each of x and dy read once, sums kept in float32 buffers that other layers may share.
+
+    z  = x Aᵀ
+    gᵢ = dyᵢ B                    g  += Σᵢ gᵢ ⊙ eᵢ                 deᵢ = colsum(z ⊙ gᵢ)
+    Pᵢ = dyᵢᵀ z                   dB += Σᵢ Pᵢ diag(eᵢ)             dA += gᵀ x
+
+i runs over a group of one to three weights that read one x and share A and B. Sums over all rows are formed in two
+launches, over blocks of rows into a workspace and then over the blocks: deterministic, no atomics.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, pass_config_name, rank_tile
+from .row_sums import reduce_splits, tall_product
+from .triton_linear import _precision, _shared_memory, triton_is_usable
+from .variants import Variant
+
+MAX_GROUP = 3
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr,
+    down_ptr,
+    z_ptr,
+    M,
+    K,
+    rank,
+    stride_xm,
+    stride_dr,
+    stride_dk,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """z = x Aᵀ
+
+    x [M, K], down [rank, K] -> z [M, rank]
+    """
+    # Neighbouring programs share the rows: what the first reads is in the L2 cache for the others.
+    offs_r = tl.program_id(0) * R + tl.arange(0, R)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_r = offs_r < rank
+    rows_m = offs_m.to(tl.int64)
+    x_tile_ptr = x_ptr + rows_m[:, None] * stride_xm + offs_k[None, :]
+    offs_down = offs_k[:, None] * stride_dk + offs_r[None, :] * stride_dr
+    acc = tl.zeros((BLOCK_M, R), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        x_tile = tl.load(x_tile_ptr, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        down_tile = tl.load(down_ptr + offs_down, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, R]
+        acc = tl.dot(x_tile, down_tile.to(x_tile.dtype), acc, input_precision=PRECISION)
+        x_tile_ptr += BLOCK_K
+        down_ptr += BLOCK_K * stride_dk
+    z_tile_ptr = z_ptr + rows_m[:, None] * rank + offs_r[None, :]
+    tl.store(z_tile_ptr, acc.to(z_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+
+
+@triton.jit
+def _one_output(
+    dy_tile_ptr,
+    mask,
+    up_tile,
+    z_transposed,
+    coefficients,
+    g,
+    PRECISION: tl.constexpr,
+    HAS_PRODUCT: tl.constexpr,
+):
+    """g + dy B and diag(e) zᵀ dy of one tile of dy, which is loaded once for both."""
+    dy_tile = tl.load(dy_tile_ptr, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+    g = tl.dot(dy_tile, up_tile, g, input_precision=PRECISION)
+    product = g
+    if HAS_PRODUCT:
+        product = tl.dot(z_transposed, dy_tile, input_precision=PRECISION) * coefficients[:, None]  # [R, BLOCK_N]
+    return g, product
+
+
+@triton.jit
+def _output_gradients_kernel(
+    dy0_ptr,
+    dy1_ptr,
+    dy2_ptr,
+    z_ptr,
+    up_ptr,
+    coefficients_ptr,
+    g_ptr,
+    product_ptr,
+    d_coefficients_ptr,
+    M,
+    N,
+    rank,
+    stride_0m,
+    stride_1m,
+    stride_2m,
+    stride_zm,
+    stride_un,
+    stride_ur,
+    stride_gm,
+    stride_dm,
+    GROUP: tl.constexpr,
+    HAS_G: tl.constexpr,
+    ADD_TO_G: tl.constexpr,
+    HAS_PRODUCT: tl.constexpr,
+    HAS_COEFFICIENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """For a block of rows: gᵢ = dyᵢ B, g += Σᵢ gᵢ ⊙ eᵢ, product = Σᵢ diag(eᵢ) zᵀ dyᵢ, d_coefficientsᵢ = colsum(z ⊙ gᵢ)
+
+    dy0..2 [M, N], z [M, rank], up [N, rank], coefficients [GROUP, rank]
+    -> g [M, rank], product [blocks, rank, N], d_coefficients [blocks, GROUP, rank], all float32
+    """
+    pid = tl.program_id(1)
+    dtype: tl.constexpr = dy0_ptr.dtype.element_ty
+    offs_r = tl.program_id(0) * R + tl.arange(0, R)
+    offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_r = offs_r < rank
+    mask_mr = mask_m[:, None] & mask_r[None, :]
+    rows_m = offs_m.to(tl.int64)
+
+    z_transposed = tl.zeros((R, BLOCK_M), dtype=dtype)
+    if HAS_PRODUCT:
+        z_tile_ptr = z_ptr + rows_m[:, None] * stride_zm + offs_r[None, :]
+        z_transposed = tl.trans(tl.load(z_tile_ptr, mask=mask_mr, other=0.0).to(dtype))
+    coefficients_0 = tl.load(coefficients_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)
+    g_0 = tl.zeros((BLOCK_M, R), dtype=tl.float32)
+    dy0_tile_ptr = dy0_ptr + rows_m[:, None] * stride_0m + offs_n[None, :]
+    if GROUP > 1:
+        coefficients_1 = tl.load(coefficients_ptr + rank + offs_r, mask=mask_r, other=0.0).to(tl.float32)
+        g_1 = tl.zeros((BLOCK_M, R), dtype=tl.float32)
+        dy1_tile_ptr = dy1_ptr + rows_m[:, None] * stride_1m + offs_n[None, :]
+    if GROUP > 2:
+        coefficients_2 = tl.load(coefficients_ptr + 2 * rank + offs_r, mask=mask_r, other=0.0).to(tl.float32)
+        g_2 = tl.zeros((BLOCK_M, R), dtype=tl.float32)
+        dy2_tile_ptr = dy2_ptr + rows_m[:, None] * stride_2m + offs_n[None, :]
+    offs_up = offs_n[:, None] * stride_un + offs_r[None, :] * stride_ur
+    product_tile_ptr = product_ptr + pid.to(tl.int64) * N * rank + offs_r[:, None] * N + offs_n[None, :]
+
+    for n in range(0, N, BLOCK_N):
+        mask_n = offs_n < N - n
+        mask_nr = mask_n[:, None] & mask_r[None, :]
+        mask = mask_m[:, None] & mask_n[None, :]
+        up_tile = tl.load(up_ptr + offs_up, mask=mask_nr, other=0.0).to(dtype)
+        g_0, product = _one_output(
+            dy0_tile_ptr, mask, up_tile, z_transposed, coefficients_0, g_0, PRECISION, HAS_PRODUCT
+        )
+        dy0_tile_ptr += BLOCK_N
+        if GROUP > 1:
+            g_1, product_1 = _one_output(
+                dy1_tile_ptr, mask, up_tile, z_transposed, coefficients_1, g_1, PRECISION, HAS_PRODUCT
+            )
+            product += product_1
+            dy1_tile_ptr += BLOCK_N
+        if GROUP > 2:
+            g_2, product_2 = _one_output(
+                dy2_tile_ptr, mask, up_tile, z_transposed, coefficients_2, g_2, PRECISION, HAS_PRODUCT
+            )
+            product += product_2
+            dy2_tile_ptr += BLOCK_N
+        if HAS_PRODUCT:
+            tl.store(product_tile_ptr, product, mask=mask_r[:, None] & mask_n[None, :])
+            product_tile_ptr += BLOCK_N
+        up_ptr += BLOCK_N * stride_un
+
+    if HAS_COEFFICIENTS:
+        # Loaded once more: kept in registers all along it would cost more than this.
+        z_tile_ptr = z_ptr + rows_m[:, None] * stride_zm + offs_r[None, :]
+        z_tile = tl.load(z_tile_ptr, mask=mask_mr, other=0.0).to(tl.float32)
+        d_coefficients_row_ptr = d_coefficients_ptr + pid * stride_dm + offs_r
+        tl.store(d_coefficients_row_ptr, tl.sum(z_tile * g_0, axis=0), mask=mask_r)
+        if GROUP > 1:
+            tl.store(d_coefficients_row_ptr + rank, tl.sum(z_tile * g_1, axis=0), mask=mask_r)
+        if GROUP > 2:
+            tl.store(d_coefficients_row_ptr + 2 * rank, tl.sum(z_tile * g_2, axis=0), mask=mask_r)
+    if HAS_G:
+        g = g_0 * coefficients_0[None, :]
+        if GROUP > 1:
+            g += g_1 * coefficients_1[None, :]
+        if GROUP > 2:
+            g += g_2 * coefficients_2[None, :]
+        g_tile_ptr = g_ptr + rows_m[:, None] * stride_gm + offs_r[None, :]
+        if ADD_TO_G:
+            g += tl.load(g_tile_ptr, mask=mask_mr, other=0.0)
+        tl.store(g_tile_ptr, g, mask=mask_mr)
+
+
+@torch.library.custom_op("fused_s2lora::project", mutates_args=())
+def project(x: Tensor, down: Tensor) -> Tensor:
+    """z = x Aᵀ in one launch: x [M, K], down [r, K] of any strides -> z [M, r] in x's dtype."""
+    if not triton_is_usable(x)[0]:
+        return x @ down.to(x.dtype).mT
+    rows, inputs = x.shape
+    rank = down.shape[0]
+    z = x.new_empty(rows, rank)
+    if rows == 0:
+        return z
+    x = _unit_columns(x)
+    R = rank_tile(rank)
+    config = PASS[pass_config_name(rows, 1, R, x.dtype)]
+    _project_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
+        x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
+        PRECISION=_precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
+        num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), _shared_memory(x)),
+    )  # fmt: skip
+    return z
+
+
+@project.register_fake
+def _(x, down):
+    return x.new_empty(x.shape[0], down.shape[0])
+
+
+@torch.library.custom_op("fused_s2lora::output_gradients", mutates_args=("g", "d_up"))
+def output_gradients(
+    dys: Sequence[Tensor],
+    z: Tensor | None,
+    up: Tensor,
+    coefficients: Tensor,
+    g: Tensor | None,
+    d_up: Tensor | None,
+    *,
+    needs_coefficients: bool = True,
+    add_to_g: bool = True,
+) -> Tensor:
+    """g += Σᵢ (dyᵢ B) ⊙ eᵢ and d_up += Σᵢ dyᵢᵀ z diag(eᵢ), in place; returns deᵢ = colsum(z ⊙ (dyᵢ B)).
+
+    Two launches and one pass over each dy up to rank 16, one launch where only g is wanted. Up to rank 32 each dy has
+    a launch of its own; beyond, the factor's gradient is a second pass (see `configs.py`).
+
+    Args:
+        dys: one to three [M, N] of one dtype, each with its own row stride.
+        z: x Aᵀ, [M, r]; may be None where neither d_up nor the coefficients' gradient is wanted.
+        up: B, [N, r], any strides.
+        coefficients: e, [G, r], a row for each of `dys`.
+        g: [M, r] float32 with unit column stride, or None: not wanted.
+        d_up: [N, r] float32, any strides, or None: not wanted.
+        needs_coefficients: whether the coefficients' gradient is wanted; without z it is not computed.
+        add_to_g: False overwrites g, which then need not be initialised.
+
+    Returns:
+        The coefficients' gradient, [G, r] float32; [0, r] where it is not computed.
+    """
+    needs_coefficients = needs_coefficients and z is not None
+    if not triton_is_usable(dys[0])[0]:
+        return _plain_output_gradients(dys, z, up, coefficients, g, d_up, needs_coefficients, add_to_g)
+    (rows, outputs), (group, rank) = dys[0].shape, coefficients.shape
+    d_coefficients = coefficients.new_empty(group if needs_coefficients else 0, rank, dtype=torch.float32)
+    if rows == 0:
+        return d_coefficients.zero_()
+    dys = [_unit_columns(dy) for dy in dys]
+    z = None if z is None else _unit_columns(z)
+    coefficients = coefficients.contiguous()
+    one_pass = rank <= ONE_PASS_RANK
+    together = group if rank <= GROUP_RANK else 1  # outputs a launch
+    blocks = triton.cdiv(rows, PASS[pass_config_name(rows, together, rank_tile(rank), dys[0].dtype)].BLOCK_M)
+    partial = d_coefficients.new_empty(blocks, len(d_coefficients), rank)
+    launches = group // together if one_pass and d_up is not None else 0
+    product = d_coefficients.new_empty(launches * blocks, rank, outputs)
+    if g is not None or needs_coefficients or len(product) > 0:
+        for i in range(0, group, together):
+            some = slice(i, i + together)
+            part = product[i * blocks : (i + 1) * blocks]
+            _launch_pass(dys[some], z, up, coefficients[some], g, part, partial[:, some], add_to_g or i > 0)
+    if d_up is not None and not one_pass:
+        product = tall_product(dys, z, coefficients)
+    if d_up is not None or needs_coefficients:
+        reduce_splits(product, None if d_up is None else d_up.mT, partial, d_coefficients)
+    return d_coefficients
+
+
+@output_gradients.register_fake
+def _(dys, z, up, coefficients, g, d_up, *, needs_coefficients=True, add_to_g=True):
+    group, rank = coefficients.shape
+    wide = torch.promote_types(dys[0].dtype, torch.float32)
+    return coefficients.new_empty(group if needs_coefficients and z is not None else 0, rank, dtype=wide)
+
+
+@torch.library.custom_op("fused_s2lora::input_gradient_factor", mutates_args=("d_down",))
+def input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> None:
+    """d_down += gᵀ x, in place, in two launches: x [M, K], g [M, r] float32, d_down [r, K] float32 of any strides."""
+    if not triton_is_usable(x)[0]:
+        d_down += (g.to(x.dtype).mT @ x).to(d_down.dtype)
+    elif x.shape[0] > 0:
+        product = tall_product([_unit_columns(x)], _unit_columns(g), None)
+        nothing = product.new_empty(0, 0, 0)
+        reduce_splits(product, d_down, nothing, nothing)
+
+
+@input_gradient_factor.register_fake
+def _(x, g, d_down):
+    return None
+
+
+def _plain_output_gradients(
+    dys: Sequence[Tensor],
+    z: Tensor | None,
+    up: Tensor,
+    coefficients: Tensor,
+    g: Tensor | None,
+    d_up: Tensor | None,
+    needs_coefficients: bool,
+    add_to_g: bool,
+) -> Tensor:
+    """The same in PyTorch, every product in dy's precision."""
+    dtype = dys[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    coefficients = coefficients.to(wide)
+    if g is not None and not add_to_g:
+        g.zero_()
+    d_coefficients = []
+    for dy, e in zip(dys, coefficients, strict=True):
+        if g is not None or needs_coefficients:
+            dy_up = (dy @ up.to(dtype)).to(wide)  # [M, r]
+        if g is not None:
+            g += dy_up * e
+        if needs_coefficients:
+            d_coefficients.append((z.to(wide) * dy_up).sum(0))
+        if d_up is not None:
+            d_up += (dy.mT @ z.to(dtype)).to(wide) * e
+    return torch.stack(d_coefficients) if needs_coefficients else coefficients.new_empty(0, coefficients.shape[1])
+
+
+def _unit_columns(rows: Tensor) -> Tensor:
+    """`rows` itself if its columns are adjacent in memory, as all that a layer produces, else a copy."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _launch_pass(
+    dys: Sequence[Tensor],
+    z: Tensor | None,
+    up: Tensor,
+    coefficients: Tensor,
+    g: Tensor | None,
+    product: Tensor,
+    partial: Tensor,
+    add_to_g: bool,
+) -> None:
+    (rows, outputs), rank, group = dys[0].shape, up.shape[1], len(dys)
+    R = rank_tile(rank)
+    config = PASS[pass_config_name(rows, group, R, dys[0].dtype)]
+    memory = _shared_memory(dys[0])
+    given = [*dys, *(None,) * (MAX_GROUP - group)]
+    _output_gradients_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
+        *given, z, up, coefficients, g, product, partial, rows, outputs, rank,
+        *(0 if dy is None else dy.stride(0) for dy in given), 0 if z is None else z.stride(0), *up.stride(),
+        0 if g is None else g.stride(0), partial.stride(0),
+        GROUP=group, HAS_G=g is not None, ADD_TO_G=add_to_g, HAS_PRODUCT=len(product) > 0,
+        HAS_COEFFICIENTS=partial.shape[1] > 0, PRECISION=_precision(dys[0].dtype), R=R,
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
+        num_stages=config.fitted_stages(group, R, dys[0].element_size(), memory),
+    )  # fmt: skip
+
+
+_FLOATS = dict.fromkeys(
+    ("down_ptr", "up_ptr", "coefficients_ptr", "g_ptr", "product_ptr", "d_coefficients_ptr"), "*fp32"
+)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DIVISIBLE = ("M", "N", "K", "stride_xm", "stride_0m", "stride_1m", "stride_2m")
+
+
+def variants(target: str) -> list[Variant]:
+    """Every specialisation that a GPU of this kind can be asked to run; a group of two lies between one and three."""
+    found: dict[tuple, Variant] = {}
+    for (name, dtype), R, rows in itertools.product(_DTYPES.items(), (16, 32, 64), (512, 24_000)):
+        for group in (1, 3) if R <= GROUP_RANK else (1,):
+            config = pass_config_name(rows, group, R, dtype)
+            kinds = ["coefficients"] + ["z"] * (group == 1) + ["factor and coefficients"] * (R <= ONE_PASS_RANK)
+            for kind in kinds:
+                variant = _variant(config, name, R, group, kind, SHARED_MEMORY[target])
+                found[config, name, R, group, kind] = variant
+    return list(found.values())
+
+
+def _variant(config: str, dtype: str, R: int, group: int, kind: str, memory: int) -> Variant:
+    tiles = PASS[config]
+    stages = tiles.fitted_stages(group, R, _DTYPES[dtype].itemsize, memory)
+    constants: dict[str, Any] = {"PRECISION": "ieee", "R": R, "BLOCK_M": tiles.BLOCK_M}
+    if kind == "z":
+        constants |= {"BLOCK_K": tiles.BLOCK_N, "stride_dk": 1}
+        function, kernel = _project_kernel, "project"
+    else:
+        constants |= {"BLOCK_N": tiles.BLOCK_N, "stride_ur": 1, "GROUP": group, "HAS_G": True, "ADD_TO_G": True}
+        constants |= {"HAS_PRODUCT": kind != "coefficients", "HAS_COEFFICIENTS": True}
+        constants |= dict.fromkeys(("dy1_ptr", "dy2_ptr")[group - 1 :])
+        function, kernel, kind = _output_gradients_kernel, "output gradients", f"group of {group}, {kind}"
+    return Variant(kernel, config, kind, dtype, R, function, constants, tiles.num_warps, stages, _FLOATS, _DIVISIBLE)

@@ -1,0 +1,167 @@
+"""Sums over all rows without atomics: a product over splits of the rows into a workspace, then over the splits.
+
+    lowᵀ tall = Σ_s lowᵀ tall over the rows of split s
+
+Fixed splits, so equal inputs give equal bits.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import ONE_PASS_RANK, REDUCE_BLOCK, REDUCE_SPLITS, TALL, rank_tile, tall_config_name
+from .triton_linear import _precision
+from .variants import Variant
+
+
+@triton.jit
+def _tall_product_kernel(
+    tall_ptr,
+    low_ptr,
+    coefficients_ptr,
+    product_ptr,
+    M,
+    C,
+    rank,
+    split_rows,
+    stride_tm,
+    stride_lm,
+    HAS_COEFFICIENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """product[s] = diag(e) lowᵀ tall over the `split_rows` rows of split s
+
+    tall [M, C], low [M, rank], coefficients [rank] -> product [splits, rank, C], float32
+    """
+    offs_r = tl.program_id(0) * R + tl.arange(0, R)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.program_id(2)
+    mask_c = offs_c < C
+    mask_r = offs_r < rank
+    acc = tl.zeros((BLOCK_C, R), dtype=tl.float32)
+    for step in range(0, split_rows, BLOCK_M):
+        offs_m = split * split_rows + step + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        rows_m = offs_m.to(tl.int64)
+        tall_tile_ptr = tall_ptr + rows_m[:, None] * stride_tm + offs_c[None, :]
+        tall_tile = tl.load(tall_tile_ptr, mask=mask_m[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
+        low_tile_ptr = low_ptr + rows_m[:, None] * stride_lm + offs_r[None, :]
+        low_tile = tl.load(low_tile_ptr, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, R]
+        acc = tl.dot(tl.trans(tall_tile), low_tile.to(tall_tile.dtype), acc, input_precision=PRECISION)
+    if HAS_COEFFICIENTS:
+        acc *= tl.load(coefficients_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+    product_tile_ptr = product_ptr + split.to(tl.int64) * rank * C + offs_r[None, :] * C + offs_c[:, None]
+    tl.store(product_tile_ptr, acc, mask=mask_c[:, None] & mask_r[None, :])
+
+
+@triton.jit
+def _sum_splits(partial_ptr, offsets, splits, size, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """Σ_s partial[s, offsets];  partial [splits, size] -> [BLOCK]"""
+    offs_s = tl.arange(0, SPLITS)
+    acc = tl.zeros((SPLITS, BLOCK), dtype=tl.float32)
+    for s in range(0, splits, SPLITS):
+        tile_ptr = partial_ptr + (s + offs_s)[:, None].to(tl.int64) * size + offsets[None, :]
+        acc += tl.load(tile_ptr, mask=(offs_s < splits - s)[:, None] & (offsets < size)[None, :], other=0.0)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def _reduce_kernel(
+    product_ptr,
+    d_factor_ptr,
+    coefficient_partial_ptr,
+    d_coefficients_ptr,
+    product_splits,
+    product_size,
+    coefficient_splits,
+    coefficient_size,
+    C,
+    stride_fr,
+    stride_fc,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """d_factor += Σ_s product[s],  d_coefficients = Σ_s coefficient_partial[s]
+
+    product [splits, rank, C], coefficient_partial [splits, GROUP, rank]
+    -> d_factor [rank, C], d_coefficients [GROUP, rank]
+    """
+    pid = tl.program_id(0)
+    product_blocks = tl.cdiv(product_size, BLOCK)
+    if pid < product_blocks:
+        offsets = pid * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < product_size
+        total = _sum_splits(product_ptr, offsets, product_splits, product_size, BLOCK, SPLITS)
+        row, column = (offsets // C).to(tl.int64), (offsets % C).to(tl.int64)
+        d_factor_block_ptr = d_factor_ptr + row * stride_fr + column * stride_fc
+        tl.store(d_factor_block_ptr, tl.load(d_factor_block_ptr, mask=mask, other=0.0) + total, mask=mask)
+    else:
+        offsets = (pid - product_blocks) * BLOCK + tl.arange(0, BLOCK)
+        total = _sum_splits(coefficient_partial_ptr, offsets, coefficient_splits, coefficient_size, BLOCK, SPLITS)
+        tl.store(d_coefficients_ptr + offsets, total, mask=offsets < coefficient_size)
+
+
+def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | None) -> Tensor:
+    """diag(eᵢ) lowᵀ tallᵢ over splits of the rows, a launch each: [M, C], [M, r], [G, r] -> [G · splits, r, C]."""
+    (rows, columns), rank = talls[0].shape, low.shape[1]
+    R = rank_tile(rank)
+    config = TALL[tall_config_name(R, talls[0].dtype)]
+    split_rows = config.split_rows(rows, columns)
+    splits = triton.cdiv(rows, split_rows)
+    product = low.new_empty(len(talls) * splits, rank, columns, dtype=torch.float32)
+    for i, tall in enumerate(talls):
+        e = None if coefficients is None else coefficients[i]
+        _tall_product_kernel[(triton.cdiv(rank, R), triton.cdiv(columns, config.BLOCK_C), splits)](
+            tall, low, e, product[i * splits :], rows, columns, rank, split_rows, tall.stride(0), low.stride(0),
+            HAS_COEFFICIENTS=e is not None, PRECISION=_precision(tall.dtype), R=R, BLOCK_C=config.BLOCK_C,
+            BLOCK_M=config.BLOCK_M, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return product
+
+
+def reduce_splits(product: Tensor, d_factor: Tensor | None, partial: Tensor, d_coefficients: Tensor) -> None:
+    """product [splits, r, C] into d_factor [r, C], partial [splits, G, r] into d_coefficients; either may be empty."""
+    product_size, coefficient_size = product[:1].numel(), partial[:1].numel()
+    target = d_coefficients if d_factor is None else d_factor
+    blocks = triton.cdiv(product_size, REDUCE_BLOCK) + triton.cdiv(coefficient_size, REDUCE_BLOCK)
+    _reduce_kernel[(blocks,)](
+        product, target, partial, d_coefficients, len(product), product_size, len(partial), coefficient_size,
+        max(1, product.shape[2]), *target.stride(), BLOCK=REDUCE_BLOCK, SPLITS=REDUCE_SPLITS, num_warps=4,
+    )  # fmt: skip
+
+
+_FLOATS = dict.fromkeys(
+    ("coefficients_ptr", "product_ptr", "d_factor_ptr", "coefficient_partial_ptr", "d_coefficients_ptr"), "*fp32"
+)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def variants(target: str) -> list[Variant]:
+    """Every specialisation that a GPU of this kind can be asked to run."""
+    constants: dict[str, Any] = {"BLOCK": REDUCE_BLOCK, "SPLITS": REDUCE_SPLITS}
+    found = [
+        Variant(
+            "reduce splits", "all", strides, "fp32", 16, _reduce_kernel, {**constants, stride: 1}, 4, 3, _FLOATS, ("C",)
+        )
+        for strides, stride in (("factor", "stride_fc"), ("factor, transposed", "stride_fr"))
+    ]
+    for (name, dtype), rank in itertools.product(_DTYPES.items(), (16, 32, 64)):
+        config = tall_config_name(rank, dtype)
+        tall = TALL[config]
+        for weighted in (False, True) if rank > ONE_PASS_RANK else (False,):
+            constants = {"PRECISION": "ieee", "R": rank, "BLOCK_C": tall.BLOCK_C, "BLOCK_M": tall.BLOCK_M}
+            constants |= {"HAS_COEFFICIENTS": weighted, **({} if weighted else {"coefficients_ptr": None})}
+            found.append(Variant(
+                "tall product", config, "output" if weighted else "input", name, rank, _tall_product_kernel, constants,
+                tall.num_warps, tall.num_stages, _FLOATS if weighted else {**_FLOATS, "low_ptr": "*fp32"},
+                ("M", "C", "stride_tm"),
+            ))  # fmt: skip
+    return found
