@@ -5,7 +5,8 @@ added up. The implied time is the sum over launches of the least time each can t
 out launch gaps and caches, so it is a bound and not a forecast.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -19,8 +20,9 @@ from bench.layer import passes, row
 from bench.providers import providers
 from bench.roofline import DATA_SHEETS
 from bench.step import METHODS, Step, StepCase, step_row
+from fused_s2lora.kernels import device as kernels_device
 from fused_s2lora.kernels import s2_linear
-from fused_s2lora.kernels.s2_linear import STRATEGIES
+from fused_s2lora.kernels.strategies import STRATEGIES
 
 
 def count_layer(case: Case, *, only: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -31,8 +33,9 @@ def count_layer(case: Case, *, only: Iterable[str] | None = None) -> list[dict[s
     rows = []
     for name, build in providers(case, "cpu", counting=True).items():
         if _wanted(name, only):
-            calls = passes([build(group) for group in groups], groups)
-            with fake:
+            with _as_on_a_gpu():
+                calls = passes([build(group) for group in groups], groups)
+            with _as_on_a_gpu(), fake:
                 rows.append(row(case, name, "counted", **fields(count(calls["both"]))))
     if _wanted("s2-compiled", only):
         reason = "what Inductor launches on a GPU is decided on that GPU"
@@ -51,7 +54,7 @@ def count_step(case: StepCase, methods: Iterable[str] = METHODS) -> list[dict[st
         trainable = sum(parameter.numel() for parameter in step.trainable)
         state = {"trainable": trainable, "state_mib": round(2 * 4 * trainable / 2**20, 2)}
         for strategy in STRATEGIES if method == "s2lora" else (None,):
-            with mock.patch.object(s2_linear, "_strategy", lambda *_, strategy=strategy: strategy), _fake():
+            with _as_on_a_gpu(strategy), _fake():
                 counted = count(lambda step=step: _gradients(step))
             name = f"{method}-{strategy}" if strategy else method
             rows.append(step_row(case, name, "counted", **fields(counted), **state))
@@ -65,6 +68,14 @@ def _gradients(step: Step) -> list[Tensor]:
         return list(torch.autograd.grad(loss, step.trainable, allow_unused=True))
     loss.backward()
     return []
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(strategy: str | None = None) -> Iterator[None]:
+    """Inside, operations take the kernels' path whatever their device, and `strategy` if one is named."""
+    chosen = mock.patch.object(s2_linear, "_strategy", return_value=strategy) if strategy else contextlib.nullcontext()
+    with mock.patch.object(kernels_device, "runs_triton", lambda x: x.dtype != torch.float64), chosen:
+        yield
 
 
 def _fake() -> FakeTensorMode:

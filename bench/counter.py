@@ -16,27 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fused_s2lora.kernels import configs
+from bench.kernel_launches import KERNELS, Launch
 
 # Allocations and relabellings: nothing is launched for them, though their schemas do not say so.
 _FREE = {
     "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided",
+    "aten.promote_types", "aten.randint",  # the latter draws a seed, on the host
     "aten._unsafe_view", "aten._reshape_alias", "aten.lift_fresh", "aten.detach", "aten.alias", "aten.set_",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One operation: bytes read and written, and its matrix flops in half or in single precision."""
-
-    name: str
-    bytes: int
-    flops: int
-    half: bool
-
-    def floor_s(self, bytes_per_s: float, half_flops_per_s: float, single_flops_per_s: float) -> float:
-        """The least time it can take on a device of those rates: its memory's or its arithmetic's."""
-        return max(self.bytes / bytes_per_s, self.flops / (half_flops_per_s if self.half else single_flops_per_s))
 
 
 @dataclass
@@ -108,10 +95,8 @@ def _launches(func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], 
     read = given[1:] if writes_only and given else given
     moved = sum(map(_touched, [*read, *written, *mutated]))
     half = bool(given) and all(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in given)
-    if name == "fused_s2lora.linear":
-        return [Launch(name, moved, _linear_flops(*args), given[0].dtype != torch.float32)]
-    if name == "fused_s2lora.factor_gradient":
-        return _factor_gradient_launches(name, moved, *args)
+    if name in KERNELS:
+        return KERNELS[name](*args, **kwargs)
     formula = flop_registry.get(func.overloadpacket)
     flops = int(formula(*args, **kwargs, out_val=out)) if formula else _cpu_attention_flops(name, args)
     return [Launch(name, moved, flops, half)]
@@ -133,29 +118,6 @@ def _cpu_attention_flops(name: str, args: Any) -> int:
     query, key = (args[0], args[1]) if products == 2 else (args[1], args[2])
     batch, heads, length, width = query.shape
     return products * 2 * batch * heads * length * key.shape[2] * width
-
-
-def _linear_flops(x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, coefficients: Tensor) -> int:
-    rows, inputs = x.shape
-    outputs, rank = up.shape
-    return 2 * rows * (inputs * outputs + rank * (inputs + outputs))
-
-
-def _factor_gradient_launches(
-    name: str, moved: int, tall: Tensor, low: Tensor, factor: Any, coefficients: Tensor
-) -> list[Launch]:
-    """Zeroed sums, the product in splits, the sum over the splits, and that over blocks of columns."""
-    rows, columns = tall.shape
-    padded = configs.rank_block(low.shape[1])
-    splits = -(-rows // configs.FACTOR[configs.factor_config_name(padded, tall.dtype)].SPLIT_ROWS)
-    workspace = splits * columns * padded * 4
-    half = tall.dtype != torch.float32
-    return [
-        Launch(f"{name}: zero", 0, 0, half),
-        Launch(f"{name}: splits", moved + workspace, 2 * rows * columns * padded, half),
-        Launch(f"{name}: reduce", workspace, 0, half),
-        Launch(f"{name}: sum", 0, 0, half),
-    ]
 
 
 def count(call: Callable[[], Any]) -> Count:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bench.cases import Case, Operands
-from fused_s2lora import s2_linear, s2_linear_reference
-from fused_s2lora.kernels.s2_linear import STRATEGIES, S2LinearFunction
+from fused_s2lora import s2_linear_group, s2_linear_reference
+from fused_s2lora.kernels.arguments import MAX_GROUP
+from fused_s2lora.kernels.shared import GradientSink, SharedPair, share_input
+from fused_s2lora.kernels.strategies import STRATEGIES
 
 # Largest error over the largest entry. An adapter left out is off by a tenth and more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -64,20 +66,15 @@ def providers(case: Case, device: str, *, counting: bool = False) -> dict[str, C
     found["peft-vera"] = lambda group: _peft(
         VeraConfig(r=case.rank, target_modules=_MAPS), group, device, dtype, autocast=dtype != torch.float32
     )
-    found["s2-reference"] = lambda group: _s2(group, s2_linear_reference, device, autocast)
-    if counting:
-        for strategy in STRATEGIES:
-            found[f"s2-{strategy}"] = lambda group, strategy=strategy: _s2(
-                group, lambda *operands: _strategy(strategy, dtype, *operands), device, autocast=False
-            )
-        return found
-    found["s2-compiled"] = lambda group: _s2(
-        group, torch.compile(s2_linear_reference, fullgraph=True, dynamic=False), device, autocast
-    )
-    for backend in ("auto", *(name for name in STRATEGIES if name != "triton" or device == "cuda")):
-        found[f"s2-{backend}"] = lambda group, backend=backend: _s2(
-            group, lambda *operands: s2_linear(*operands, backend=backend), device, autocast
+    found["s2-reference"] = lambda group: _one_by_one(group, s2_linear_reference, device, autocast)
+    if not counting:
+        found["s2-compiled"] = lambda group: _one_by_one(
+            group, torch.compile(s2_linear_reference, fullgraph=True, dynamic=False), device, autocast
         )
+        found["s2-auto"] = lambda group: _s2(group, "auto", device, autocast)
+    for strategy in STRATEGIES:
+        if counting or strategy != "fused" or device == "cuda":
+            found[f"s2-{strategy}"] = lambda group, strategy=strategy: _s2(group, strategy, device, autocast)
     return found
 
 
@@ -105,7 +102,9 @@ def _addmm_lora(group: Operands, dtype: torch.dtype) -> Provided:
     return Provided(forward, [*learned, *(Learned(up, "up·e", index) for index, up in enumerate(ups))])
 
 
-def _s2(group: Operands, operation: Callable[..., Tensor], device: str, autocast: bool) -> Provided:
+def _one_by_one(group: Operands, operation: Callable[..., Tensor], device: str, autocast: bool) -> Provided:
+    """The equation for each weight apart."""
+
     def forward() -> list[Tensor]:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return [
@@ -113,14 +112,36 @@ def _s2(group: Operands, operation: Callable[..., Tensor], device: str, autocast
                 for weight, bias, coefficients in zip(group.weights, group.biases, group.coefficients, strict=True)
             ]
 
+    return Provided(forward, _learned(group))
+
+
+def _s2(group: Operands, backend: Any, device: str, autocast: bool) -> Provided:
+    """Our operation as `fuse_whisper` has it: q, k and v as one, many weights of one input in pairs that share it."""
+    size = len(group.weights) if len(group.weights) <= MAX_GROUP else 2
+    starts = range(0, len(group.weights), size)
+    biases = [torch.cat(group.biases[start : start + size]) for start in starts]
+
+    def forward() -> list[Tensor]:
+        ys: list[Tensor] = []
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            pair = SharedPair(group.up, group.down)
+            sink, x = GradientSink(pair.gradients, transposed=False), group.x
+            if len(starts) > 1:
+                x = share_input(x.to(torch.bfloat16) if autocast else x, pair.down, sink)
+            for start, bias in zip(starts, biases, strict=True):
+                weights, coefficients = (values[start : start + size] for values in (group.weights, group.coefficients))
+                ys += s2_linear_group(x, weights, bias, pair.down, pair.up, coefficients, sink=sink, backend=backend)
+        return ys
+
+    if backend == "augmented":
+        with torch.no_grad():
+            forward()  # the copy of the weights is made once
+    return Provided(forward, _learned(group))
+
+
+def _learned(group: Operands) -> list[Learned]:
     shared = [Learned(group.down, "down", None), Learned(group.up, "up", None)]
-    own = [Learned(coefficients, "coefficients", index) for index, coefficients in enumerate(group.coefficients)]
-    return Provided(forward, [*shared, *own])
-
-
-def _strategy(name: str, dtype: torch.dtype, x: Tensor, *operands: Tensor) -> Tensor:
-    """A strategy called past the check of the device, for tensors without data."""
-    return S2LinearFunction.apply(x.to(dtype), *operands, name)
+    return [*shared, *(Learned(value, "coefficients", index) for index, value in enumerate(group.coefficients))]
 
 
 _MAPS = r"maps\.\d+"

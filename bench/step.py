@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from bench.cases import SIZES
 from bench.measure import Latency, latencies, latency_fields, peak_mib
-from fused_s2lora import S2LoraConfig, parameter_groups
+from fused_s2lora import S2LoraConfig, fuse_whisper, parameter_groups
 from fused_s2lora.training.audio_window import POSITIONS, AudioWindow, window_of
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -102,6 +102,8 @@ class Step:
             model.model.encoder.conv2.register_forward_hook(lambda _module, _in, output: output.requires_grad_())
         if configuration is not None:
             model = get_peft_model(model, configuration)
+        if isinstance(configuration, S2LoraConfig):
+            fuse_whisper(model)
         self.allocates_ranks = isinstance(configuration, AdaLoraConfig)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.trainable:

@@ -7,11 +7,13 @@ model = get_peft_model(whisper, S2LoraConfig(r=8))
 """
 
 from .config import S2LoraConfig
-from .kernels.s2_linear import s2_linear, s2_linear_reference
+from .kernels.reference import s2_linear_reference
+from .kernels.s2_linear import s2_linear, s2_linear_group
 from .layer import S2Linear, S2LoraLinear
 from .model import S2LoraModel
 from .optimization import S2LoraCallback, parameter_groups
 from .rank_pattern import RankPattern, rank_pattern
+from .whisper_fusion import fuse_whisper, unfuse_whisper
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,8 +23,11 @@ __all__ = [
     "S2LoraConfig",
     "S2LoraLinear",
     "S2LoraModel",
+    "fuse_whisper",
     "parameter_groups",
     "rank_pattern",
     "s2_linear",
+    "s2_linear_group",
     "s2_linear_reference",
+    "unfuse_whisper",
 ]

@@ -7,6 +7,8 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .kernels.s2_linear import BACKENDS
+
 WHISPER_LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -39,7 +41,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "coefficient": ("rank", "scalar"),
     "init": ("unit", "normal"),
     "penalty": ("soft", "proximal"),
-    "backend": ("auto", "triton", "merged", "reference"),
+    "backend": BACKENDS,
     "audio_window": ("full", "trim"),
 }
 
@@ -101,7 +103,8 @@ class S2LoraConfig(PeftConfig):
         default=6.0, metadata={"help": "Learning rate of s over that of A and B, see `parameter_groups`."}
     )
     backend: str = field(
-        default="auto", metadata={"help": "Kernels: auto, triton, merged or reference, see `s2_linear`."}
+        default="auto",
+        metadata={"help": "Strategy: auto, merged, split, fused, augmented, reference; see `s2_linear`."},
     )
     audio_window: str = field(
         default="full",

@@ -9,7 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .config import S2LoraConfig
-from .kernels.s2_linear import Backend, s2_linear
+from .kernels.configs import rank_block
+from .kernels.s2_linear import Backend, s2_linear, s2_linear_group
+from .kernels.shared import GradientSink
+from .projection_group import ProjectionGroup
 from .sharing import FactorPair, initial_factors
 
 
@@ -36,13 +39,16 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         self.s2lora_coefficients = nn.ParameterDict()
         # The pair's own dictionaries: registered here too, so that PEFT finds and moves them; one copy, many owners.
         self.s2lora_up, self.s2lora_down = pair.up, pair.down
+        self._in_use = pair.in_use
+        self.group: ProjectionGroup | None = None
+        self._frozen_ranks: dict[str, tuple[int, Tensor]] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: S2LoraConfig, inference_mode: bool = False) -> None:
         """Adds an adapter whose pair is already in the shared dictionaries; its coefficients start at zero."""
         self.configs[adapter_name] = config
-        weight = self._linear().weight
+        weight = self.base_linear.weight
         size = config.r if config.coefficient == "rank" else 1
         self.s2lora_coefficients[adapter_name] = nn.Parameter(
             torch.zeros(size, device=weight.device, dtype=weight.dtype)
@@ -52,14 +58,17 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, **frozen}
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _linear(self) -> nn.Linear:
+    @property
+    def base_linear(self) -> nn.Linear:
+        """The frozen map."""
         linear = self.get_base_layer()
         assert isinstance(linear, nn.Linear)  # `S2LoraModel` adapts nothing else
         return linear
 
     def operands(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """down A [r, in_features], up B [out_features, r] and coefficients e = scaling · s [r] of this weight."""
-        up, down = self.s2lora_up[adapter_name], self.s2lora_down[adapter_name]
+        pair = self._in_use.get(adapter_name)
+        up, down = (pair.up, pair.down) if pair else (self.s2lora_up[adapter_name], self.s2lora_down[adapter_name])
         if self.transposed:
             up, down = down.mT, up.mT
         config = self.configs[adapter_name]
@@ -68,25 +77,68 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             coefficients = coefficients.expand(config.r)
         return down, up, coefficients * config.scaling if config.scaling != 1.0 else coefficients
 
+    def sink(self, adapter_name: str) -> GradientSink | None:
+        """Where the gradients of this weight's factors are added up in the forward pass under way, if anywhere."""
+        pair = self._in_use.get(adapter_name)
+        return None if pair is None else GradientSink(pair.gradients, self.transposed)
+
+    def names_at_work(self) -> list[str]:
+        """The adapters whose ΔW is added in a forward pass; none where they are disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.s2lora_coefficients]
+
+    def fusable(self, names: list[str]) -> bool:
+        """Whether one operation computes the frozen map and these adapters: no dropout, W not trained."""
+        dropped = self.training and any(self.configs[name].dropout > 0 for name in names)
+        return not dropped and not self.base_linear.weight.requires_grad
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [name for name in self.active_adapters if name in self.s2lora_coefficients]
-        if self.disable_adapters or self.merged or not names:
+        names = self.names_at_work()
+        if not names:
             return self.base_layer(x, *args, **kwargs)
-        base = self._linear()
-        dropped = self.training and any(self.configs[name].dropout > 0 for name in names)
-        if dropped or base.weight.requires_grad:
+        if not self.fusable(names):
             return self._separate_paths(x, names)
-        down, up, coefficients = self.operands(names[0])
-        if len(names) > 1:
-            operands = [self.operands(name) for name in names]
-            down = torch.cat([down for down, _, _ in operands])
-            up = torch.cat([up for _, up, _ in operands], dim=1)
-            coefficients = torch.cat([coefficients for _, _, coefficients in operands])
+        if self.group is not None and (result := self.group.output(self, x)) is not None:
+            return result
+        base = self.base_linear
+        operands = [self._live_operands(name) for name in names]
+        operands = [found for found in operands if len(found[2])]
+        if not operands:
+            return self.base_layer(x, *args, **kwargs)
+        down, up, coefficients, sink = operands[0]
+        if len(operands) > 1:
+            down = torch.cat([found[0] for found in operands])
+            up = torch.cat([found[1] for found in operands], dim=1)
+            coefficients = torch.cat([found[2] for found in operands])
+            sink = None
         backend: Any = self.configs[names[0]].backend
-        return s2_linear(x, base.weight, base.bias, down, up, coefficients, backend=backend)
+        (y,) = s2_linear_group(x, [base.weight], base.bias, down, up, [coefficients], sink=sink, backend=backend)
+        return y
+
+    def _live_operands(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, GradientSink | None]:
+        """Operands and sink; ranks whose coefficient is zero for good are left out where that saves work."""
+        down, up, coefficients = self.operands(adapter_name)
+        live = self.ranks_alive_for_good(adapter_name)
+        if live is None or len(live) == len(coefficients):
+            return down, up, coefficients, self.sink(adapter_name)
+        if len(live) and rank_block(len(live)) == rank_block(len(coefficients)):
+            return down, up, coefficients, self.sink(adapter_name)
+        return down[live], up[:, live], coefficients[live], None
+
+    def ranks_alive_for_good(self, adapter_name: str) -> Tensor | None:
+        """Ranks with a coefficient that is not zero, where the coefficients do not change; None where they may."""
+        values = self.s2lora_coefficients[adapter_name]
+        if torch.compiler.is_compiling() or (values.requires_grad and torch.is_grad_enabled()):
+            return None
+        version, live = self._frozen_ranks.get(adapter_name, (-1, values))
+        if version != values._version or live.device != values.device:
+            live = values.detach().expand(self.configs[adapter_name].r).nonzero().flatten()  # waits for a GPU, once
+            self._frozen_ranks[adapter_name] = values._version, live
+        return live
 
     def _separate_paths(self, x: Tensor, names: list[str]) -> Tensor:
         """The frozen map and the low-rank path apart: dropout acts on one of them only, or W itself is trained."""
@@ -111,7 +163,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.s2lora_coefficients:
                 continue
-            weight = self._linear().weight
+            weight = self.base_linear.weight
             merged = (weight.data + self.get_delta_weight(name).detach()).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"adapter {name!r} gives a weight that is not finite; it was not merged")
@@ -122,7 +174,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         """Takes every merged ΔW out of the weight again."""
         if not self.merged:
             warnings.warn("no adapter is merged; nothing to unmerge", stacklevel=2)
-        weight = self._linear().weight
+        weight = self.base_linear.weight
         while self.merged_adapters:
             weight.data = (weight.data - self.get_delta_weight(self.merged_adapters.pop()).detach()).to(weight.dtype)
 

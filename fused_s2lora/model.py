@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import S2LoraConfig
+from .kernels.shared import SharedPair
 from .layer import S2LoraLinear
 from .sharing import FactorPair, SharedFactors, place_of
 
@@ -34,7 +35,10 @@ class S2LoraModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # PEFT calls the wrapped model directly for some task types, so the penalties hang on the model itself.
-        self._hooks = [model.register_forward_hook(self._add_penalties)]
+        self._hooks = [
+            model.register_forward_pre_hook(self._share_factors),
+            model.register_forward_hook(self._end_forward),
+        ]
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 self._hooks.append(module.register_forward_pre_hook(_let_gradients_through_checkpoints))
@@ -74,6 +78,17 @@ class S2LoraModel(BaseTuner):
                 "give it the same sharing and tie_ffn, or load it on a model of its own"
             )
 
+    # Gradients of the shared factors
+
+    def _share_factors(self, module: nn.Module, inputs: Any) -> None:
+        """For the forward pass that begins: every trainable pair with one buffer for the gradients of all its uses."""
+        for pair in self.s2lora_factors.pairs():
+            pair.in_use.clear()
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                for name in self.active_adapters:
+                    if name in pair.up and (pair.up[name].requires_grad or pair.down[name].requires_grad):
+                        pair.in_use[name] = SharedPair(pair.up[name], pair.down[name])
+
     # Penalties
 
     def penalty(self) -> tuple[Tensor, Tensor]:
@@ -102,7 +117,9 @@ class S2LoraModel(BaseTuner):
             layer.s2lora_coefficients[adapter_name] for layer in layers if adapter_name in layer.s2lora_coefficients
         ]
 
-    def _add_penalties(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    def _end_forward(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        for pair in self.s2lora_factors.pairs():
+            pair.in_use.clear()
         loss = getattr(outputs, "loss", None)
         if module.training and isinstance(loss, Tensor) and torch.is_grad_enabled():
             sparsity, norm = self.penalty()

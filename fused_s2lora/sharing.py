@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import S2LoraConfig, Sharing
+from .kernels.shared import SharedPair
 
 _STACKS = {"encoder": "enc", "decoder": "dec"}
 _MODULES = {"self_attn": "sam", "encoder_attn": "cam"}
@@ -55,6 +56,8 @@ class FactorPair(nn.Module):
         super().__init__()
         self.up = nn.ParameterDict()
         self.down = nn.ParameterDict()
+        # By adapter name, what the layers use in the forward pass under way: see `S2LoraModel`.
+        self.in_use: dict[str, SharedPair] = {}
 
 
 class SharedFactors(nn.Module):

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device
 from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, pass_config_name, rank_tile
+from .ops import kernel_op
 from .row_sums import reduce_splits, tall_product
-from .triton_linear import _precision, _shared_memory, triton_is_usable
 from .variants import Variant
 
 MAX_GROUP = 3
@@ -199,10 +200,14 @@ def _output_gradients_kernel(
         tl.store(g_tile_ptr, g, mask=mask_mr)
 
 
-@torch.library.custom_op("fused_s2lora::project", mutates_args=())
+def _fake_project(x, down):
+    return x.new_empty(x.shape[0], down.shape[0])
+
+
+@kernel_op("project", _fake_project)
 def project(x: Tensor, down: Tensor) -> Tensor:
     """z = x Aᵀ in one launch: x [M, K], down [r, K] of any strides -> z [M, r] in x's dtype."""
-    if not triton_is_usable(x)[0]:
+    if not device.runs_triton(x):
         return x @ down.to(x.dtype).mT
     rows, inputs = x.shape
     rank = down.shape[0]
@@ -214,18 +219,19 @@ def project(x: Tensor, down: Tensor) -> Tensor:
     config = PASS[pass_config_name(rows, 1, R, x.dtype)]
     _project_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
         x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
-        PRECISION=_precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
-        num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), _shared_memory(x)),
+        PRECISION=device.precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
+        num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), device.shared_memory(x)),
     )  # fmt: skip
     return z
 
 
-@project.register_fake
-def _(x, down):
-    return x.new_empty(x.shape[0], down.shape[0])
+def _fake_output_gradients(dys, z, up, coefficients, g, d_up, *, needs_coefficients=True, add_to_g=True):
+    group, rank = coefficients.shape
+    wide = torch.promote_types(dys[0].dtype, torch.float32)
+    return coefficients.new_empty(group if needs_coefficients and z is not None else 0, rank, dtype=wide)
 
 
-@torch.library.custom_op("fused_s2lora::output_gradients", mutates_args=("g", "d_up"))
+@kernel_op("output_gradients", _fake_output_gradients, mutates=("g", "d_up"))
 def output_gradients(
     dys: Sequence[Tensor],
     z: Tensor | None,
@@ -256,7 +262,7 @@ def output_gradients(
         The coefficients' gradient, [G, r] float32; [0, r] where it is not computed.
     """
     needs_coefficients = needs_coefficients and z is not None
-    if not triton_is_usable(dys[0])[0]:
+    if not device.runs_triton(dys[0]):
         return _plain_output_gradients(dys, z, up, coefficients, g, d_up, needs_coefficients, add_to_g)
     (rows, outputs), (group, rank) = dys[0].shape, coefficients.shape
     d_coefficients = coefficients.new_empty(group if needs_coefficients else 0, rank, dtype=torch.float32)
@@ -277,33 +283,26 @@ def output_gradients(
             part = product[i * blocks : (i + 1) * blocks]
             _launch_pass(dys[some], z, up, coefficients[some], g, part, partial[:, some], add_to_g or i > 0)
     if d_up is not None and not one_pass:
+        assert z is not None
         product = tall_product(dys, z, coefficients)
     if d_up is not None or needs_coefficients:
         reduce_splits(product, None if d_up is None else d_up.mT, partial, d_coefficients)
     return d_coefficients
 
 
-@output_gradients.register_fake
-def _(dys, z, up, coefficients, g, d_up, *, needs_coefficients=True, add_to_g=True):
-    group, rank = coefficients.shape
-    wide = torch.promote_types(dys[0].dtype, torch.float32)
-    return coefficients.new_empty(group if needs_coefficients and z is not None else 0, rank, dtype=wide)
+def _fake_input_gradient_factor(x, g, d_down):
+    return None
 
 
-@torch.library.custom_op("fused_s2lora::input_gradient_factor", mutates_args=("d_down",))
+@kernel_op("input_gradient_factor", _fake_input_gradient_factor, mutates=("d_down",))
 def input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> None:
     """d_down += gᵀ x, in place, in two launches: x [M, K], g [M, r] float32, d_down [r, K] float32 of any strides."""
-    if not triton_is_usable(x)[0]:
+    if not device.runs_triton(x):
         d_down += (g.to(x.dtype).mT @ x).to(d_down.dtype)
     elif x.shape[0] > 0:
         product = tall_product([_unit_columns(x)], _unit_columns(g), None)
         nothing = product.new_empty(0, 0, 0)
         reduce_splits(product, d_down, nothing, nothing)
-
-
-@input_gradient_factor.register_fake
-def _(x, g, d_down):
-    return None
 
 
 def _plain_output_gradients(
@@ -329,8 +328,10 @@ def _plain_output_gradients(
         if g is not None:
             g += dy_up * e
         if needs_coefficients:
+            assert z is not None
             d_coefficients.append((z.to(wide) * dy_up).sum(0))
         if d_up is not None:
+            assert z is not None
             d_up += (dy.mT @ z.to(dtype)).to(wide) * e
     return torch.stack(d_coefficients) if needs_coefficients else coefficients.new_empty(0, coefficients.shape[1])
 
@@ -353,14 +354,14 @@ def _launch_pass(
     (rows, outputs), rank, group = dys[0].shape, up.shape[1], len(dys)
     R = rank_tile(rank)
     config = PASS[pass_config_name(rows, group, R, dys[0].dtype)]
-    memory = _shared_memory(dys[0])
+    memory = device.shared_memory(dys[0])
     given = [*dys, *(None,) * (MAX_GROUP - group)]
     _output_gradients_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
         *given, z, up, coefficients, g, product, partial, rows, outputs, rank,
         *(0 if dy is None else dy.stride(0) for dy in given), 0 if z is None else z.stride(0), *up.stride(),
         0 if g is None else g.stride(0), partial.stride(0),
         GROUP=group, HAS_G=g is not None, ADD_TO_G=add_to_g, HAS_PRODUCT=len(product) > 0,
-        HAS_COEFFICIENTS=partial.shape[1] > 0, PRECISION=_precision(dys[0].dtype), R=R,
+        HAS_COEFFICIENTS=partial.shape[1] > 0, PRECISION=device.precision(dys[0].dtype), R=R,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
         num_stages=config.fitted_stages(group, R, dys[0].element_size(), memory),
     )  # fmt: skip

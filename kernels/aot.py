@@ -18,12 +18,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapter_gradients, row_sums, triton_linear
+from . import activation, adapter_gradients, augmented, fused, fused_persistent, layer_norm, merge, row_sums
 from .configs import SHARED_MEMORY
 from .variants import Variant
 
-_MODULES = (triton_linear, adapter_gradients, row_sums)
+_MODULES = (fused, fused_persistent, merge, adapter_gradients, row_sums, layer_norm, activation, augmented)
 _AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
+TENSOR_MEMORY = 512  # columns of it that one program may hold on Blackwell; a build that needs more is an empty kernel
 _MATRIX_INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
@@ -34,7 +35,11 @@ _MATRIX_INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the binary of a variant for `target` shows; memory in bytes, registers a thread."""
+    """What the binary of a variant for `target` shows; memory in bytes, registers a thread.
+
+    `tensor_memory` counts columns, `bulk_copies` the TMA loads and stores in the code, `partitions` the parts of the
+    loop that have warps of their own beside the default ones (0: not warp-specialised).
+    """
 
     kernel: str
     config: str
@@ -49,6 +54,9 @@ class Report:
     shared_memory: int
     shared_memory_limit: int
     matrix_instructions: dict[str, int]
+    tensor_memory: int
+    bulk_copies: int
+    partitions: int
 
 
 def variants(target: str) -> list[Variant]:
@@ -96,6 +104,9 @@ def compile_variant(variant: Variant, target: str) -> Report:
         shared_memory=compiled.metadata.shared,
         shared_memory_limit=SHARED_MEMORY[target],
         matrix_instructions={name: len(re.findall(code, assembly)) for name, code in _MATRIX_INSTRUCTIONS.items()},
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", assembly)),
+        partitions=len(re.findall(r"^\s*partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
     )
 
 
@@ -128,8 +139,12 @@ def main() -> None:
     """Command line: compiles everything for the targets asked for, one JSON line a build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=SHARED_MEMORY, nargs="+", default=list(SHARED_MEMORY))
-    for target in parser.parse_args().target:
+    parser.add_argument("--rank", type=int, nargs="+", help="padded ranks, 0 for kernels of any rank; default: all")
+    arguments = parser.parse_args()
+    for target in arguments.target:
         for variant in variants(target):
+            if arguments.rank and variant.R not in arguments.rank:
+                continue
             print(json.dumps(asdict(compile_variant(variant, target))), flush=True)
 
 

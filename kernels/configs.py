@@ -25,17 +25,6 @@ class LinearConfig:
         return max(1, min(self.num_stages, shared_memory // stage))
 
 
-@dataclass(frozen=True)
-class FactorConfig:
-    """Tiles of the factor gradients: columns BLOCK_C of the tall operand, BLOCK_M rows a step, SPLIT_ROWS a program."""
-
-    BLOCK_C: int
-    BLOCK_M: int
-    SPLIT_ROWS: int
-    num_warps: int
-    num_stages: int
-
-
 LINEAR = {
     "wide": LinearConfig(128, 256, 64, 8, num_warps=8, num_stages=4),
     "square": LinearConfig(128, 128, 64, 8, num_warps=8, num_stages=3),
@@ -45,12 +34,6 @@ LINEAR = {
     # Warps of these two are those with which no target spills: four do at rank 64 and 256, eight at 128.
     "single precision, high rank": LinearConfig(16, 16, 16, 8, num_warps=8, num_stages=1),
     "single precision, rank 128": LinearConfig(16, 16, 16, 8, num_warps=4, num_stages=1),
-}
-FACTOR = {
-    "low rank": FactorConfig(128, 64, 1024, num_warps=4, num_stages=3),
-    "middle rank": FactorConfig(64, 64, 1024, num_warps=4, num_stages=2),
-    "high rank": FactorConfig(64, 64, 1024, num_warps=8, num_stages=2),
-    "single precision": FactorConfig(32, 16, 1024, num_warps=8, num_stages=1),
 }
 
 
@@ -72,20 +55,26 @@ def linear_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_m
     return "wide" if shared_memory >= SHARED_MEMORY["90"] else "square"
 
 
-def factor_config_name(padded_rank: int, dtype: torch.dtype) -> str:
-    """Which of `FACTOR` serves that padded rank in `dtype`."""
-    if dtype == torch.float32:
-        return "single precision"
-    return "low rank" if padded_rank <= 32 else "middle rank" if padded_rank <= 128 else "high rank"
+@dataclass(frozen=True)
+class MergeConfig:
+    """Tile of the merged weight, [BLOCK_N, BLOCK_K]."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+
+
+# A row of A that is no longer than the program's threads is loaded in the layout of the tile, without shared memory.
+MERGE = MergeConfig(32, 64, num_warps=4)
 
 
 # The adapter's gradients (adapter_gradients.py).
 #
 # One pass over dy in blocks of BLOCK_M rows writes zᵀ dy of each block, N · r floats, to a workspace that is read once
-# again. In bfloat16 each is 2 · r / (BLOCK_M · group) of dy's bytes: at r = 8 12 % for one dy in blocks of 128 rows and
-# 8 % for three in blocks of 64. M = 24,000 makes 188 (375) programs with two or three tiles of 16 (24) KiB in flight
-# each, more than the 4 MB that hide the latency of 3 TB/s. A workspace of rank 32 costs as much as a second pass over
-# dy; beyond, that pass is cheaper (r = 128: 2.2 passes in all, not 5).
+# again. In bfloat16 each is 2 · r / (BLOCK_M · group) of dy's bytes: at r = 8 12.5 % for one dy in blocks of 128 rows,
+# 8 % for three in blocks of 64. M = 24,000 makes 188 (375) programs, one or two a multiprocessor, each with three tiles
+# of 16 (24) KiB in flight: more than the 4 MB that hide the latency of 3 TB/s. A workspace of rank 32 costs as much as
+# a second pass over dy; beyond, that pass is cheaper (r = 128: little more than two passes in all, not five).
 ONE_PASS_RANK = 32
 # A launch holds the g of all outputs of a group in registers; beyond this rank it takes them one by one.
 GROUP_RANK = 16
@@ -134,7 +123,7 @@ PASS = {
     "many rows": PassConfig(128, 64, num_warps=8, num_stages=4),
     "many rows, group": PassConfig(64, 64, num_warps=8, num_stages=4),
     "many rows, rank 32": PassConfig(128, 32, num_warps=8, num_stages=4),
-    "32 rows": PassConfig(32, 64, num_warps=4, num_stages=4),  # for few rows: 16 programs at M = 512, not 4
+    "few rows": PassConfig(32, 64, num_warps=4, num_stages=4),  # 16 programs at M = 512, not 4
     "high rank": PassConfig(64, 64, num_warps=8, num_stages=3),
     "single precision": PassConfig(64, 32, num_warps=8, num_stages=2),
     "single precision, rank 32": PassConfig(64, 16, num_warps=8, num_stages=2),
@@ -160,7 +149,7 @@ def pass_config_name(rows: int, group: int, rank_tile: int, dtype: torch.dtype) 
     if rank_tile > 32:
         return "high rank"
     if dtype != torch.float32 and rows <= 4096:
-        return "32 rows"
+        return "few rows"
     name = "single precision" if dtype == torch.float32 else "many rows"
     return name + (", rank 32" if rank_tile == 32 else "" if group == 1 else ", group")
 
@@ -170,3 +159,135 @@ def tall_config_name(rank_tile: int, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "single precision"
     return "low rank" if rank_tile <= 32 else "high rank"
+
+
+# --- fused: y, z and dx in one launch; its plain tiles are those of `LINEAR` ---
+
+
+def fused_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_memory: int, accumulate: bool) -> str:
+    """Which of `LINEAR` serves plain tiles; what adds to y needs registers for its old tile too, so not the widest."""
+    name = linear_config_name(rows, padded_rank, dtype, shared_memory)
+    return "square" if accumulate and name == "wide" else name
+
+
+@dataclass(frozen=True)
+class PersistentConfig:
+    """Tiles of the persistent product, and how its loop over tiles is compiled.
+
+    FLATTEN makes one loop of tiles and depth, so that the next tile's loads start under this tile's epilogue;
+    WARP_SPECIALIZE gives loads, products and epilogue warps of their own, which does the same and more.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    FLATTEN: bool
+    WARP_SPECIALIZE: bool
+    num_warps: int
+    num_stages: int
+
+
+# By the major number of the compute capability. Hopper: Triton 3.9 specialises only kernels of 4 warps there, and fails
+# on this one. Blackwell: two accumulators each of y and z fill the 512 columns of tensor memory, so BLOCK_N cannot be
+# 256; flattened and specialised at once does not compile.
+PERSISTENT = {
+    9: PersistentConfig(128, 256, 64, 8, FLATTEN=True, WARP_SPECIALIZE=False, num_warps=8, num_stages=3),
+    10: PersistentConfig(128, 128, 64, 8, FLATTEN=False, WARP_SPECIALIZE=True, num_warps=8, num_stages=4),
+}
+PERSISTENT_MAX_RANK = 32
+
+
+def persistent_obstacle(
+    capability: tuple[int, int] | None, dtype: torch.dtype, padded_rank: int, descriptors: bool
+) -> str | None:
+    """Why the persistent variant cannot serve these operands on a GPU of that capability; None if it can."""
+    if capability is None or capability[0] not in PERSISTENT:
+        return f"it needs compute capability {' or '.join(f'{major}.x' for major in PERSISTENT)}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"its tiles hold half precision, not {dtype}"
+    return persistent_operand_obstacle(padded_rank, descriptors)
+
+
+def persistent_operand_obstacle(padded_rank: int, descriptors: bool) -> str | None:
+    """The part of `persistent_obstacle` that holds in Triton's interpreter as well."""
+    if padded_rank > PERSISTENT_MAX_RANK:
+        return f"its rank is at most {PERSISTENT_MAX_RANK}"
+    if not descriptors:
+        return "x, weight and y need unit strides along one axis, 16-byte steps along the other and aligned starts"
+    return None
+
+
+def fused_variant(
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    padded_rank: int,
+    descriptors: bool,
+    rows: int,
+    outputs: int,
+    multiprocessors: int,
+) -> str:
+    """Which variant "auto" means, "persistent" or "tiles", for y [rows, outputs].
+
+    Persistent where it can serve and every multiprocessor gets a tile; with fewer tiles smaller ones spread better.
+    """
+    if capability is None or persistent_obstacle(capability, dtype, padded_rank, descriptors) is not None:
+        return "tiles"
+    config = PERSISTENT[capability[0]]
+    tiles = -(-rows // config.BLOCK_M) * -(-outputs // config.BLOCK_N)
+    return "persistent" if tiles >= multiprocessors else "tiles"
+
+
+# What makes the input of a linear map and its z in one pass (layer_norm.py, activation.py).
+#
+# A LayerNorm's rows lie in registers, BLOCK_M of them, and twice that in its backward; up to the width of the largest
+# Whisper. Its z is formed without matrix instructions, r · K multiplications a row, which hide behind the memory's time
+# up to about rank 32; beyond, a product of its own is cheaper.
+NORM_MAX_WIDTH = 1280
+NORM_MAX_RANK = 32
+
+
+@dataclass(frozen=True)
+class PassTiles:
+    """Tiles [BLOCK_M, BLOCK_K] of a pass over rows."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int = 1
+
+
+# Columns of a LayerNorm's tile: no more than threads, so that a row of A is loaded in the tile's layout, without
+# shared memory.
+NORM = PassTiles(8, 128, num_warps=4)
+NORM_INPUT_GRADIENT = PassTiles(4, 128, num_warps=4)
+ACTIVATION = {
+    "many rows": PassTiles(64, 64, num_warps=4, num_stages=3),
+    "few rows": PassTiles(16, 128, num_warps=8, num_stages=3),
+    "high rank": PassTiles(64, 32, num_warps=8),  # a deeper pipeline spills on compute capability 10.0
+    "single precision": PassTiles(16, 32, num_warps=8),
+}
+ACTIVATION_INPUT_GRADIENT = {
+    "half precision": PassTiles(64, 64, num_warps=4),
+    "single precision": PassTiles(16, 32, num_warps=8),
+}
+SPARE_BLOCK_N = 32  # rows of W whose spare columns a program writes
+
+
+def activation_config_name(rows: int, padded_rank: int, dtype: torch.dtype) -> str:
+    """Which of `ACTIVATION` serves M = `rows` rows where h is of `dtype`."""
+    if dtype == torch.float32:
+        return "single precision"
+    if padded_rank > 32:
+        return "high rank"
+    return "few rows" if rows <= 4096 else "many rows"
+
+
+def activation_gradient_config_name(dtype: torch.dtype) -> str:
+    """Which of `ACTIVATION_INPUT_GRADIENT` serves dh of `dtype`."""
+    return "single precision" if dtype == torch.float32 else "half precision"
+
+
+def gradient_rank_tile(rank: int, dtype: torch.dtype) -> int:
+    """Ranks a step of the input gradient multiplies."""
+    return 16 if dtype == torch.float32 else min(64, rank_block(rank))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import ONE_PASS_RANK, REDUCE_BLOCK, REDUCE_SPLITS, TALL, rank_tile, tall_config_name
-from .triton_linear import _precision
+from .device import precision
 from .variants import Variant
 
 
@@ -121,7 +121,7 @@ def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | No
         e = None if coefficients is None else coefficients[i]
         _tall_product_kernel[(triton.cdiv(rank, R), triton.cdiv(columns, config.BLOCK_C), splits)](
             tall, low, e, product[i * splits :], rows, columns, rank, split_rows, tall.stride(0), low.stride(0),
-            HAS_COEFFICIENTS=e is not None, PRECISION=_precision(tall.dtype), R=R, BLOCK_C=config.BLOCK_C,
+            HAS_COEFFICIENTS=e is not None, PRECISION=precision(tall.dtype), R=R, BLOCK_C=config.BLOCK_C,
             BLOCK_M=config.BLOCK_M, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return product

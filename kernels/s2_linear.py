@@ -1,57 +1,125 @@
-"""y = x Wᵀ + b + ((x Aᵀ) ⊙ e) Bᵀ as one differentiable operation with a frozen W and b.
+"""y_i = x W_iᵀ + b_i + ((x Aᵀ) ⊙ e_i) Bᵀ as one differentiable operation with frozen W_i and b_i.
 
-`s2_linear` checks its arguments, picks the strategy and calls `S2LinearFunction`, whose forward and backward are the
-strategy's: Triton kernels (`triton_linear.py`) or a merged weight in PyTorch (`merged.py`).
+`s2_linear` is one map; `s2_linear_group` is up to three that read one x, as q, k and v of an attention do. Both check
+their arguments, choose a strategy (`choice.py`) and call `S2LinearFunction`, whose products are the strategy's
+(`strategies.py`) and whose gradients of A, B and e are one pass over each dy and one over x (`adapter_gradients.py`).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .merged import merged_backward, merged_forward
+from . import device
+from .adapter_gradients import input_gradient_factor, output_gradients, project
+from .arguments import check_arguments
+from .choice import pick
 from .reference import s2_linear_reference
-from .triton_linear import triton_backward, triton_forward, triton_is_usable
+from .shared import GradientSink, SharedInput, wide
+from .strategies import STRATEGIES, Group
+from .strategy_record import REFERENCE, shape_of
+from .strategy_timing import candidates_of
 
-Backend = Literal["auto", "triton", "merged", "reference"]
-BACKENDS = ("auto", "triton", "merged", "reference")
-MAX_RANK = 256
+Backend = Literal["auto", "merged", "split", "fused", "augmented", "reference"]
+BACKENDS = ("auto", *STRATEGIES, REFERENCE)
 
-STRATEGIES = {"merged": (merged_forward, merged_backward), "triton": (triton_forward, triton_backward)}
+
+_NO_SEED = torch.zeros(1, dtype=torch.int64)
 
 
 class S2LinearFunction(torch.autograd.Function):
-    """x [M, K], weight [N, K], bias [N] or None, down [r, K], up [N, r], coefficients [r] -> y [M, N].
+    """x [M, K], z [M, r] or None, bias [G · N] or None, down [r, K], up [N, r], then G weights and G coefficients
+    -> G outputs [M, N].
 
-    Gradients flow to x, down, up and coefficients, each computed only if asked for.
+    Gradients flow to x, down, up and the coefficients, each computed only if asked for; with a `sink` those of down and
+    up go there, with a `shared` input that of x goes there.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        z: Tensor | None,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
-        coefficients: Tensor,
         strategy: str,
-    ) -> Tensor:
-        y, extra = STRATEGIES[strategy][0](x, weight, bias, down, up, coefficients)
-        # With frozen factors and coefficients the gradient of x needs neither x nor z.
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:6]) else None, weight, extra, down, up, coefficients)
-        ctx.strategy = strategy
-        return y
+        seed: Tensor,
+        sink: GradientSink | None,
+        shared: SharedInput | None,
+        *weights_and_coefficients: Tensor,
+    ) -> tuple[Tensor, ...]:
+        size = len(weights_and_coefficients) // 2
+        weights, coefficients = weights_and_coefficients[:size], weights_and_coefficients[size:]
+        group = Group(weights, bias, down, up, _stacked(coefficients), seed)
+        result = STRATEGIES[strategy].forward(x, group, z)
+        needs_down, needs_up = ctx.needs_input_grad[3:5]
+        needs_z = needs_up or any(ctx.needs_input_grad[9 + size :])
+        z = result.z if needs_z else None
+        if needs_z and not needs_down and z is None:
+            z = project(x, down)  # with A frozen z is all that is wanted of x
+        ctx.save_for_backward(
+            x if needs_down and shared is None else None, z, result.dense, down, up, *weights_and_coefficients
+        )
+        ctx.call = strategy, seed, sink, shared, size, needs_z
+        return tuple(result.ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("s2_linear has no second derivative; use backend='reference' with create_graph=True")
-        x, weight, extra, down, up, coefficients = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:6])
-        backward = STRATEGIES[ctx.strategy][1]
-        dx, d_down, d_up, d_coefficients = backward(dy, x, weight, extra, down, up, coefficients, needs)
-        return dx, None, None, d_down, d_up, d_coefficients, None
+        x, z, dense, down, up, *rest = ctx.saved_tensors
+        name, seed, sink, shared, size, needs_z = ctx.call
+        strategy = STRATEGIES[name]
+        group = Group(rest[:size], None, down, up, _stacked(rest[size:]), seed)
+        needs_x, _, _, needs_down, needs_up = ctx.needs_input_grad[:5]
+        needs_coefficients = any(ctx.needs_input_grad[9 + size :])
+
+        if needs_z and z is None:
+            z = project(x, down) if shared is None else shared.z
+        g = dx = d_down = d_up = d_coefficients = None
+        if needs_up:
+            d_up = torch.zeros_like(up, dtype=wide(up.dtype)) if sink is None else sink.up
+        # What other maps of a shared input left in its g is not this group's: `split` adds (g ⊙ e) A to dx here.
+        alone = shared is None or strategy.needs_g
+        wants_g = needs_down or (needs_x and strategy.needs_g)
+        if wants_g:
+            g = dys[0].new_empty(len(dys[0]), len(down), dtype=wide(dys[0].dtype)) if alone else shared.g
+        if wants_g or needs_z:
+            d_coefficients = output_gradients(
+                list(dys), z if needs_z else None, up, group.coefficients, g, d_up,
+                needs_coefficients=needs_coefficients, add_to_g=not alone,
+            )  # fmt: skip
+        if shared is not None:
+            if shared.wants_dx:
+                shared.dx = strategy.input_gradient(dys, group, g, dense, shared.dx)
+            if alone and needs_down:
+                shared.g.add_(g)
+        else:
+            if needs_x:
+                dx = strategy.input_gradient(dys, group, g, dense, None)
+            if needs_down:
+                d_down = torch.zeros_like(down, dtype=wide(down.dtype)) if sink is None else sink.down
+                input_gradient_factor(x, g, d_down)
+        if sink is not None:
+            d_up = d_down = None
+        each = [None] * size
+        if needs_coefficients:
+            assert d_coefficients is not None
+            each = [d.to(e.dtype) for d, e in zip(d_coefficients, rest[size:], strict=True)]
+        return (
+            dx, None, None, _cast(d_down, down.dtype), _cast(d_up, up.dtype), None, None, None, None, *[None] * size,
+            *each,
+        )  # fmt: skip
+
+
+def _stacked(coefficients: Sequence[Tensor]) -> Tensor:
+    return coefficients[0][None] if len(coefficients) == 1 else torch.stack(list(coefficients))
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def s2_linear(
@@ -75,78 +143,122 @@ def s2_linear(
         down: A, [r, K] with 1 <= r <= 256; its dtype may be wider than x's (fp32 factors on a half-precision model).
         up: B, [N, r].
         coefficients: e, [r].
-        backend: "triton" runs the kernels or raises; "merged" forms the adapted weight in PyTorch; "reference" is plain
-            PyTorch, differentiable twice; "auto" is Triton on a GPU and merged on a CPU.
+        backend: "auto" chooses (see `choice.py`); "merged" forms W + B diag(e) A for one product, rounded at random
+            where W is stored in half precision; "split" adds the low-rank path to the product; "fused" is one Triton
+            kernel; "augmented" is one product of depth K + R with a second copy of W; "reference" is plain PyTorch,
+            differentiable twice.
 
     Returns:
         y, [..., N], in x's dtype; under `torch.autocast`, in its dtype, as `torch.nn.functional.linear`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together; a weight or bias that requires a gradient.
-        RuntimeError: backend "triton" where no Triton kernel can run.
+        RuntimeError: backend "fused" where no Triton kernel can run.
     """
-    _check(x, weight, bias, down, up, coefficients, backend)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != weight.dtype:
-        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: cast one of them or run under torch.autocast")
-    if backend == "reference":
-        return s2_linear_reference(x, weight, bias, down, up, coefficients)
-    strategy = _strategy(x, backend)
-    with torch.autocast(x.device.type, enabled=False):
-        rows = x.reshape(-1, x.shape[-1])
-        y = S2LinearFunction.apply(rows, weight, bias, down, up, coefficients, strategy)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    (y,) = s2_linear_group(x, [weight], bias, down, up, [coefficients], backend=backend)
+    return y
 
 
-def _strategy(x: Tensor, backend: Backend) -> str:
-    if backend == "triton":
-        usable, reason = triton_is_usable(x)
-        if not usable:
-            raise RuntimeError(f"backend='triton' cannot run here: {reason}; use backend='auto'")
-        return "triton"
-    if backend == "merged":
-        return "merged"
-    return "triton" if x.is_cuda and triton_is_usable(x)[0] else "merged"
-
-
-def _check(
+def s2_linear_group(
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     bias: Tensor | None,
     down: Tensor,
     up: Tensor,
-    coefficients: Tensor,
-    backend: str,
-) -> None:
+    coefficients: Sequence[Tensor],
+    *,
+    z: Tensor | None = None,
+    sink: GradientSink | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, ...]:
+    """G = 1 to 3 maps of one input as one operation: y_i = x W_iᵀ + b_i + ((x Aᵀ) ⊙ e_i) Bᵀ.
+
+    x is read once for z and once for dA, however many maps there are. Arguments as in `s2_linear`, but
+
+    Args:
+        x: [..., K]. If it comes from `share_input`, its gradient is added up with that of its other readers.
+        weights: G tensors [N, K].
+        bias: all b_i one after the other, [G · N], or None.
+        coefficients: G tensors [r].
+        z: x Aᵀ, [..., r] in the dtype of the products, where something computed it already.
+        sink: takes the gradients of down and up in place of autograd, see `shared.py`.
+
+    Returns:
+        G tensors [..., N].
+
+    Raises:
+        ValueError, RuntimeError: as `s2_linear`.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, not one of {', '.join(BACKENDS)}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, not [N, K]")
-    outputs, inputs = weight.shape
-    if x.dim() < 1 or x.shape[-1] != inputs:
-        raise ValueError(f"x has shape {tuple(x.shape)}, not [..., {inputs}] as weight {tuple(weight.shape)} needs")
-    rank = coefficients.numel()
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"coefficients has {rank} entries; a rank is between 1 and {MAX_RANK}")
-    expected = {
-        "bias": (bias, (outputs,)),
-        "down": (down, (rank, inputs)),
-        "up": (up, (outputs, rank)),
-        "coefficients": (coefficients, (rank,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            found, needed = tuple(tensor.shape), f"weight {(outputs, inputs)} and rank {rank} need"
-            raise ValueError(f"{name} has shape {found}, not {shape} as {needed}")
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} is on {tensor.device} and weight on {weight.device}: move them to one device")
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device} and weight on {weight.device}: move them to one device")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient but s2_linear keeps it frozen: call {name}.requires_grad_(False)"
-            )
+    check_arguments(x, weights, bias, down, up, coefficients)
+    shared = SharedInput.of(x)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != weights[0].dtype:
+        raise ValueError(f"x is {x.dtype} and weight {weights[0].dtype}: cast one of them or run under torch.autocast")
+    if shared is not None and (shared.rows.dtype != x.dtype or shared.down.shape != down.shape):
+        raise ValueError(
+            f"x was shared as {shared.rows.dtype} with down {tuple(shared.down.shape)}, and is read as {x.dtype} with "
+            f"down {tuple(down.shape)}: share it as its maps read it"
+        )
+    leading = x.shape[:-1]
+    rows = x.reshape(-1, x.shape[-1])
+    operands = (rows, weights, bias, down, up, coefficients)
+    strategy = _strategy(*operands, backend)
+    if strategy == "reference":
+        biases = [None] * len(weights) if bias is None else bias.chunk(len(weights))
+        return tuple(
+            s2_linear_reference(x, weight, b, down, up, e)
+            for weight, b, e in zip(weights, biases, coefficients, strict=True)
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        z = None if z is None else z.reshape(-1, z.shape[-1])
+        if z is None and shared is not None and STRATEGIES[strategy].reads_z:
+            z = shared.z
+        ys = _apply(strategy, *operands, z=z, sink=sink, shared=shared)
+    return tuple(y.view(*leading, y.shape[-1]) for y in ys)
+
+
+def _apply(
+    strategy: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    coefficients: Sequence[Tensor],
+    *,
+    z: Tensor | None = None,
+    sink: GradientSink | None = None,
+    shared: SharedInput | None = None,
+) -> tuple[Tensor, ...]:
+    """The operation by a strategy of `STRATEGIES`, for x [M, K] in the dtype of the products."""
+    # Half-precision weights are rounded anew at every step, so that the mean is right; always alike for inference.
+    drawn = strategy == "merged" and weights[0].dtype.itemsize == 2 and torch.is_grad_enabled()
+    seed = torch.randint(2**31, (1,)) if drawn else _NO_SEED
+    return S2LinearFunction.apply(x, z, bias, down, up, strategy, seed, sink, shared, *weights, *coefficients)
+
+
+def _strategy(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    coefficients: Sequence[Tensor],
+    backend: str,
+) -> str:
+    """The strategy for operands x [M, K] of the products' dtype."""
+    outputs, inputs = weights[0].shape
+    trained = any(tensor.requires_grad for tensor in (x, down, up, *coefficients)) and torch.is_grad_enabled()
+    shape = shape_of(len(x), inputs, outputs, len(down), len(weights), x.dtype, weights[0].dtype, trained)
+    chosen = pick(backend, shape, x.device, _CANDIDATES)
+    if chosen == "fused" and not device.runs_triton(x):
+        usable, reason = device.triton_is_usable(x)
+        if not usable:
+            raise RuntimeError(f"backend='fused' cannot run here: {reason}; use backend='auto'")
+    return chosen
+
+
+_CANDIDATES = candidates_of(s2_linear_group, (REFERENCE, *STRATEGIES))

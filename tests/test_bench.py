@@ -15,6 +15,7 @@ from bench.counter import count
 from bench.providers import Provided, WrongResultError, providers, refuse_wrong
 from bench.roofline import DataSheet, Device
 from bench.step import StepCase
+from fused_s2lora.kernels import device as kernels_device
 from tests.oracle import DEVICE
 
 SMALL = (32, 1, 1, 80)
@@ -148,11 +149,22 @@ def test_counting_without_data_agrees_with_counting_a_run():
     rows = {row["provider"]: row for row in counted.count_layer(case)}
     assert rows["s2-compiled"]["kind"] == "not counted"
     found, groups = built(case)
-    for name in ("frozen", "addmm-lora", "peft-lora", "peft-adalora", "peft-vera", "s2-reference", "s2-merged"):
+    for name in ("frozen", "addmm-lora", "peft-lora", "peft-adalora", "peft-vera", "s2-reference"):
         run_count = count(layer.passes(found[name], groups)["both"])
         assert rows[name]["counted_launches"] == len(run_count.launches), name
         assert rows[name]["counted_bytes"] == run_count.bytes, name
         assert rows[name]["counted_peak_mib"] == pytest.approx(run_count.peak_bytes / 2**20, abs=0.06), name
+
+
+def test_counting_kernels_without_data_agrees_with_counting_them_run(monkeypatch):
+    monkeypatch.setattr(kernels_device, "runs_triton", lambda x: True)  # in Triton's interpreter where there is no GPU
+    case = Case("encoder-layer", "tiny", 48, 4, "fp32")
+    rows = {row["provider"]: row for row in counted.count_layer(case)}
+    found, groups = built(case)
+    for name in ("s2-merged", "s2-split"):
+        run_count = count(layer.passes(found[name], groups)["both"])
+        assert rows[name]["counted_launches"] == len(run_count.launches), name
+        assert rows[name]["counted_bytes"] == run_count.bytes, name
 
 
 def test_the_kernels_move_little_beyond_the_frozen_maps():
@@ -162,17 +174,24 @@ def test_the_kernels_move_little_beyond_the_frozen_maps():
         for name, row in rows.items()
         if "counted_bytes" in row
     }
-    assert beyond["s2-triton"] <= beyond["peft-lora"] / 3
+    for name in ("s2-merged", "s2-split", "s2-fused"):
+        assert beyond[name] <= beyond["peft-lora"] / 3, name
+    launches = {
+        name: row["counted_launches"] - rows["frozen"]["counted_launches"]
+        for name, row in rows.items()
+        if name in beyond
+    }
+    assert launches["s2-merged"] <= launches["peft-lora"] / 3
     least = rows["frozen"]["counted_bytes"]
     minimum = sum(Case("encoder-layer", "large-v3", 24_000).minimum(backward)[0] for backward in (False, True))
-    assert 0.7 * least < minimum < rows["s2-triton"]["counted_bytes"]
+    assert 0.7 * least < minimum < rows["s2-fused"]["counted_bytes"]
 
 
 def test_counted_steps_name_the_strategy_and_the_optimizer():
     rows = {row["provider"]: row for row in counted.count_step(StepCase("tiny", 1, "trim"), ["frozen", "s2lora"])}
-    assert set(rows) == {"frozen", "s2lora-merged", "s2lora-triton"}
-    assert rows["frozen"]["state_mib"] == 0 < rows["s2lora-triton"]["trainable"]
-    assert rows["s2lora-triton"]["counted_launches"] < rows["s2lora-merged"]["counted_launches"]
+    assert set(rows) == {"frozen", "s2lora-merged", "s2lora-split", "s2lora-fused"}
+    assert rows["frozen"]["state_mib"] == 0 < rows["s2lora-fused"]["trainable"]
+    assert rows["s2lora-merged"]["counted_launches"] < rows["s2lora-split"]["counted_launches"]
 
 
 def test_implied_time_is_the_larger_of_memory_and_arithmetic():
@@ -216,7 +235,7 @@ def one_run(monkeypatch, tmp_path):
         run.static, "report", lambda targets: [dict(STATIC, target=target, section="static") for target in targets]
     )
     arguments = ["--size", "tiny", "--rows", "40", "--rows", "80", "--batch", "1", "--window", "trim", "--rounds", "3"]
-    for name in ("frozen", "peft-lora", "s2-auto", "s2-triton"):
+    for name in ("frozen", "peft-lora", "s2-auto", "s2-merged"):
         arguments += ["--provider", name]
     for name in ("frozen", "lora-six", "s2lora"):
         arguments += ["--method", name]
@@ -226,7 +245,7 @@ def one_run(monkeypatch, tmp_path):
 
 
 STATIC = {
-    "provider": "s2-triton", "kind": "static", "kernel": "linear", "config": "wide", "direction": "forward",
+    "provider": "s2-fused", "kind": "static", "kernel": "linear", "config": "wide", "direction": "forward",
     "dtype": "bf16", "R": 16, "num_warps": 8, "num_stages": 4, "registers": 213, "spilled": 0, "shared_memory": 1024,
     "shared_memory_limit": 2048, "matrix_instructions": {"wgmma": 9},
     "blocks_per_multiprocessor": 1, "occupancy": 0.125,

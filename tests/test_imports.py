@@ -139,6 +139,7 @@ def test_a_wheel_holds_the_three_packages(tmp_path: Path) -> None:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     for name in ("__init__.py", "config.py", "kernels/s2_linear.py", "training/cli.py", "training/train.py"):
         assert sizes.get(f"fused_s2lora/{name}", 0) > 100, f"{name} is missing or no real file in {sorted(sizes)}"
+    assert "fused_s2lora/kernels/tuned.json" in sizes
     assert not any(name.startswith(("kernels/", "training/", "bench/", "tests/")) for name in sizes)
 
 

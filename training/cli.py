@@ -115,16 +115,19 @@ def train(
 def compare(
     file: Annotated[Path, typer.Argument(help="YAML file that describes the runs, see docs/reproduction/.")],
     output: Annotated[Path, typer.Option(help="Folder of all runs, tables and figures.")] = Path("runs/comparison"),
+    part: Annotated[
+        str, typer.Option(help="I/N: only every N-th run from the I-th on, one process for each I.")
+    ] = "1/1",
 ) -> None:
     """Train and score many methods alike, and compare them in tables and figures.
 
     Run again to go on after an interruption; what is finished is not run again.
     """
-    from .comparison import read_comparison, run_comparison
+    from .comparison import read_comparison, read_part, run_comparison
     from .report import write_report
 
     comparison = read_comparison(file, output)
-    for _ in run_comparison(comparison):
+    for _ in run_comparison(comparison, part=read_part(part)):
         write_report(output)
     write_report(output)
     print(f"tables, figures and report.html: {output}")
@@ -240,6 +243,46 @@ def demo(
     from .demo import demo as run
 
     run(data=data, test=test, output=output, fresh=fresh)
+
+
+@app.command()
+def tune(
+    show: Annotated[
+        bool, typer.Option("--show", help="Print what is remembered, from which file; time nothing.")
+    ] = False,
+    forget: Annotated[bool, typer.Option("--forget", help="Delete what is remembered; time nothing.")] = False,
+    model: Annotated[
+        str, typer.Option(help="Whisper: tiny, base, small, medium, large, turbo, hub id, folder, or packaged-base.")
+    ] = "packaged-base",
+    batch: Annotated[list[int], typer.Option(help="Utterances a batch. Repeat.")] = [4],  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="Tokens of an utterance.")] = 32,
+    window: Annotated[str, typer.Option(help="full: 30 s. trim: every length from 1 s.")] = "full",
+    rank: Annotated[int, typer.Option(help="Rank of the factors.")] = 8,
+    precision: Precision = "auto",
+    half_base: Annotated[
+        bool, typer.Option("--half-base", help="Frozen weights are stored in half precision.")
+    ] = False,
+) -> None:
+    """Time the ways to compute a layer on your GPU, ahead of training, and remember the fastest.
+
+    Training does the same by itself at each shape's first use. The environment variable S2LORA_BACKEND overrides it.
+    """
+    import torch
+
+    from . import tune as strategies
+
+    if forget:
+        path, there = strategies.forget()
+        typer.echo(f"deleted {path}" if there else f"nothing is remembered in {path}")
+    elif show:
+        strategies.show()
+    elif not torch.cuda.is_available():
+        typer.echo(strategies.NO_GPU, err=True)
+        raise typer.Exit(1)
+    else:
+        strategies.tune(
+            model, batches=batch, tokens=tokens, window=window, rank=rank, precision=precision, half_base=half_base
+        )
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Many runs described by one file: which cells there are, and running those that are not finished."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,16 +16,23 @@ import yaml
 from rich.console import Console
 
 from .audio_window import AudioWindow
-from .errors import UserError
+from .errors import DivergedError, UserError
 from .evaluate import evaluate
-from .methods import METHODS
+from .methods import METHODS, check
 from .options import TrainOptions
-from .run import called_as, versions, write_json
+from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions, write_json
 from .train import named_sets, train
 
 ZERO_SHOT = "zero-shot"
 _OPTIONS = {option.name: str(option.type) for option in dataclasses.fields(TrainOptions)}
 _LISTS = {name for name, kind in _OPTIONS.items() if "list" in kind}
+_KINDS = {
+    "list": "a list of names",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "a whole number",
+    "str": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,24 @@ class Cell:
         return Path(self.options.output)
 
     def finished(self) -> bool:
-        """Whether it has run to its end, well or not."""
-        return (self.path / "cell.json").is_file()
+        """Whether it has run to its end, well or not.
+
+        Raises:
+            UserError: it has run, or begun to, with other options than the file gives it now.
+        """
+        config, ended = self.path / "config.json", (self.path / "cell.json").is_file()
+        if not config.is_file():
+            return False
+        found, wanted = json.loads(config.read_text()), dataclasses.asdict(self.options)
+        # What is scored can be made up for until the end, and not after it.
+        key = changed_option(found, wanted, FREE_TO_CHANGE - {"test", "group_by"} if ended else FREE_TO_CHANGE)
+        if key is not None:
+            raise UserError(
+                f"{self.path}: {'was finished' if ended else 'was begun'} with {key} = {found.get(key)!r}, not "
+                f"{wanted[key]!r} as the comparison now says; delete that folder to run it anew, or give another "
+                "--output"
+            )
+        return ended
 
 
 @dataclass(frozen=True)
@@ -54,13 +78,15 @@ class Comparison:
     path: Path
     cells: list[Cell]
     source: str  # the file's text
+    timed: bool = True  # whether the runs had the machine to themselves, so that their times and memory say something
 
 
 def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     """The cells of a YAML file with `train` (options of every run) and `rows` (a name, a method, its own options).
 
     An option of a row that is a list, of which a run takes one value, gives a cell for each value; several such lists
-    give all combinations. The method `zero-shot` scores the model as it is.
+    give all combinations. The method `zero-shot` scores the model as it is. `timed: false` leaves times and memory out
+    of every table, for runs that share a machine.
 
     Raises:
         UserError: the file cannot be read, or names an option or method that does not exist.
@@ -73,12 +99,18 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
         raise UserError(f"{file}: not to be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or not content["rows"]:
         raise UserError(f"{file}: needs `rows`, a list of methods to compare, and `train`, the options of all of them")
+    if unknown := sorted(map(str, content.keys() - {"title", "timed", "train", "rows"})):
+        raise UserError(f"{file}: {unknown[0]!r} is not one of title, timed, train, rows")
+    if not isinstance(timed := content.get("timed", True), bool):
+        raise UserError(f"{file}: `timed` is {timed!r}, not true or false")
     common = content.get("train") or {}
+    if not isinstance(common, dict):
+        raise UserError(f"{file}: `train` is {common!r}, not options with their values")
     cells: dict[str, Cell] = {}
     for row in content["rows"]:
         if not isinstance(row, dict) or "method" not in row:
             raise UserError(f"{file}: the row {row!r} has no `method`")
-        name = str(row.get("name", row["method"]))
+        name = str(row.get("name") or row["method"])
         own = {key: value for key, value in row.items() if key != "name"}
         for cell in _cells(file, name, {**common, **own}, output):
             same = cells.setdefault(cell.name, cell)
@@ -86,7 +118,7 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
                 raise UserError(
                     f"{file}: two different cells are called {cell.name}; give one of the rows another name"
                 )
-    return Comparison(str(content.get("title", file.stem)), output, list(cells.values()), source)
+    return Comparison(str(content.get("title", file.stem)), output, list(cells.values()), source, timed)
 
 
 def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterator[Cell]:
@@ -95,7 +127,15 @@ def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterato
             raise UserError(f"{file}: {key!r} in {row!r} is not an option of a run; `s2lora train --help` lists them")
     if given["method"] not in (*METHODS, ZERO_SHOT):
         raise UserError(f"{file}: the method {given['method']!r} is not one of {ZERO_SHOT}, {', '.join(METHODS)}")
+    if "data" not in given:
+        raise UserError(f"{file}: {row!r} has no `data`; name the training speech under `train`")
     several = [key for key, value in given.items() if isinstance(value, list) and key not in _LISTS]
+    if empty := [key for key in several if not given[key]]:
+        raise UserError(f"{file}: {empty[0]} of {row!r} is an empty list; give at least one value")
+    given = {
+        key: [_typed(file, row, key, one) for one in value] if key in several else _typed(file, row, key, value)
+        for key, value in given.items()
+    }
     for values in itertools.product(*(given[key] for key in several)):
         chosen = given | dict(zip(several, values, strict=True))
         slug = re.sub(r"[^a-z0-9]+", "-", row.lower().replace("α", "a")).strip("-")
@@ -107,37 +147,70 @@ def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterato
         if given["method"] == ZERO_SHOT:
             name = slug
         try:
-            yield Cell(row, name, TrainOptions(**chosen, output=str(output / name)), varied)
-        except TypeError as error:
-            raise UserError(f"{file}: {row!r} has a value of the wrong kind ({error})") from error
+            options = TrainOptions(**chosen, output=str(output / name))
+            if given["method"] != ZERO_SHOT:
+                check(options)
+        except UserError as error:
+            raise UserError(f"{file}: {row!r}: {error}") from error
+        yield Cell(row, name, options, varied)
 
 
-def run_comparison(comparison: Comparison, *, console: Console | None = None) -> Iterator[Cell]:
+def _typed(file: Path, row: str, key: str, value: Any) -> Any:
+    """`value` as an option of its kind: one name is a list of one; 1e-4, text in YAML, is a number."""
+    kind = next(kind for kind in _KINDS if kind in _OPTIONS[key])
+    if kind == "list" and isinstance(value, str):
+        return [value]
+    if kind == "float" and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    fits = {
+        "list": isinstance(value, list) and all(isinstance(one, str) for one in value),
+        "bool": isinstance(value, bool),
+        "float": isinstance(value, int | float) and not isinstance(value, bool),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "str": isinstance(value, str),
+    }
+    if not fits[kind] and not (value is None and "None" in _OPTIONS[key]):
+        raise UserError(f"{file}: {key} of {row!r} is {value!r}, not {_KINDS[kind]}")
+    return value
+
+
+def run_comparison(
+    comparison: Comparison, *, part: tuple[int, int] = (1, 1), console: Console | None = None
+) -> Iterator[Cell]:
     """Runs every cell that is not finished, one after the other, and yields each as it ends.
 
-    A cell that was stopped goes on where it was. One that cannot be trained (its loss stops being finite, say) is
-    finished with the reason in its `cell.json`.
+    With part (I, N) only every N-th cell from the I-th on, so that N processes share the work and the folder.
+
+    A cell that was stopped goes on where it was. One whose loss stops being finite is finished with the reason in its
+    `cell.json`, and the next is run.
+
+    Raises:
+        UserError: a cell has run with other options than these, before any is run; or bad input, naming the cell.
     """
     console = console or Console()
+    finished = [cell for cell in comparison.cells if cell.finished()]
     comparison.path.mkdir(parents=True, exist_ok=True)
     (comparison.path / "comparison.yaml").write_text(comparison.source, encoding="utf-8")
-    waiting = [cell for cell in comparison.cells if not cell.finished()]
-    done = len(comparison.cells) - len(waiting)
+    first, step = part
+    cells = comparison.cells[first - 1 :: step]
+    waiting = [cell for cell in cells if cell not in finished]
+    done = len(cells) - len(waiting)
     if done:
-        console.print(f"{done} of {len(comparison.cells)} cells are finished already")
-    took: list[float] = []
+        console.print(f"{done} of {len(cells)} cells are finished already")
+    took = [json.loads((cell.path / "cell.json").read_text())["seconds"] for cell in finished]
     for index, cell in enumerate(waiting):
         left = f", about {_duration(sum(took) / len(took) * (len(waiting) - index))} left" if took else ""
-        console.rule(f"{done + index + 1} of {len(comparison.cells)}: {cell.name}{left}")
+        console.rule(f"{done + index + 1} of {len(cells)}: {cell.name}{left}")
         start = time.perf_counter()
         failed = None
         try:
             _run_cell(cell, console)
-        except UserError as error:
+        except DivergedError as error:
             failed = str(error)
             console.print(f"[red]{cell.name}[/red]: {failed}")
-            if cell.options.method != ZERO_SHOT and "the loss is" not in failed:
-                raise
+        except UserError as error:
+            raise UserError(f"{cell.name}: {error}") from error
         took.append(time.perf_counter() - start)
         record = {"row": cell.row, "seconds": round(took[-1], 1), "failed": failed, **versions()}
         write_json(cell.path / "cell.json", record)
@@ -146,11 +219,25 @@ def run_comparison(comparison: Comparison, *, console: Console | None = None) ->
         yield cell
 
 
+def read_part(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N", with 1 <= I <= N.
+
+    Raises:
+        UserError: anything else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part[0] <= part[1]:
+        raise UserError(f"--part {text!r} is not I/N with I from 1 to N, such as 2/4")
+    return part
+
+
 def _run_cell(cell: Cell, console: Console) -> None:
     options = cell.options
     if options.method != ZERO_SHOT:
         train(options, console=console)
         return
+    RunFolder(options)
     reading: dict[str, Any] = {"text_column": options.text_column, "audio_column": options.audio_column}
     tests = named_sets(options.test, options.language, limit=options.limit, strict=options.strict, **reading)
     evaluation = evaluate(
@@ -159,8 +246,6 @@ def _run_cell(cell: Cell, console: Console) -> None:
         group_by=options.group_by, console=console,
     )  # fmt: skip
     write_json(cell.path / "results.json", [evaluation.to_dict()])
-    write_json(cell.path / "config.json", dataclasses.asdict(options))
-    (cell.path / "command.txt").write_text(called_as() + "\n")
 
 
 def _duration(seconds: float) -> str:
@@ -169,7 +254,11 @@ def _duration(seconds: float) -> str:
 
 
 def results_of(cell: Cell) -> dict[str, Any] | None:
-    """What a cell left, by file: cell, config, summary, metrics, rank_pattern, results; None where it is unfinished."""
+    """What a cell left, by file: cell, config, summary, metrics, rank_pattern, results; None where it is unfinished.
+
+    Raises:
+        UserError: it was finished with other options than the comparison has.
+    """
     if not cell.finished():
         return None
     found: dict[str, Any] = {"name": cell.name, "row": cell.row, "varied": cell.varied}

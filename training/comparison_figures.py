@@ -1,5 +1,6 @@
 """Figures of a comparison: rank maps, error against parameters and data, learning curves, sparsity against α₁."""
 
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+
+from fused_s2lora import S2LoraConfig
 
 from .comparison import Comparison
 from .comparison_tables import ALL, Column, Line, columns_of, lines_of
@@ -50,16 +53,21 @@ def draw_figures(comparison: Comparison) -> dict[str, Path]:
 
 
 def rank_map_figure(lines: list[Line]) -> Figure | None:
-    """One panel for each stack of each line that has a rank map: shade and number are the mean |s|, below it the ranks.
+    """One panel for each stack of S2-LoRA and of AdaLoRA: shade and number are the mean |s|, above it the ranks.
 
-    Methods differ in scale, so each panel has its own shades.
+    S2-LoRA by its penalties, all factors shared as published, and AdaLoRA also on all six kinds of weight; every other
+    map is in the report. Methods differ in scale, so each panel has its own shades.
     """
-    shown = [line for line in lines if line.cells[0]["rank_pattern"] and line.method in ("s2lora", "adalora")]
-    shown = [line for line in shown if line.rank == 8 and not line.cells[0]["varied"]]
+    shown = [
+        line for line in lines
+        if line.cells[0]["rank_pattern"] and line.rank == 8 and not line.varied
+        and ((line.method == "s2lora" and not line.changed & {"sharing", "target_modules", "freeze_factors"})
+             or line.method == "adalora")
+    ]  # fmt: skip
     if not shown:
         return None
     stacks = max(len(line.cells[0]["rank_pattern"]) for line in shown)
-    sizes: dict[str, Any] = {"squeeze": False, "figsize": (4.2 * stacks, 2.6 * len(shown))}
+    sizes: dict[str, Any] = {"squeeze": False, "figsize": (5.2 * stacks, 3.1 * len(shown))}
     figure, grid = plt.subplots(len(shown), stacks, **sizes)
     for line, row in zip(shown, grid, strict=True):
         for axes, pattern in zip(row, line.cells[0]["rank_pattern"], strict=False):
@@ -69,38 +77,30 @@ def rank_map_figure(lines: list[Line]) -> Figure | None:
             for (layer, matrix), value in np.ndenumerate(magnitude):
                 live = pattern["live"][layer][matrix]
                 if live is not None:
-                    text = f"{live}\n{value:.2g}"
+                    text = f"{live}\n{value:.1g}"
                     colour = "white" if value > 0.6 * top else "black"
-                    axes.text(matrix, layer, text, ha="center", va="center", fontsize=5, color=colour)
-            axes.set_xticks(range(len(pattern["matrices"])), pattern["matrices"], rotation=45, ha="right", fontsize=7)
-            axes.set_yticks(range(len(pattern["layers"])), pattern["layers"], fontsize=7)
-            axes.set_title(f"{line.label}, {pattern['stack']}: ranks of {pattern['r']}, mean |s|", fontsize=8)
+                    axes.text(
+                        matrix, layer, text, ha="center", va="center", fontsize=6.5, linespacing=0.95, color=colour
+                    )
+            axes.set_xticks(range(len(pattern["matrices"])), pattern["matrices"], rotation=30, ha="right", fontsize=8)
+            axes.set_yticks(range(len(pattern["layers"])), pattern["layers"], fontsize=8)
+            axes.set_title(f"{line.label}, {pattern['stack']}: ranks of {pattern['r']}, mean |s|", fontsize=9)
     figure.tight_layout()
     return figure
 
 
 def _against_parameters(lines: list[Line], columns: list[Column]) -> Figure | None:
-    trained = [line for line in lines if line.trainable and not line.cells[0]["varied"]]
-    return _panels(
-        trained, columns, lambda line: line.trainable, "trainable parameters", lambda line: line.label.partition(",")[0]
-    )
+    trained = [line for line in lines if line.trainable and not line.varied]
+    return _panels(trained, columns, lambda line: line.trainable, "trainable parameters", lambda line: line.label)
 
 
 def _against_data(lines: list[Line], columns: list[Column]) -> Figure | None:
-    amounts = [line for line in lines if line.cells[0]["config"].get("utterances")]
-    methods = {line.method for line in amounts}
-    whole = [
-        line for line in lines
-        if line.method in methods and line.rank == 8 and line not in amounts and _plain(line)
-    ]  # fmt: skip
-    return _panels(amounts + whole, columns, lambda line: line.cells[0]["summary"]["utterances"], "utterances",
-                   lambda line: line.label.partition(",")[0]) if amounts else None  # fmt: skip
-
-
-def _plain(line: Line) -> bool:
-    config = line.cells[0]["config"]
-    options = ("lr", "sparsity_weight", "target_modules", "sharing", "penalty")
-    return all(config.get(name) is None for name in options) and config["preset"] == "default"
+    amounts = [line for line in lines if line.changed == {"utterances"} and line.rank == 8]
+    whole = {line.method: line for line in lines if not line.changed and not line.varied and line.rank == 8}
+    ours = [whole[method] for method in dict.fromkeys(line.method for line in amounts) if method in whole]
+    names = {line.method: line.label for line in (*amounts, *ours)}
+    return _panels(amounts + ours, columns, lambda line: line.cells[0]["summary"]["utterances"], "utterances",
+                   lambda line: names[line.method]) if amounts else None  # fmt: skip
 
 
 def _panels(
@@ -112,7 +112,7 @@ def _panels(
 ) -> Figure | None:
     """Mean error, capped, over `position`, one panel a column and one series a name; bars span the seeds."""
     lines = [line for line in lines if line.cells[0]["results"]]
-    if len(lines) < 2:
+    if len(lines) < 2 or not columns:
         return None
     figure, grid = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3.2), squeeze=False)
     for axes, column in zip(grid[0], columns, strict=True):
@@ -121,37 +121,57 @@ def _panels(
             rates = line.rates(column, "capped_rate")
             if rates:
                 series.setdefault(series_of(line), []).append((position(line), rates))
-        for name, points in series.items():
+        looks = itertools.product("os^Dv", plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
+        for (name, points), (shape, colour) in zip(series.items(), looks, strict=False):
             points.sort(key=lambda point: point[0])
             means = [statistics.fmean(rates) for _, rates in points]
             reach = [[mean - min(rates) for mean, (_, rates) in zip(means, points, strict=True)],
                      [max(rates) - mean for mean, (_, rates) in zip(means, points, strict=True)]]  # fmt: skip
             axes.errorbar(
-                [x for x, _ in points], means, yerr=reach, marker="o", markersize=4, linewidth=0.8, label=name
+                [x for x, _ in points],
+                means,
+                yerr=reach,
+                marker=shape,
+                color=colour,
+                markersize=4,
+                linewidth=0.8,
+                label=name,
             )
         axes.set(xscale="log", xlabel=label, ylabel=f"{column}, capped, %")
+        positions = sorted({position(line) for line in lines})
+        if all(after > 1.5 * before for before, after in itertools.pairwise(positions)) and len(positions) < 6:
+            axes.set_xticks(positions, [f"{value:,}" for value in positions])
+            axes.minorticks_off()
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
 
 
 def learning_figure(lines: list[Line]) -> Figure | None:
-    """Training cross-entropy over steps, of each line's first seed."""
-    curves = {}
+    """Training cross-entropy over steps, of each line's first seed: the methods, and S2-LoRA's ablations."""
+    panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {"methods": {}, "S2-LoRA": {}}
     for line in lines:
         history = [entry for entry in line.cells[0]["metrics"] or [] if "loss" in entry and "step" in entry]
-        if history and line.rank == 8 and not line.cells[0]["varied"]:
-            curves[line.label] = ([entry["step"] for entry in history], [_cross_entropy(entry) for entry in history])
-    if not curves:
+        if not history or line.rank != 8 or line.varied:
+            continue
+        curve = ([entry["step"] for entry in history], [_cross_entropy(entry) for entry in history])
+        if line.method == "s2lora":
+            panels["S2-LoRA"][line.label] = curve
+        if line.method != "s2lora" or not line.changed:
+            panels["methods"][line.label] = curve
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
         return None
-    figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    colours = plt.get_cmap("tab20")
-    for index, (label, (steps, losses)) in enumerate(curves.items()):
-        window = min(3, len(losses))
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], smooth, linewidth=1, label=label, color=colours(index % 20))
-    axes.set(xlabel="step", ylabel="cross-entropy per token", yscale="log")
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure, grid = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, sharey=True)
+    for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
+        looks = itertools.product(("-", "--", ":"), plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
+        for (label, (steps, losses)), (dashes, colour) in zip(curves.items(), looks, strict=False):
+            window = min(3, len(losses))
+            smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], smooth, linewidth=1, linestyle=dashes, color=colour, label=label)
+        axes.set(xlabel="step", ylabel="cross-entropy per token", yscale="log", title=title)
+        axes.legend(fontsize=6.5, loc="upper right", ncols=2)
+    figure.tight_layout()
     return figure
 
 
@@ -160,42 +180,42 @@ def _cross_entropy(entry: dict[str, Any]) -> float:
 
 
 def _sparsity(lines: list[Line]) -> Figure | None:
-    """Live ranks and mean |s| by matrix over α₁, for the runs that differ from the default in nothing else."""
-    points: dict[float, dict[str, float]] = {}
+    """Mean |s| and share of live ranks by matrix over α₁, for the runs that differ from the default in nothing else."""
+    points: dict[float, dict[str, tuple[float, float]]] = {}
     for line in lines:
         cell = line.cells[0]
-        alpha = cell["config"]["sparsity_weight"]
-        plain = line.method == "s2lora" and line.rank == 8 and cell["rank_pattern"] and set(cell["varied"]) <= _ALPHA
-        if not plain or not _plain_but_alpha(line):
-            continue
-        points[0.01 if alpha is None else alpha] = _magnitudes(cell["rank_pattern"])
+        if line.method == "s2lora" and line.rank == 8 and line.changed <= {"sparsity_weight"} and cell["rank_pattern"]:
+            given = cell["config"]["sparsity_weight"]
+            points[S2LoraConfig().sparsity_weight if given is None else given] = _sizes(cell["rank_pattern"])
     if len(points) < 2:
         return None
     alphas = sorted(points)
-    figure, axes = plt.subplots(figsize=(5, 3.2))
-    for matrix in points[alphas[0]]:
-        axes.plot(alphas, [points[alpha][matrix] for alpha in alphas], marker="o", markersize=3, label=matrix)
-    axes.set_xscale("symlog", linthresh=min(alpha for alpha in alphas if alpha > 0))
-    axes.set(xlabel="α₁", ylabel="mean |s|", yscale="log")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure, grid = plt.subplots(1, 2, figsize=(9, 3.2))
+    for index, (axes, label) in enumerate(zip(grid, ("mean |s|", "live ranks, %"), strict=True)):
+        for matrix in points[alphas[0]]:
+            values = [points[alpha][matrix][index] for alpha in alphas]
+            axes.plot(alphas, values, marker="o", markersize=3, label=matrix)
+        axes.set_xscale("symlog", linthresh=min(alpha for alpha in alphas if alpha > 0))
+        axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+        axes.minorticks_off()
+        axes.set(xlabel="α₁", ylabel=label)
+    grid[0].set_yscale("log")
+    grid[1].set_ylim(0, 105)
+    grid[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
     return figure
 
 
-_ALPHA = {"sparsity_weight"}
-
-
-def _plain_but_alpha(line: Line) -> bool:
-    config = line.cells[0]["config"]
-    others = ("lr", "target_modules", "sharing", "penalty", "utterances")
-    return all(config.get(name) is None for name in others) and config["preset"] == "default"
-
-
-def _magnitudes(patterns: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean |s| of each matrix over all layers of both stacks; cross-attention's count with their like."""
-    found: dict[str, list[float]] = {}
+def _sizes(patterns: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean |s| and percent of live ranks of each matrix over all layers; cross-attention's count with their like."""
+    found: dict[str, list[tuple[float, float]]] = {}
     for pattern in patterns:
-        for row in pattern["mean_magnitude"]:
-            for matrix, value in zip(pattern["matrices"], row, strict=True):
-                if value is not None:
-                    found.setdefault(matrix.removeprefix("cross "), []).append(value)
-    return {matrix: statistics.fmean(values) for matrix, values in found.items()}
+        for magnitudes, live in zip(pattern["mean_magnitude"], pattern["live"], strict=True):
+            for matrix, size, ranks in zip(pattern["matrices"], magnitudes, live, strict=True):
+                if size is not None:
+                    entry = (size, 100 * ranks / pattern["r"])
+                    found.setdefault(matrix.removeprefix("cross "), []).append(entry)
+    return {
+        matrix: (statistics.fmean(size for size, _ in entries), statistics.fmean(share for _, share in entries))
+        for matrix, entries in found.items()
+    }

@@ -8,10 +8,15 @@ from typing import Any
 
 from . import published
 from .comparison import ZERO_SHOT, Cell, Comparison, results_of
+from .options import TrainOptions
 from .run import write_json
 from .text import UNSPACED_LANGUAGES
 
 ALL = "all"
+_METHOD_OPTIONS = (
+    "preset", "target_modules", "sharing", "sparsity_weight", "norm_weight", "penalty", "freeze_factors", "lr",
+    "coefficient_lr_ratio", "utterances",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,28 @@ class Line:
         summary = self.cells[0]["summary"]
         return summary["trainable_parameters"] if summary else None
 
+    @property
+    def varied(self) -> bool:
+        """Whether it is one of several that a row of the file gives for a list of values (other than rank and seed)."""
+        return bool(self.cells[0]["varied"])
+
+    @property
+    def changed(self) -> set[str]:
+        """The options of the method that are not left at their defaults."""
+        config, default = self.cells[0]["config"], TrainOptions(["-"], "-")
+        return {name for name in _METHOD_OPTIONS if config.get(name, getattr(default, name)) != getattr(default, name)}
+
+    @property
+    def published(self) -> str | None:
+        """The method's name where this is the paper's own set-up of it, and not an ablation of ours."""
+        if self.varied:
+            return None
+        config = self.cells[0]["config"]
+        as_published = {"preset"} if self.method == "s2lora" else set()
+        if self.method == "full" and config["lr"] == 1e-4:
+            as_published = {"lr"}
+        return self.method if self.changed == as_published else None
+
     def rates(self, column: Column, kind: str = "rate") -> list[float]:
         """Error rates of each seed; `kind` is a field of `ErrorRate`."""
         found = []
@@ -61,7 +88,7 @@ class Line:
 
     def mean(self, key: str) -> float | None:
         """Mean of a figure of the runs' summaries."""
-        values = [cell["summary"][key] for cell in self.cells if cell["summary"]]
+        values = [cell["summary"][key] for cell in self.cells if cell["summary"] and cell["summary"][key] is not None]
         return statistics.fmean(values) if values else None
 
 
@@ -71,6 +98,8 @@ def lines_of(comparison: Comparison) -> list[Line]:
     for cell in comparison.cells:
         found = results_of(cell)
         if found is not None:
+            if found["summary"] and not comparison.timed:
+                found["summary"] |= {"step_s": None, "peak_memory_mib": None}
             groups.setdefault(cell.name.rpartition("-seed")[0] or cell.name, []).append((cell, found))
     return [Line(_label(cells[0][0]), [found for _, found in cells]) for cells in groups.values()]
 
@@ -115,6 +144,7 @@ def record(line: Line, cell: dict[str, Any], columns: list[Column]) -> dict[str,
     """Everything about one cell, flat: what made it, what it cost, every error rate, and the paper's figures."""
     single = dataclasses.replace(line, cells=[cell])
     summary = cell["summary"] or {}
+    made = cell["cell"] | {name: summary[name] for name in ("commit", "device", "utc") if name in summary}
     entry = {
         "row": line.label,
         "cell": cell["name"],
@@ -126,40 +156,53 @@ def record(line: Line, cell: dict[str, Any], columns: list[Column]) -> dict[str,
         "peak_memory_mib": summary.get("peak_memory_mib"),
         "failed": cell["cell"]["failed"],
         "command": cell["command"],
-        "utc": cell["cell"]["utc"],
-        "commit": cell["cell"]["commit"],
-        "device": cell["cell"]["device"],
+        "utc": made["utc"],
+        "commit": made["commit"],
+        "device": made["device"],
     }
     for column in columns:
         for kind in ("rate", "low", "high", "capped_rate"):
             entry[f"{column} {kind}"] = next(iter(single.rates(column, kind)), None)
-    share, rates = published.METHODS.get(line.method, (None, ()))
+    share, rates = published.METHODS.get(line.published or "", (None, ())) if line.rank == 8 else (None, ())
     entry["published_trainable_percent"] = share
-    for name, rate in zip(published.SETS, rates, strict=False):
-        entry[f"published_{name}"] = rate
+    for index, name in enumerate(published.SETS):
+        entry[f"published_{name}"] = rates[index] if rates else None
     return entry | {"config": cell["config"]}
 
 
 def markdown(comparison: Comparison, lines: list[Line], columns: list[Column]) -> str:
-    """Methods at the file's common rank, the rank sweep, and every run with what made it."""
-    main = [line for line in lines if line.method == ZERO_SHOT or line.rank == 8]
-    missing = len(comparison.cells) - sum(len(line.cells) for line in lines)
+    """Methods at rank 8, runs over lists of values, the rank sweep, and every run with what made it."""
+    records = [record(line, cell, columns) for line in lines for cell in line.cells]
+    missing = len(comparison.cells) - len(records)
+    devices = sorted({entry["device"] for entry in records if entry["step_s"]})
     head = [
         f"# {comparison.title}",
         "Error rates in percent, with errors capped at the length of an utterance in parentheses; for several seeds "
         "the mean ± the sample standard deviation. On the right the paper's own figures (Whisper-medium, r = 8, 1 K "
         "utterances of Mandarin child speech, arXiv 2309.11756, Table 2); ours are of another model and other speech.",
+        *([] if comparison.timed else ["Step times and memory are left out: the runs shared a machine."]),
         *([f"{missing} of {len(comparison.cells)} runs are not finished."] if missing else []),
+        *([f"Step times are of different devices ({'; '.join(devices)}): do not compare them."] * (len(devices) > 1)),
     ]
-    return "\n\n".join([*head, _methods(main, columns), *_sweep(lines, columns), _runs(lines)]) + "\n"
+    base = [line for line in lines if line.method == ZERO_SHOT or line.rank == 8]
+    methods = [line for line in base if not line.varied]
+    varied = [line for line in base if line.varied]
+    parts = [
+        _methods("Methods (the paper's Table 2)", methods, columns) if methods else None,
+        _sweep(lines, columns),
+        _methods("One option varied", varied, columns, beside_paper=False) if varied else None,
+        _runs(records),
+    ]
+    return "\n\n".join([*head, *filter(None, parts)]) + "\n"
 
 
-def _methods(lines: list[Line], columns: list[Column]) -> str:
-    heads = ["method", "trainable", *map(str, columns), "step s", "peak MiB", "seeds"]
-    heads += ["published: trainable", *published.SETS]
+def _methods(title: str, lines: list[Line], columns: list[Column], *, beside_paper: bool = True) -> str:
+    timed = any(line.mean("step_s") for line in lines)
+    heads = ["method", "trainable", *map(str, columns), *(["step s", "peak MiB"] if timed else []), "seeds"]
+    heads += ["published: trainable", *published.SETS] if beside_paper else []
     rows = []
     for line in lines:
-        share, rates = published.METHODS.get(line.method, (None, ())) if _is_published(line) else (None, ())
+        share, rates = published.METHODS.get(line.published or "", (None, ()))
         failures = [cell["cell"]["failed"] for cell in line.cells if cell["cell"]["failed"]]
         trainable = f"{line.trainable:,}" if line.trainable else "–"
         step, peak = line.mean("step_s"), line.mean("peak_memory_mib")
@@ -168,25 +211,14 @@ def _methods(lines: list[Line], columns: list[Column]) -> str:
                 line.label + (f" (failed: {failures[0]})" if failures else ""),
                 trainable,
                 *(_rate(line, column) for column in columns),
-                f"{step:.2f}" if step else "–",
-                f"{peak:,.0f}" if peak else "–",
+                *([f"{step:.2f}" if step else "–", f"{peak:,.0f}" if peak else "–"] if timed else []),
                 str(len(line.cells)),
                 f"{share:g} %" if share else "–",
                 *(f"{rate:.2f}" for rate in rates),
                 *(["–"] * (len(published.SETS) - len(rates))),
-            ]
+            ][: len(heads)]
         )
-    return "## Methods\n\n" + _table(heads, rows)
-
-
-def _is_published(line: Line) -> bool:
-    """Whether this is the paper's own set-up of the method and not an ablation of ours."""
-    config = line.cells[0]["config"]
-    if line.method == "s2lora":
-        return config["preset"] == "paper"
-    if line.method == "full":
-        return config["lr"] in (None, 1e-4)
-    return config["target_modules"] is None and config["lr"] is None
+    return f"## {title}\n\n" + _table(heads, rows)
 
 
 def _rate(line: Line, column: Column) -> str:
@@ -197,35 +229,36 @@ def _rate(line: Line, column: Column) -> str:
     return f"{statistics.fmean(rates):.1f}{spread} ({statistics.fmean(capped):.1f})"
 
 
-def _sweep(lines: list[Line], columns: list[Column]) -> list[str]:
-    """Rank by rank, for the plain set-ups that ran at more than one rank."""
-    plain: dict[str, dict[int, Line]] = {}
+def _sweep(lines: list[Line], columns: list[Column]) -> str | None:
+    """Rank by rank: the plain set-ups that ran at several ranks, and the other methods of the paper's Table 1."""
+    by_label: dict[str, dict[int, Line]] = {}
     for line in lines:
-        if line.method != ZERO_SHOT and not line.cells[0]["varied"]:
-            plain.setdefault(line.label, {})[line.rank] = line
-    swept = {label: by_rank for label, by_rank in plain.items() if len(by_rank) > 1}
-    if not swept:
-        return []
-    ranks = sorted({rank for by_rank in swept.values() for rank in by_rank})
+        if line.method != ZERO_SHOT and not line.varied:
+            by_label.setdefault(line.label, {})[line.rank] = line
+    if all(len(by_rank) == 1 for by_rank in by_label.values()):
+        return None
+    paper = {label: next(iter(by_rank.values())).published for label, by_rank in by_label.items()}
+    shown = [label for label, name in paper.items() if len(by_label[label]) > 1 or name in published.RANK_SWEEP]
+    ranks = sorted({rank for label in shown for rank in by_label[label]})
     totals = [column for column in columns if column.group == ALL]
     heads = ["method", *(f"{column}, r = {' / '.join(map(str, ranks))}" for column in totals)]
     heads += [f"published {name}, r = {' / '.join(map(str, published.RANKS))}" for name in published.SETS[:2]]
     rows = []
-    for label, by_rank in swept.items():
-        method = next(iter(by_rank.values())).method
+    for label in shown:
+        found = by_label[label]
         rates = [
-            " / ".join(_rate(by_rank[rank], column) if rank in by_rank else "–" for rank in ranks) for column in totals
+            " / ".join(_rate(found[rank], column) if rank in found else "–" for rank in ranks) for column in totals
         ]
-        paper = [" / ".join(f"{value:.2f}" for value in values) for values in published.RANK_SWEEP.get(method, ())]
-        rows.append([label, *rates, *(paper or ["–", "–"])])
-    return ["## Ranks (the paper's Table 1)\n\n" + _table(heads, rows)]
+        theirs = published.RANK_SWEEP.get(paper[label] or "", ())
+        rows.append([label, *rates, *([" / ".join(f"{value:.2f}" for value in values) for values in theirs] or "––")])
+    return "## Ranks (the paper's Table 1)\n\n" + _table(heads, rows)
 
 
-def _runs(lines: list[Line]) -> str:
+def _runs(records: list[dict[str, Any]]) -> str:
     rows = [
-        [line.label, cell["name"], str(cell["config"]["seed"]), cell["cell"]["utc"][:10], str(cell["cell"]["commit"]),
-         f"`{cell['command']}`", cell["cell"]["device"]]
-        for line in lines for cell in line.cells
+        [entry["row"], entry["cell"], str(entry["seed"]), entry["utc"][:10], str(entry["commit"]),
+         f"`{entry['command']}`", entry["device"]]
+        for entry in records
     ]  # fmt: skip
     return "## Runs\n\n" + _table(["row", "folder", "seed", "date", "commit", "command", "device"], rows)
 

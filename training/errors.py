@@ -1,4 +1,4 @@
-"""The one exception a user's input can cause."""
+"""The exceptions a user's input can cause."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2.
     """
+
+
+class DivergedError(UserError):
+    """A training whose loss stopped being finite. Other runs of a comparison are not concerned."""

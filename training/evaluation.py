@@ -1,6 +1,7 @@
 """Greedy transcription of test sets and their error rates, overall and by group."""
 
 import contextlib
+import copy
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 from transformers import WhisperProcessor
+from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from .audio import read_audio
 from .audio_window import AudioWindow, window_of
@@ -109,6 +112,7 @@ def transcribe_speech(
     for entry, waveform in zip(audio, waveforms, strict=True):
         if len(waveform) > AudioWindow().mel_frames(0) * processor.feature_extractor.hop_length:
             raise UserError(f"{entry['path']}: more than 30 s of audio; cut it into utterances")
+    model = _for_decoding(model, dtype)
     device = next(model.parameters()).device
     log_mel = LogMel(processor.feature_extractor).to(device)
     order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
@@ -125,6 +129,32 @@ def transcribe_speech(
             texts[index] = text.strip()
         on_batch(len(batch))
     return texts
+
+
+def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy with the adapter merged and every linear map in `dtype`, to be run under autocast to that dtype.
+
+    It computes what the model computes under autocast, but does not cast every weight again at every token.
+    """
+    if dtype is None or dtype == torch.float32:
+        return model
+    decoder: Any = copy.deepcopy(model)
+    if isinstance(decoder, PeftModel):
+        decoder = decoder.merge_and_unload()
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            # A new parameter, for the last one's is the embedding's too.
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+            if module.bias is not None:
+                module.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    if next(decoder.parameters()).device.type == "cpu":
+        # PyTorch's fused attention in half precision takes a CPU several times as long for one query.
+        plain = copy.deepcopy(decoder.config)
+        plain._attn_implementation = "eager"
+        for module in decoder.get_decoder().modules():
+            if isinstance(module, WhisperAttention):
+                module.config = plain
+    return decoder
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from typing import Any
 from peft import AdaLoraConfig, GloraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import WhisperForConditionalGeneration
 
-from fused_s2lora import S2LoraConfig
+from fused_s2lora import S2LoraConfig, S2LoraModel, fuse_whisper
 
 from .errors import UserError
 from .options import TrainOptions
@@ -113,6 +113,21 @@ METHODS: dict[str, Method] = {
 _PAPER_LEARNING_RATE = 1e-3
 
 
+def check(options: TrainOptions) -> None:
+    """Nothing, where method, preset and the method's own options exist and go together; needs no model.
+
+    Raises:
+        UserError: they do not.
+    """
+    if options.method not in METHODS:
+        raise UserError(f"--method {options.method!r} is not one of {', '.join(METHODS)}")
+    if options.preset not in ("default", "paper"):
+        raise UserError(f"--preset {options.preset!r} is not one of default, paper")
+    config = METHODS[options.method].config
+    if config is not None:
+        config(options, 100)
+
+
 def adapt(
     model: WhisperForConditionalGeneration, options: TrainOptions, *, steps: int
 ) -> PeftModel | WhisperForConditionalGeneration:
@@ -121,19 +136,19 @@ def adapt(
     Raises:
         UserError: an unknown method or preset, or targets the model does not have.
     """
-    if options.method not in METHODS:
-        raise UserError(f"--method {options.method!r} is not one of {', '.join(METHODS)}")
-    if options.preset not in ("default", "paper"):
-        raise UserError(f"--preset {options.preset!r} is not one of default, paper")
+    check(options)
     method = METHODS[options.method]
     if method.config is None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and method.trains(name))
         return model
     try:
-        return get_peft_model(model, method.config(options, steps))
+        adapted = get_peft_model(model, method.config(options, steps))
     except ValueError as error:
         raise UserError(f"--target-modules: {error}") from error
+    if isinstance(adapted.base_model, S2LoraModel):
+        fuse_whisper(adapted)
+    return adapted
 
 
 def learning_rate(options: TrainOptions) -> float:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, WhisperForConditionalGeneration, WhisperProcessor
 
+from fused_s2lora import S2LoraModel, fuse_whisper
+
 from .audio_window import AudioWindow
 from .errors import UserError
 from .packaged_model import packaged_whisper_base
@@ -55,7 +57,10 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
         with warnings.catch_warnings():
             # Keys like audio_window are ours and unknown to PEFT's own methods.
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
-            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        if isinstance(adapted.base_model, S2LoraModel):
+            fuse_whisper(adapted)
+        return adapted
     except SafetensorError as error:
         raise UserError(
             f"{adapter}: adapter_model.safetensors is damaged ({error}); restore it or train again"

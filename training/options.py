@@ -80,6 +80,8 @@ class TrainOptions:
         for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        if not self.epochs > 0 and self.max_steps < 1:
+            raise UserError(f"--epochs is {self.epochs}; give a positive number, or --max-steps")
         if self.utterances is not None and self.utterances < 1:
             raise UserError(f"--utterances is {self.utterances}; give at least 1")
         for name in ("dev_share", "full_share"):

@@ -11,7 +11,7 @@ import jiwer
 
 from .comparison import Comparison, read_comparison
 from .comparison_figures import draw_figures
-from .comparison_tables import columns_of, lines_of, record, write_tables
+from .comparison_tables import Line, columns_of, lines_of, record, write_tables
 from .errors import UserError
 from .text import UNSPACED_LANGUAGES
 
@@ -37,7 +37,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         raise UserError(f"{folder}: holds neither a run (config.json) nor a comparison (comparison.yaml)")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    data = json.dumps(page.pop("data"), ensure_ascii=False).replace("</", "<\\/")
+    data = json.dumps(page.pop("data"), ensure_ascii=False).replace("<", "\\u003c")  # no tag, no comment in a script
     output.write_text(template.render(**page, data=data), encoding="utf-8")
     return output
 
@@ -47,17 +47,17 @@ def _run_page(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     results = _read(folder / "results.json", [])
     rates = [
-        {"set": name, "group": group, "evaluation": evaluation["label"], **_rates(units)}
+        {"set": name, "group": group, "evaluation": evaluation["label"], **_rates(units, result["language"])}
         for evaluation in results
         for name, result in evaluation["sets"].items()
         for group, units in result["groups"].items()
     ]
-    labels = [path for path in ("before", "after") if (folder / path).is_dir()]
+    labels = [name for name in ("before", "after") if any((folder / name).glob("*.tsv"))]
     return {
         "title": f"{folder.name}: {config['method']}",
         "facts": {
-            **_read(folder / "summary.json", {}),
             **_read(folder / "versions.json", {}),
+            **_read(folder / "summary.json", {}),
             "command": _command(folder),
         },
         "figures": [],
@@ -79,14 +79,21 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
     for line in lines:
         for cell in line.cells:
             entry = record(line, cell, columns)
-            names = ("row", "rank", "seed", "trainable_parameters", "step_s", "peak_memory_mib")
-            row = {name: entry[name] for name in names}
+            row = {
+                "method": entry["row"], "rank": entry["rank"], "seed": entry["seed"],
+                "trainable": entry["trainable_parameters"],
+            }  # fmt: skip
+            if comparison.timed:
+                row |= {"step s": entry["step_s"], "peak MiB": entry["peak_memory_mib"]}
             for column in columns:
                 row[str(column)] = entry[f"{column} rate"]
                 row[f"{column}, capped"] = entry[f"{column} capped_rate"]
             rows.append(row)
-            runs.append({name: entry[name] for name in ("row", "cell", "seed", "utc", "commit", "command", "device")})
-    first = {line.label: comparison.path / line.cells[0]["name"] / "after" for line in lines}
+            made = {name: entry[name] for name in ("cell", "seed", "commit", "command", "device", "failed")}
+            runs.append({"method": entry["row"], "UTC": entry["utc"][:16].replace("T", " "), **made})
+    names = _names(lines)
+    first = {name: comparison.path / line.cells[0]["name"] / "after" for name, line in names.items()}
+    chosen = next((name for name, line in names.items() if line.method == "s2lora" and not line.changed), None)
     config = lines[0].cells[0]["config"] if lines else {"language": "en"}
     return {
         "title": comparison.title,
@@ -95,12 +102,20 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         "data": {
             "tables": [{"title": "Methods: error rates, percent", "rows": rows}, {"title": "Runs", "rows": runs}],
             "maps": [
-                entry for line in lines if line.cells[0]["rank_pattern"]
-                for entry in _maps(f"{line.label}, r = {line.rank}", line.cells[0]["rank_pattern"])
+                entry for name, line in names.items() if line.cells[0]["rank_pattern"]
+                for entry in _maps(name, line.cells[0]["rank_pattern"])
             ],
-            "transcripts": _transcripts({label: path for label, path in first.items() if path.is_dir()}, config),
+            "transcripts": _transcripts(
+                {name: path for name, path in first.items() if any(path.glob("*.tsv"))}, config, second=chosen
+            ),
         },
     }  # fmt: skip
+
+
+def _names(lines: list[Line]) -> dict[str, Line]:
+    """Each line by its label, with the rank where several lines have it."""
+    labels = [line.label for line in lines]
+    return {line.label + f", r = {line.rank}" * (labels.count(line.label) > 1): line for line in lines}
 
 
 def _read(file: Path, default: Any) -> Any:
@@ -112,18 +127,18 @@ def _command(folder: Path) -> str:
     return file.read_text().splitlines()[-1] if file.is_file() else ""
 
 
-def _rates(units: dict[str, Any]) -> dict[str, Any]:
-    words, characters = units["wer"], units["cer"]
+def _rates(units: dict[str, Any], language: str | None) -> dict[str, Any]:
+    """Word errors, or character errors of a language written without spaces."""
+    unit = "cer" if language in UNSPACED_LANGUAGES else "wer"
+    rate = units[unit]
     return {
-        "utterances": words["utterances"],
-        "WER": words["rate"],
-        "low": words["low"],
-        "high": words["high"],
-        "WER, capped": words["capped_rate"],
-        "CER": characters["rate"],
-        "substitutions": words["substitutions"],
-        "deletions": words["deletions"],
-        "insertions": words["insertions"],
+        "utterances": rate["utterances"],
+        "unit": unit.upper(),
+        "error": rate["rate"],
+        "95 % from": rate["low"],
+        "to": rate["high"],
+        "capped": rate["capped_rate"],
+        **{name: rate[name] for name in ("substitutions", "deletions", "insertions")},
     }
 
 
@@ -132,8 +147,9 @@ def _maps(name: str, patterns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": name, **{key: pattern[key] for key in kept}} for pattern in patterns]
 
 
-def _transcripts(folders: dict[str, Path], config: dict[str, Any]) -> dict[str, Any]:
-    """By set: each utterance's metadata and reference, and by label its hypothesis with errors marked and counted."""
+def _transcripts(folders: dict[str, Path], config: dict[str, Any], second: str | None = None) -> dict[str, Any]:
+    """By set, in the order of `config`: each utterance's metadata and reference, and by label its hypothesis with
+    errors marked and counted; `second` is the label shown beside the first to begin with."""
     languages = {}
     for specification in config.get("test", []):
         name, _, source = specification.rpartition("=")
@@ -141,7 +157,9 @@ def _transcripts(folders: dict[str, Path], config: dict[str, Any]) -> dict[str, 
         languages[name or Path(source).name] = own or config["language"]
     sets: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
-        for file in sorted(folder.glob("*.tsv")):
+        order = list(languages)
+        files = folder.glob("*.tsv")
+        for file in sorted(files, key=lambda file: (order.index(file.stem) if file.stem in order else 99, file.stem)):
             with file.open(encoding="utf-8", newline="") as stream:
                 rows = list(csv.DictReader(stream, delimiter="\t"))
             by_character = languages.get(file.stem) in UNSPACED_LANGUAGES
@@ -154,8 +172,11 @@ def _transcripts(folders: dict[str, Path], config: dict[str, Any]) -> dict[str, 
                 )
                 reference, heard = row["normalized_reference"], row["normalized_hypothesis"]
                 entry["said"][label] = marked(reference, heard, by_character=by_character)
+    labels = list(folders)
     return {
-        "labels": list(folders),
+        "labels": labels,
+        "first": "zero-shot" if "zero-shot" in labels else next(iter(labels), None),
+        "second": second if second in labels else next(reversed(labels), None),
         "sets": {name: {**found, "rows": list(found["rows"].values())} for name, found in sets.items()},
     }
 

@@ -1,15 +1,20 @@
 """A run's folder: what was asked, with what versions, what came of it, and where to go on after a kill."""
 
+import contextlib
 import datetime
+import gc
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from .options import TrainOptions
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
 # Options that may differ when a run is resumed: they change what is shown, not what is learned.
-_FREE_TO_CHANGE = {"output", "eval_batch_size", "group_by", "test", "before", "workers", "logging_steps", "save_steps"}
+FREE_TO_CHANGE = {"output", "eval_batch_size", "group_by", "test", "before", "workers", "logging_steps", "save_steps"}
 
 
 class RunFolder:
@@ -48,7 +53,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if config.is_file():
                 _check_same(json.loads(config.read_text()), wanted, self.path)
-            elif any(self.path.iterdir()):
+            elif any(not item.name.startswith(".") for item in self.path.iterdir()):
                 raise UserError(f"{self.path}: the folder holds other files; give an empty --output")
             write_json(config, wanted)
             with (self.path / "command.txt").open("a") as stream:
@@ -87,13 +92,21 @@ class RunFolder:
         (self.path / "skipped.tsv").write_text("\n".join(lines) + "\n")
 
 
+def changed_option(found: dict[str, Any], wanted: dict[str, Any], free: Iterable[str]) -> str | None:
+    """The first option, but those in `free`, that differs between two configurations; one not in `found` is unset."""
+    unset = {
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in fields(TrainOptions)
+    }
+    return next((key for key in wanted if key not in free and found.get(key, unset[key]) != wanted[key]), None)
+
+
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    different = [key for key in wanted if key not in _FREE_TO_CHANGE and found.get(key) != wanted[key]]
-    if different:
-        key = different[0]
+    key = changed_option(found, wanted, FREE_TO_CHANGE)
+    if key is not None:
         raise UserError(
             f"{path}: holds a run with {key} = {found.get(key)!r}, not {wanted[key]!r}; "
-            "give another --output, or --fresh to delete it and start anew"
+            "give another --output, or delete it (--fresh) to start anew"
         )
 
 
@@ -103,8 +116,10 @@ def called_as() -> str:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Indented JSON with a final newline."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Indented JSON with a final newline, complete or not there at all, whenever the process is killed."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(file)
 
 
 def versions() -> dict[str, Any]:
@@ -122,8 +137,22 @@ def versions() -> dict[str, Any]:
     }
 
 
+def reset_peak_memory() -> None:
+    """Lets `peak_memory_mib` count from now on, where the system can (CUDA, Linux)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mib() -> float:
-    """The most memory so far, in MiB: the GPU's where there is one, else the process's resident size."""
+    """The most memory since `reset_peak_memory`, in MiB: the GPU's where there is one, else the resident size."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    with contextlib.suppress(OSError):
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if peak:
+            return int(peak[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -33,9 +33,9 @@ from .models import check_language, load_adapter, load_base, remember_speech, to
 from .options import TrainOptions
 from .precision import autocast_dtype
 from .rank_maps import rank_maps
-from .run import RunFolder, peak_memory_mib, write_json
+from .run import RunFolder, peak_memory_mib, reset_peak_memory, versions, write_json
 from .text import language_code
-from .trainer import AdaLoraCallback, SpeechTrainer
+from .trainer import AdaLoraCallback, SpeechTrainer, StepTimes
 
 MAX_LABEL_TOKENS = 448
 
@@ -261,7 +261,8 @@ def _train(
     if options.spec_augment:
         whisper.config.apply_spec_augment = True
         whisper.config.mask_time_prob = whisper.config.mask_feature_prob = 0.05
-    callbacks: list[Any] = [S2LoraCallback(), AdaLoraCallback()]
+    step_times = StepTimes()
+    callbacks: list[Any] = [S2LoraCallback(), AdaLoraCallback(), step_times]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(options.early_stopping))
     trainer = SpeechTrainer(
@@ -278,6 +279,7 @@ def _train(
     checkpoint = run.last_checkpoint()
     if checkpoint is not None and options.method.startswith("adalora"):
         checkpoint = None  # PEFT cannot restore the allocator's statistics, so a killed AdaLoRA run starts anew
+    reset_peak_memory()
     start = time.perf_counter()
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -297,11 +299,13 @@ def _train(
             "steps": steps,
             "resumed_at_step": first_step,
             "train_s": round(seconds, 1),
-            "step_s": round(seconds / max(1, steps - first_step), 4),
+            "step_s": round(step_times.median_s(), 4),
             "peak_memory_mib": round(peak_memory_mib()),
             "trainable_parameters": trainable,
             "parameters": total,
             "utterances": len(speech),
+            # A run may be scored later and elsewhere than it was trained.
+            **{name: value for name, value in versions().items() if name in ("commit", "device", "utc")},
         },
     )
 

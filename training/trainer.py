@@ -1,5 +1,7 @@
 """Hugging Face's Seq2SeqTrainer for waveforms, two learning rates and penalties that are logged apart."""
 
+import statistics
+import time
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from transformers import TrainingArguments as Arguments
 from fused_s2lora import S2LoraModel, parameter_groups
 
 from .audio_window import window_of
-from .errors import UserError
+from .errors import DivergedError
 from .features import LogMel
 
 
@@ -22,7 +24,7 @@ class SpeechTrainer(Seq2SeqTrainer):
     `sparsity` and `norm` are its parts.
 
     Raises:
-        UserError: the loss stops being finite, naming the step.
+        DivergedError: the loss stops being finite, naming the step.
     """
 
     def __init__(self, *args: Any, feature_extractor: WhisperFeatureExtractor, **kwargs: Any) -> None:
@@ -62,7 +64,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         loss = outputs.loss
         if model.training:
             if not torch.isfinite(loss):
-                raise UserError(
+                raise DivergedError(
                     f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr, or raise --warmup; "
                     "the last checkpoint is unharmed"
                 )
@@ -98,3 +100,23 @@ class AdaLoraCallback(TrainerCallback):
         config: Any = tuner.peft_config[tuner.trainable_adapter_name]
         if config.target_r < config.init_r:
             tuner.update_and_allocate(state.global_step + 1)
+
+
+class StepTimes(TrainerCallback):
+    """Seconds from the end of one optimizer step to the end of the next, the first from the start of training."""
+
+    def __init__(self) -> None:
+        self.durations_s: list[float] = []
+        self._last_s = 0.0
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last_s = time.perf_counter()
+
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now_s = time.perf_counter()
+        self.durations_s.append(now_s - self._last_s)
+        self._last_s = now_s
+
+    def median_s(self) -> float:
+        """The middle one, which a checkpoint or a slow start does not move; 0 without a step."""
+        return statistics.median(self.durations_s) if self.durations_s else 0.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_s2lora.kernels import adapter_gradients, row_sums
+from fused_s2lora.kernels import adapter_gradients, device, row_sums
 from fused_s2lora.kernels.adapter_gradients import input_gradient_factor, output_gradients, project
 from fused_s2lora.kernels.configs import PASS, PassConfig
 from tests.oracle import DEVICE, FLOOR, check_close
@@ -31,6 +31,12 @@ SHAPES = {
     "tall": (1500, 48, 40, 8, 1),
     "tall, group of three": (1500, 40, 24, 1, 3),
 }
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    """In Triton's interpreter where there is no GPU."""
+    monkeypatch.setattr(device, "runs_triton", lambda x: device.triton_is_usable(x)[0])
 
 
 def normal(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -176,7 +182,7 @@ def test_no_rows():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_plain_branch(dtype, monkeypatch):
     """Without a GPU and without the interpreter PyTorch computes the same."""
-    monkeypatch.setattr(adapter_gradients, "triton_is_usable", lambda x: (False, ""))
+    monkeypatch.setattr(device, "runs_triton", lambda x: False)
     given = operands(130, 70, 48, 8, 3, dtype)
     if dtype == torch.float64:
         given |= {name: given[name].double() for name in ("coefficients", "g", "d_up", "d_down")}
@@ -265,8 +271,8 @@ def test_buffers_are_changed_in_place_under_compile():
 def test_custom_operators_are_well_formed():
     given = operands(33, 40, 48, 8, 2, torch.float32)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(project, (given["x"], given["down"]), test_utils=tests)
-    torch.library.opcheck(input_gradient_factor, (given["x"], given["g"], given["d_down"]), test_utils=tests)
+    torch.library.opcheck(project.op, (given["x"], given["down"]), test_utils=tests)
+    torch.library.opcheck(input_gradient_factor.op, (given["x"], given["g"], given["d_down"]), test_utils=tests)
     factors = (given["up"], given["coefficients"])
     for z, g, d_up in ((given["z"], given["g"], given["d_up"]), (None, given["g"], None), (given["z"], None, None)):
-        torch.library.opcheck(output_gradients, (given["dys"], z, *factors, g, d_up), test_utils=tests)
+        torch.library.opcheck(output_gradients.op, (given["dys"], z, *factors, g, d_up), test_utils=tests)

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_s2lora import s2_linear, s2_linear_reference
-from tests.oracle import DEVICE, TRAINED, check, make_problem, run
+from fused_s2lora import s2_linear, s2_linear_group, s2_linear_reference
+from fused_s2lora.kernels import device
+from fused_s2lora.kernels.shared import GradientSink, SharedPair
+from fused_s2lora.kernels.strategies import STRATEGIES
+from tests.oracle import DEVICE, FLOOR, TRAINED, check, check_close, make_problem, run
 
 ON_GPU = DEVICE == "cuda"
 SHAPES = {
@@ -30,47 +33,63 @@ TRITON_DTYPES = [
         marks=pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter multiplies bfloat16 wrongly; needs a GPU"),
     ),
 ]
-triton_linear = functools.partial(s2_linear, backend="triton")
-merged_linear = functools.partial(s2_linear, backend="merged")
+OPERATIONS = {name: functools.partial(s2_linear, backend=name) for name in STRATEGIES}
+each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+
+
+@pytest.fixture(params=["kernels", "PyTorch"])
+def kernels(request, monkeypatch) -> bool:
+    """Once with Triton's kernels, in its interpreter where there is no GPU, and once in plain PyTorch."""
+    if request.param == "PyTorch" and ON_GPU:
+        pytest.skip("on a GPU the kernels run")
+    use_kernels(monkeypatch, request.param == "kernels")
+    return request.param == "kernels"
+
+
+def use_kernels(monkeypatch, use: bool = True) -> None:
+    monkeypatch.setattr(device, "runs_triton", lambda x: use and x.dtype != torch.float64)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_triton_output_and_gradients(shape, dtype):
-    check(make_problem(*shape, dtype), triton_linear)
+@each_operation
+def test_output_and_gradients_of_kernels(shape, dtype, operation, monkeypatch):
+    use_kernels(monkeypatch)
+    check(make_problem(*shape, dtype), operation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_auto_output_and_gradients(shape, dtype):
+@pytest.mark.parametrize("name", ["merged", "split"])
+def test_output_and_gradients_in_pytorch(shape, dtype, name):
     factors = torch.float64 if dtype == torch.float64 else torch.float32
     # PyTorch's own bfloat16 product on CPU lets NaN beyond the end of a row into the result: 0 · NaN in its padding.
     padding = 0.0 if dtype == torch.bfloat16 and not ON_GPU else torch.nan
-    check(make_problem(*shape, dtype, factor_dtype=factors, padding=padding), merged_linear)
+    check(make_problem(*shape, dtype, factor_dtype=factors, padding=padding), OPERATIONS[name])
 
 
-@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
+@each_operation
 @pytest.mark.parametrize(
     "trained",
     [(), ("x",), ("down",), ("up",), ("coefficients",), ("x", "coefficients"), ("down", "up"), ("up", "coefficients")],
     ids="+".join,
 )
-def test_only_what_is_asked_for(operation, trained):
+def test_only_what_is_asked_for(operation, trained, kernels):
     problem = make_problem(65, 40, 48, 8, torch.float32, trained=trained)
     check(problem, operation)
     assert set(run(problem, operation)) == {"y", *trained}
 
 
-@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
-def test_no_bias_and_leading_dimensions(operation):
+@each_operation
+def test_no_bias_and_leading_dimensions(operation, kernels):
     check(make_problem((2, 3, 33), 40, 48, 8, torch.float32, bias=False), operation)
     check(make_problem((2, 0), 40, 48, 8, torch.float32), operation)
     vector = make_problem((), 40, 48, 8, torch.float32)
     check(vector, operation)
 
 
-@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
-def test_strides_of_every_kind(operation):
+@each_operation
+def test_strides_of_every_kind(operation, kernels):
     problem = make_problem((20, 30), 40, 48, 8, torch.float32)
     problem.operands["x"] = problem.operands["x"].transpose(0, 1)
     problem.operands["weight"] = problem.operands["weight"].T.contiguous().T
@@ -80,6 +99,43 @@ def test_strides_of_every_kind(operation):
     check(problem, operation)
     problem.dy = torch.ones(48, device=DEVICE).expand(30, 20, 48)  # what the gradient of a sum looks like
     check(problem, operation)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@each_operation
+def test_a_group_is_its_maps_one_by_one(operation, count, kernels):
+    """Outputs and gradients of a group, with z given and not, against float64, with a sink and without."""
+    problems = [make_problem(70, 40, 48, 8, torch.float32, bias=index != 1, seed=index) for index in range(count)]
+    x, down, up = (problems[0].operands[name].clone().requires_grad_() for name in ("x", "down", "up"))
+    weights = [problem.operands["weight"] for problem in problems]
+    biases = [problem.operands["bias"] for problem in problems]
+    coefficients = [problem.operands["coefficients"].clone().requires_grad_() for problem in problems]
+    stacked = torch.cat([torch.zeros(48, device=DEVICE) if bias is None else bias for bias in biases])
+    trained = (x, down, up, *coefficients)
+
+    def whole(operation, dtype: torch.dtype):
+        wide = [value.detach().to(dtype).requires_grad_() for value in trained]
+        ys = [
+            operation(wide[0], w.to(dtype), None if b is None else b.to(dtype), *wide[1:3], e)
+            for w, b, e in zip(weights, biases, wide[3:], strict=True)
+        ]
+        return torch.autograd.grad(ys, wide, [problem.dy.to(dtype) for problem in problems]), ys
+
+    oracle, oracle_ys = whole(s2_linear_reference, torch.float64)
+    eager, eager_ys = whole(s2_linear_reference, torch.float32)
+    pair = SharedPair(up, down)
+    uses = {
+        "alone": (down, up, {}),
+        "z given": (down, up, {"z": (x @ down.mT).detach()}),
+        "into a sink": (pair.down, pair.up, {"sink": GradientSink(pair.gradients, transposed=False)}),
+    }
+    for how, (a, b, options) in uses.items():
+        ys = s2_linear_group(x, weights, stacked, a, b, coefficients, backend=operation.keywords["backend"], **options)
+        got = torch.autograd.grad(ys, trained, [problem.dy for problem in problems])
+        for name, *values in zip(("x", "down", "up", "e0", "e1", "e2"), got, oracle, eager, strict=False):
+            check_close(f"{how}: {name}", *values, FLOOR[torch.float32])
+        for y, *values in zip(ys, oracle_ys, eager_ys, strict=True):
+            check_close(f"{how}: y", y.detach(), *(value.detach() for value in values), FLOOR[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -128,6 +184,7 @@ def test_faults_are_caught():
 
 def test_kernels_write_every_entry(monkeypatch):
     """Outputs start as NaN; what a kernel leaves out would stay so."""
+    use_kernels(monkeypatch)
 
     def poisoned(self, *shape, **kwargs):
         return self.new_full(shape, torch.nan, **kwargs)
@@ -135,16 +192,19 @@ def test_kernels_write_every_entry(monkeypatch):
     real_empty = torch.empty
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: real_empty(*shape, **kwargs).fill_(torch.nan))
-    check(make_problem(130, 70, 200, 17, torch.float32), triton_linear)
+    for operation in OPERATIONS.values():
+        check(make_problem(130, 70, 200, 17, torch.float32), operation)
 
 
-def test_triton_gradients_are_deterministic():
-    problem = make_problem(2100, 40, 48, 8, torch.float32)
-    first, second = run(problem, triton_linear), run(problem, triton_linear)
+@each_operation
+def test_gradients_of_kernels_are_deterministic(operation, monkeypatch):
+    use_kernels(monkeypatch)
+    problem = make_problem(700, 40, 48, 8, torch.float32)
+    first, second = run(problem, operation), run(problem, operation)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", *(["triton"] if ON_GPU else [])])
+@pytest.mark.parametrize("backend", ["auto", "reference", "merged", "split", *(["fused"] if ON_GPU else [])])
 def test_autocast_computes_like_linear(backend):
     problem = make_problem(33, 40, 48, 8, torch.float32)
     x, weight, bias, *factors = (problem.operands[name] for name in problem.operands)
@@ -171,7 +231,7 @@ def test_reference_and_merged_pass_gradcheck():
     assert torch.autograd.gradgradcheck(lambda x, *f: s2_linear_reference(x, weight, bias, *f), trained)
 
 
-@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
+@each_operation
 def test_second_derivative_is_refused(operation):
     problem = make_problem(5, 6, 7, 3, torch.float32)
     problem.operands["x"].requires_grad_()
@@ -180,22 +240,11 @@ def test_second_derivative_is_refused(operation):
         torch.autograd.grad(y.sum(), problem.operands["x"], create_graph=True)
 
 
-@pytest.mark.parametrize("operation", [triton_linear, merged_linear], ids=["triton", "merged"])
-def test_compiles_without_graph_breaks(operation):
+@each_operation
+def test_compiles_without_graph_breaks(operation, kernels):
     problem = make_problem(33, 40, 48, 8, torch.float32)
     compiled = torch.compile(lambda **operands: operation(**operands), fullgraph=True, backend="aot_eager")
     check(problem, compiled)
-
-
-def test_custom_operators_are_well_formed():
-    from fused_s2lora.kernels.triton_linear import factor_gradient, linear
-
-    operands = make_problem(33, 40, 48, 8, torch.float32).operands
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(linear, tuple(operands.values()), test_utils=tests)
-    tall, low = torch.randn(33, 40, device=DEVICE), torch.randn(33, 8, device=DEVICE)
-    arguments = (tall, low, torch.randn(40, 8, device=DEVICE), torch.randn(8, device=DEVICE))
-    torch.library.opcheck(factor_gradient, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +272,15 @@ def test_bad_arguments_are_named(changes, message):
         s2_linear(**arguments)
 
 
-def test_triton_by_name_never_falls_back(monkeypatch):
+def test_fused_by_name_never_falls_back(monkeypatch):
+    fused = OPERATIONS["fused"]
     problem = make_problem(3, 40, 48, 8, torch.float64, factor_dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"no kernel for torch\.float64"):
-        triton_linear(**problem.operands)
+        fused(**problem.operands)
     if not ON_GPU:
         half = make_problem(3, 40, 48, 8, torch.bfloat16)
         with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly"):
-            triton_linear(**half.operands)
+            fused(**half.operands)
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(RuntimeError, match="use backend='auto'"):
-            triton_linear(**make_problem(3, 40, 48, 8, torch.float32).operands)
+            fused(**make_problem(3, 40, 48, 8, torch.float32).operands)

@@ -1,0 +1,259 @@
+"""An exact GELU, or a plain copy, that writes z = h Aᵀ of the linear map behind it along the way.
+
+    h  = f(x)                               z  = h Aᵀ                     f = GELU: x Φ(x), or f(x) = x
+    dx = (dh + ge A) ⊙ f'(x)                                              GELU': Φ(x) + x φ(x)
+
+ge is the gradient of z where z is a factor of what follows; without it, dx = dh ⊙ f'(x).
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import (
+    ACTIVATION,
+    ACTIVATION_INPUT_GRADIENT,
+    PassTiles,
+    activation_config_name,
+    activation_gradient_config_name,
+    gradient_rank_tile,
+    rank_block,
+)
+from .device import precision
+from .ops import kernel_op
+from .variants import Variant
+
+
+@triton.jit
+def _normal_distribution(x):
+    """Φ(x)"""
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _activation_project_kernel(
+    x_ptr,
+    down_ptr,
+    h_ptr,
+    z_ptr,
+    M,
+    K,
+    rank,
+    z_columns,
+    stride_xm,
+    stride_xk,
+    stride_dr,
+    stride_dk,
+    stride_hm,
+    stride_zm,
+    GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h = x Φ(x) or x, z = h Aᵀ
+
+    x [M, K], down [rank, K] -> h [M, K], z [M, z_columns], zero beyond `rank`
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, R)
+    mask_m = offs_m < M
+    mask_r = offs_r < rank
+    rows = offs_m.to(tl.int64)
+    z_acc = tl.zeros((BLOCK_M, R), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        mask = mask_m[:, None] & mask_k[None, :]
+        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        x_tile = tl.load(x_tile_ptr, mask=mask, other=0.0)
+        if GELU:
+            wide = x_tile.to(tl.float32)
+            h_tile = (wide * _normal_distribution(wide)).to(h_ptr.dtype.element_ty)
+        else:
+            h_tile = x_tile.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + rows[:, None] * stride_hm + offs_k[None, :], h_tile, mask=mask)
+        down_tile_ptr = down_ptr + offs_k[:, None] * stride_dk + offs_r[None, :] * stride_dr
+        down_tile = tl.load(down_tile_ptr, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, R]
+        z_acc = tl.dot(h_tile, down_tile.to(h_tile.dtype), z_acc, input_precision=PRECISION)
+    z_tile_ptr = z_ptr + rows[:, None] * stride_zm + offs_r[None, :]
+    tl.store(z_tile_ptr, z_acc.to(z_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_r < z_columns)[None, :])
+
+
+@triton.jit
+def _activation_input_gradient_kernel(
+    dh_ptr,
+    ge_ptr,
+    down_ptr,
+    x_ptr,
+    dx_ptr,
+    M,
+    K,
+    rank,
+    stride_hm,
+    stride_hk,
+    stride_gm,
+    stride_gr,
+    stride_dr,
+    stride_dk,
+    stride_xm,
+    stride_xk,
+    stride_dxm,
+    GELU: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx = (dh + ge A) ⊙ (Φ(x) + x φ(x)), or without the last factor; dx may be dh itself
+
+    dh [M, K], ge [M, rank], down [rank, K], x [M, K] -> dx [M, K]
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_k = offs_k < K
+    mask = mask_m[:, None] & mask_k[None, :]
+    rows = offs_m.to(tl.int64)
+    dh_tile_ptr = dh_ptr + rows[:, None] * stride_hm + offs_k[None, :] * stride_hk
+    dx = tl.load(dh_tile_ptr, mask=mask, other=0.0).to(tl.float32)
+    if HAS_LOW_RANK:
+        for start in range(0, rank, BLOCK_R):
+            offs_r = start + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < rank
+            ge_tile_ptr = ge_ptr + rows[:, None] * stride_gm + offs_r[None, :] * stride_gr
+            ge_tile = tl.load(ge_tile_ptr, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            down_tile_ptr = down_ptr + offs_r[:, None] * stride_dr + offs_k[None, :] * stride_dk
+            down_tile = tl.load(down_tile_ptr, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
+            dx = tl.dot(ge_tile, down_tile.to(ge_tile.dtype), dx, input_precision=PRECISION)
+    if GELU:
+        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        x_tile = tl.load(x_tile_ptr, mask=mask, other=0.0).to(tl.float32)
+        density = 0.3989422804014327 * tl.exp(-0.5 * x_tile * x_tile)
+        dx *= _normal_distribution(x_tile) + x_tile * density
+    tl.store(dx_ptr + rows[:, None] * stride_dxm + offs_k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _fake_activation_project(x, down, gelu, out_dtype, spare):
+    return _outputs(x, down, out_dtype, spare)
+
+
+@kernel_op("activation_project", _fake_activation_project)
+def activation_project(
+    x: Tensor, down: Tensor, gelu: bool, out_dtype: torch.dtype, spare: int
+) -> tuple[Tensor, Tensor]:
+    """One launch: x [M, K], down [r, K] -> h [M, K + spare] with z in its spare columns and zeros behind, z.
+
+    z is [M, r] where there are no spare columns, otherwise [0, r].
+    """
+    rows, inputs = x.shape
+    rank = down.shape[0]
+    h, z = _outputs(x, down, out_dtype, spare)
+    if rows == 0:
+        return h, z
+    z_out = h[:, inputs:] if spare else z
+    padded_rank = rank_block(rank)
+    tiles = ACTIVATION[activation_config_name(rows, padded_rank, out_dtype)]
+    _activation_project_kernel[(triton.cdiv(rows, tiles.BLOCK_M),)](
+        x, down, h, z_out, rows, inputs, rank, z_out.shape[1],
+        *x.stride(), *down.stride(), h.stride(0), z_out.stride(0),
+        GELU=gelu, PRECISION=precision(out_dtype), R=padded_rank, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return h, z
+
+
+def _outputs(x: Tensor, down: Tensor, out_dtype: torch.dtype, spare: int) -> tuple[Tensor, Tensor]:
+    rows, inputs = x.shape
+    h = x.new_empty(rows, inputs + spare, dtype=out_dtype)
+    return h, x.new_empty(0 if spare else rows, down.shape[0], dtype=out_dtype)
+
+
+def _fake_gelu_input_gradient(dh, ge, down, x):
+    return x.new_empty(x.shape)
+
+
+@kernel_op("gelu_input_gradient", _fake_gelu_input_gradient)
+def gelu_input_gradient(dh: Tensor, ge: Tensor | None, down: Tensor | None, x: Tensor) -> Tensor:
+    """One launch: dh [M, K], x [M, K] -> dx [M, K] in x's dtype; ge [M, r] with down [r, K] adds ge A to dh."""
+    dx = x.new_empty(x.shape)
+    _launch_input_gradient(dh, ge, down, x, dx)
+    return dx
+
+
+def _fake_add_low_rank(buffer, down):
+    return None
+
+
+@kernel_op("add_low_rank_", _fake_add_low_rank, mutates=("buffer",))
+def add_low_rank_(buffer: Tensor, down: Tensor) -> None:
+    """One launch, in place: buffer = [dh | ge] [M, K + R], down A [r, K]: dh += ge A."""
+    rank, inputs = down.shape
+    dh, ge = buffer[:, :inputs], buffer[:, inputs : inputs + rank]
+    _launch_input_gradient(dh, ge, down, None, dh)
+
+
+def _launch_input_gradient(dh: Tensor, ge: Tensor | None, down: Tensor | None, x: Tensor | None, dx: Tensor) -> None:
+    rows, inputs = dx.shape
+    if rows == 0:
+        return
+    rank, strides = 1, [0, 0, 0, 0]
+    if ge is not None and down is not None:
+        rank, strides = down.shape[0], [*ge.stride(), *down.stride()]
+    tiles = ACTIVATION_INPUT_GRADIENT[activation_gradient_config_name(dh.dtype)]
+    _activation_input_gradient_kernel[(triton.cdiv(rows, tiles.BLOCK_M), triton.cdiv(inputs, tiles.BLOCK_K))](
+        dh, ge, down, x, dx, rows, inputs, rank,
+        *dh.stride(), *strides, *((0, 0) if x is None else x.stride()), dx.stride(0),
+        GELU=x is not None, HAS_LOW_RANK=ge is not None, PRECISION=precision(dh.dtype),
+        BLOCK_R=gradient_rank_tile(rank, dh.dtype), BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DIVISIBLE = ("M", "K", "stride_xm", "stride_dr", "stride_hm", "stride_gm", "stride_dxm")
+
+
+def variants(target: str) -> list[Variant]:
+    """Every specialisation that a GPU can be asked to run; x in h's dtype or in float32."""
+    found: dict[tuple, Variant] = {}
+    for (name, dtype), rank, x_type in itertools.product(_DTYPES.items(), (16, 32, 64, 128, 256), _DTYPES):
+        if name == "fp32" and x_type != "fp32":
+            continue
+        for rows, gelu in itertools.product((512, 24_000), (True, False)):
+            config = activation_config_name(rows, rank, dtype)
+            direction = "gelu" if gelu else "copy"
+            constants: dict[str, Any] = {"GELU": gelu, "R": rank, "stride_xk": 1, "stride_dk": 1}
+            found[config, direction, name, rank, x_type] = _variant(
+                config, direction, name, x_type, rank, _activation_project_kernel, ACTIVATION[config], constants
+            )
+        config, block_r = activation_gradient_config_name(dtype), gradient_rank_tile(rank, dtype)
+        for gelu, has_low_rank in ((True, False), (True, True), (False, True)):
+            direction = f"input gradient of {'gelu' if gelu else 'copy'}{' with low rank' * has_low_rank}"
+            constants = {"GELU": gelu, "HAS_LOW_RANK": has_low_rank, "BLOCK_R": block_r, "stride_hk": 1}
+            constants |= {"stride_gr": 1, "stride_dk": 1} if has_low_rank else {"ge_ptr": None, "down_ptr": None}
+            constants |= {"stride_xk": 1} if gelu else {"x_ptr": None}
+            found[config, direction, name, block_r, x_type] = _variant(
+                config, direction, name, x_type, block_r, _activation_input_gradient_kernel,
+                ACTIVATION_INPUT_GRADIENT[config], constants,
+            )  # fmt: skip
+    return list(found.values())
+
+
+def _variant(
+    config: str, direction: str, name: str, x_type: str, rank: int, kernel: Any, tiles: PassTiles, constants: dict
+) -> Variant:
+    constants |= {"PRECISION": "ieee", "BLOCK_M": tiles.BLOCK_M, "BLOCK_K": tiles.BLOCK_K}
+    types = {"down_ptr": "*fp32"}
+    if constants.get("x_ptr", x_type) is not None:
+        types |= dict.fromkeys(("x_ptr", "dx_ptr"), f"*{x_type}")
+    return Variant(
+        "activation", f"{config}, x {x_type}", direction, name, rank, kernel, constants, tiles.num_warps,
+        tiles.num_stages, types, _DIVISIBLE,
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""What the kernels need to know of the device they run on; asked at launch, never at import."""
+
+import functools
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+from .configs import SHARED_MEMORY
+
+_INTERPRETED_MULTIPROCESSORS = 3  # few, so that a persistent program meets several tiles
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_is_usable(x: Tensor) -> tuple[bool, str]:
+    """Whether the kernels run on x's device and dtype, and if not, why."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, f"no kernel for {x.dtype}"
+    if not x.is_cuda and not interpreting():
+        return False, f"x is on {x.device.type}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+    if interpreting() and x.dtype == torch.bfloat16:
+        return False, "Triton's interpreter multiplies bfloat16 wrongly"
+    return True, ""
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether operations on x are computed by our kernels: on a GPU, in the dtypes they have. Elsewhere by PyTorch."""
+    return x.is_cuda and triton_is_usable(x)[0]
+
+
+def capability(x: Tensor) -> tuple[int, int] | None:
+    """CUDA compute capability of x's device; None where there is none: on a CPU and on AMD."""
+    # PyTorch numbers AMD's gfx942 (9, 4), which would read as Hopper.
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.version.hip is None else None
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory one program may use on x's device."""
+    return _properties(x.get_device())["max_shared_mem"] if x.is_cuda else SHARED_MEMORY["90"]
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many programs of a persistent kernel run at once on x's device."""
+    return _properties(x.get_device())["multiprocessor_count"] if x.is_cuda else _INTERPRETED_MULTIPROCESSORS
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The `input_precision` of products: "tf32" where PyTorch's own may use it, else "ieee"."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@functools.cache
+def _properties(device: int) -> dict[str, int]:
+    return triton.runtime.driver.active.utils.get_device_properties(device)

@@ -1,0 +1,159 @@
+"""What sharing makes possible: gradients of shared factors, and of an input read by many maps, added up in place.
+
+    dA = Σ_i (xᵀ (g_i ⊙ e_i))ᵀ        dB = Σ_i P_i diag(e_i)        dx = Σ_i dy_i W_i'
+
+Left to itself, autograd makes a gradient for every use and adds them one by one. Here each use adds to a buffer and
+hands autograd nothing; one node before all uses, which autograd reaches after the last of them, hands over the sum.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter_gradients import input_gradient_factor, project
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over `dtype` are kept in: float32, or float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class FactorGradients:
+    """The gradients of one pair, up B [N, r] and down A [r, K], in one backward pass: float32, zero until used."""
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        self._like = {"up": up, "down": down}
+        self._sums: dict[str, Tensor] = {}
+
+    def buffer(self, name: str) -> Tensor:
+        """The sum of `name` ("up" or "down") so far, to add to in place."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(self._like[name], dtype=wide(self._like[name].dtype))
+        return self._sums[name]
+
+    def take(self, name: str, further: Tensor | None) -> Tensor | None:
+        """The sum in the factor's dtype, with what autograd added up itself; the next pass begins at zero."""
+        total = self._sums.pop(name, None)
+        if total is None:
+            return further
+        total = total.to(self._like[name].dtype)
+        return total if further is None else total + further
+
+
+class _GatherFunction(torch.autograd.Function):
+    """The pair as it is; backward hands over what its uses left in the buffers."""
+
+    @staticmethod
+    def forward(ctx: Any, up: Tensor, down: Tensor, gradients: FactorGradients) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.gradients = gradients
+        return up.view_as(up), down.view_as(down)
+
+    @staticmethod
+    def backward(ctx: Any, d_up: Tensor | None, d_down: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        return ctx.gradients.take("up", d_up), ctx.gradients.take("down", d_down), None
+
+
+class SharedPair:
+    """A trainable pair for the uses of one forward pass: the same values, one buffer for all gradients.
+
+    `up` [N, r] and `down` [r, K] are to be given to the uses, with a `GradientSink` of `gradients`.
+    """
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        self.gradients = FactorGradients(up, down)
+        self.up, self.down = _GatherFunction.apply(up, down, self.gradients)
+
+
+class GradientSink:
+    """Where one use leaves its factors' gradients: the buffers of a pair, seen as up [N, r] and down [r, K]."""
+
+    def __init__(self, gradients: FactorGradients, transposed: bool) -> None:
+        self._gradients, self._transposed = gradients, transposed
+
+    @property
+    def up(self) -> Tensor:
+        """[N, r], float32."""
+        return self._gradients.buffer("down").mT if self._transposed else self._gradients.buffer("up")
+
+    @property
+    def down(self) -> Tensor:
+        """[r, K], float32."""
+        return self._gradients.buffer("up").mT if self._transposed else self._gradients.buffer("down")
+
+
+class SharedInput:
+    """An input x [M, K] that many maps with one `down` A [r, K] read, such as the encoder's output in cross-attention.
+
+    z = x Aᵀ is computed once, dx and Σ g ⊙ e are added up in place, and dA costs one pass over x for all maps.
+    Made by `share_input`, found again with `SharedInput.of(x)`.
+    """
+
+    _ATTRIBUTE = "_s2lora_shared_input"
+
+    def __init__(self, rows: Tensor, down: Tensor, wants_dx: bool) -> None:
+        self.rows, self.down, self.wants_dx = rows, down, wants_dx
+        self.dx: Tensor | None = None
+        self._z: Tensor | None = None
+        self._g: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor) -> "SharedInput | None":
+        """The shared input whose tensor x is, if any."""
+        return getattr(x, cls._ATTRIBUTE, None)
+
+    @property
+    def z(self) -> Tensor:
+        """[M, r], computed when first asked for."""
+        if self._z is None:
+            with torch.no_grad():
+                self._z = project(self.rows, self.down)
+        return self._z
+
+    @property
+    def g(self) -> Tensor:
+        """Σ g ⊙ e so far, [M, r] in float32, to add to in place."""
+        if self._g is None:
+            self._g = self.rows.new_zeros(len(self.rows), len(self.down), dtype=wide(self.rows.dtype))
+        return self._g
+
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        """The sums of dx and of g, which begin anew."""
+        dx, g = self.dx, self._g
+        self.dx = self._g = None
+        return dx, g
+
+
+class _ShareInputFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, shared: SharedInput, sink: GradientSink | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.shared, ctx.sink, ctx.shape = shared, sink, x.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, further: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        shared: SharedInput = ctx.shared
+        dx, g = shared.take()
+        if dx is not None:
+            dx = dx.view(ctx.shape)
+        if further is not None:
+            dx = further if dx is None else dx + further
+        d_down = None
+        if g is not None and ctx.needs_input_grad[1]:
+            buffer = torch.zeros_like(shared.down, dtype=wide(shared.down.dtype)) if ctx.sink is None else ctx.sink.down
+            input_gradient_factor(shared.rows, g, buffer)
+            d_down = buffer.to(shared.down.dtype) if ctx.sink is None else None
+        return dx, d_down, None, None
+
+
+def share_input(x: Tensor, down: Tensor, sink: GradientSink | None = None) -> Tensor:
+    """x [..., K], the same values, marked as the input of many maps with the one `down` A [r, K].
+
+    x must have the dtype of the products. `sink` takes the gradient of `down`, as in `s2_linear_group`.
+    """
+    shared = SharedInput(x.detach().reshape(-1, x.shape[-1]), down.detach(), x.requires_grad)
+    y = _ShareInputFunction.apply(x, down, shared, sink)
+    setattr(y, SharedInput._ATTRIBUTE, shared)
+    return y

@@ -1,0 +1,202 @@
+"""Fused projections and shared inputs against the unfused model: outputs, every gradient, and what must still work."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, unfuse_whisper
+from fused_s2lora.kernels import shared as shared_module
+from tests.fused_s2lora.adapters import adapted, awaken, batch, logits
+from tests.oracle import DEVICE
+
+# Self-attention of two encoder and two decoder layers, cross-attention of two decoder layers.
+ALL_GROUPS = 6
+WAYS = {
+    "plain": {},
+    "one for all": {"sharing": "all"},
+    "a scalar a weight": {"coefficient": "scalar"},
+    "scaled": {"scaling": 2.0},
+    "factors frozen": {"train_factors": False},
+    "q, k and v alone": {"target_modules": ["q_proj", "k_proj", "v_proj"]},
+    "v and fc2": {"target_modules": ["v_proj", "k_proj", "fc2"]},
+    "split": {"backend": "split"},
+}
+
+
+def step(model: nn.Module, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Loss and the gradient of every trainable parameter, in one training step."""
+    model.zero_grad()
+    inputs = {name: value.to(next(model.parameters()).device) for name, value in batch().items()}
+    loss = model(input_features=inputs["input_features"].to(dtype), labels=inputs["labels"]).loss
+    loss.backward()
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert all(value.grad is not None for value in trainable.values())
+    return {"loss": loss.detach(), **{name: value.grad.clone() for name, value in trainable.items()}}
+
+
+def in_float64(tiny_whisper, **config) -> PeftModel:
+    return adapted(tiny_whisper, r=4, **config).double().train()
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (got[name] - value).abs().max()
+        assert error <= 1e-9 * value.abs().max() + 1e-12, f"{name} is off by {error:.1e}"
+
+
+def groups_of(model: nn.Module) -> int:
+    return len({id(layer.group) for layer in model.modules() if isinstance(layer, S2LoraLinear) and layer.group})
+
+
+@pytest.mark.parametrize("config", WAYS.values(), ids=WAYS)
+def test_fused_model_is_the_reference_in_every_gradient(tiny_whisper, config):
+    oracle = step(in_float64(tiny_whisper, **{**config, "backend": "reference"}))
+    model = in_float64(tiny_whisper, **config)
+    assert_same(step(model), oracle)
+    assert fuse_whisper(model) == ALL_GROUPS == groups_of(model)
+    assert_same(step(model), oracle)
+    assert_same(step(model), oracle)  # nothing is left over from the step before
+    unfuse_whisper(model)
+    assert groups_of(model) == 0
+    assert_same(step(model), oracle)
+
+
+def test_a_fault_in_a_group_shows(tiny_whisper):
+    """What a dropped dx, a swapped map or a forgotten gradient does to the comparison above."""
+    oracle = step(in_float64(tiny_whisper))
+    model = in_float64(tiny_whisper)
+    fuse_whisper(model)
+    with (
+        mock.patch.object(shared_module.SharedInput, "take", lambda self: (None, self._g)),
+        pytest.raises(AssertionError),
+    ):
+        assert_same(step(model), oracle)
+    layers = next(layer.group for layer in model.modules() if isinstance(layer, S2LoraLinear) and layer.group).layers
+    layers[0], layers[1] = layers[1], layers[0]
+    assert_same(step(model), oracle)  # the order within a group does not matter
+    layers[0].base_linear.weight.data[0] *= 1.01
+    with pytest.raises(AssertionError):
+        assert_same(step(model), oracle)
+
+
+def test_z_is_computed_once_for_all_cross_attentions(tiny_whisper):
+    model = in_float64(tiny_whisper)
+    project = shared_module.project
+    seen = []
+
+    def counted(x, down):
+        seen.append(tuple(x.shape))
+        return project(x, down)
+
+    with mock.patch.object(shared_module, "project", counted):
+        step(model)
+        assert seen == []
+        fuse_whisper(model)
+        step(model)
+    assert seen == [(100, 32)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing(tiny_whisper, reentrant):
+    oracle = step(in_float64(tiny_whisper))
+    model = in_float64(tiny_whisper)
+    fuse_whisper(model)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(step(model), oracle)
+
+
+def test_accumulation_and_two_forwards_before_a_backward(tiny_whisper):
+    model = in_float64(tiny_whisper)
+    fuse_whisper(model)
+    once = step(model)
+    model.zero_grad()
+    first, second = (model(**{**batch(), "input_features": batch()["input_features"].double()}).loss for _ in "ab")
+    (first + second).backward()
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(value.grad, 2 * once[name], msg=name)
+
+
+def test_autocast_is_as_exact_as_unfused(tiny_whisper):
+    """On a GPU with every strategy, so that a whole model's kernels are held to float64 there."""
+    oracle = step(in_float64(tiny_whisper))
+
+    def errors(fused: bool, backend: str = "reference") -> dict[str, float]:
+        model = adapted(tiny_whisper, r=4, backend=backend).train().to(DEVICE)
+        if fused:
+            fuse_whisper(model)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = step(model, torch.float32)
+        return {name: (got[name].cpu() - value).abs().max().item() for name, value in oracle.items()}
+
+    plain = errors(False)
+    for backend in ("auto", "merged", "split", *(["fused"] if DEVICE == "cuda" else [])):
+        fused = errors(True, backend)
+        for name, value in oracle.items():
+            assert fused[name] <= 2 * plain[name] + 8e-3 * value.abs().max().item(), f"{backend}: {name}"
+
+
+def test_generation_with_a_cache_and_disabled_adapters(tiny_whisper):
+    model = adapted(tiny_whisper)
+    features = batch()["input_features"]
+    plain, scores = model.generate(features, max_new_tokens=8), logits(model)
+    with model.disable_adapter():
+        base = logits(model)
+    fuse_whisper(model)
+    assert torch.equal(model.generate(features, max_new_tokens=8), plain)
+    torch.testing.assert_close(logits(model), scores)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    torch.testing.assert_close(logits(model), scores)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), scores, rtol=1e-4, atol=1e-5)
+
+
+def test_saving_loading_and_copying(tiny_whisper, tmp_path):
+    model = adapted(tiny_whisper)
+    names = list(model.state_dict())
+    fuse_whisper(model)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_whisper(), tmp_path).eval()
+    fuse_whisper(loaded)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    twin = copy.deepcopy(model)
+    awaken(twin, seed=5)
+    fused_twin = logits(twin)
+    unfuse_whisper(twin)
+    torch.testing.assert_close(fused_twin, logits(twin))
+    assert groups_of(twin) == 0
+    assert groups_of(model) == ALL_GROUPS
+    assert not torch.allclose(logits(model), fused_twin)
+
+
+def test_what_cannot_be_fused_is_computed_apart(tiny_whisper):
+    """Several adapters, dropout, factors of each weight's own: no group, the same result."""
+    model = adapted(tiny_whisper, r=4)
+    fuse_whisper(model)
+    model.add_adapter("other", S2LoraConfig(r=2))
+    awaken(model, seed=3)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    unfuse_whisper(model)
+    torch.testing.assert_close(logits(model), both)
+
+    apart = adapted(tiny_whisper, sharing="none")
+    assert fuse_whisper(apart) == 0
+    dropout = adapted(tiny_whisper, dropout=0.5).train()
+    fuse_whisper(dropout)
+    step(dropout, torch.float32)
+
+
+def test_models_that_cannot_be_fused_are_named(tiny_whisper):
+    with pytest.raises(ValueError, match="no S2-LoRA adapter"):
+        fuse_whisper(tiny_whisper())
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="no WhisperAttention"):
+        fuse_whisper(get_peft_model(model, S2LoraConfig(r=2, target_modules=["0"])))

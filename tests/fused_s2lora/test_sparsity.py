@@ -1,0 +1,117 @@
+"""What sparse or frozen adapters leave out: dead ranks, dead weights, and the input where only e is trained."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, s2_linear
+from fused_s2lora import layer as layer_module
+from tests.fused_s2lora.adapters import adapted, logits
+
+
+@pytest.fixture
+def ranks_seen(monkeypatch) -> list[int]:
+    """The rank of every operation that a layer asks for."""
+    seen = []
+    operation = layer_module.s2_linear_group
+
+    def counted(x, weights, bias, down, *rest, **options):
+        seen.append(len(down))
+        return operation(x, weights, bias, down, *rest, **options)
+
+    monkeypatch.setattr(layer_module, "s2_linear_group", counted)
+    return seen
+
+
+def one_layer(r: int, live: int) -> tuple[nn.Module, S2LoraLinear]:
+    """A linear map with `live` of `r` coefficients that are not zero."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 20)), S2LoraConfig(r=r, target_modules=["0"]))
+    (layer,) = (module for module in model.modules() if isinstance(module, S2LoraLinear))
+    with torch.no_grad():
+        layer.s2lora_coefficients["default"][:live] = torch.rand(live) + 0.1
+    return model, layer
+
+
+def frozen(layer: S2LoraLinear) -> None:
+    layer.s2lora_coefficients["default"].requires_grad_(False)
+
+
+def test_all_zero_and_frozen_is_the_plain_linear(ranks_seen):
+    _, layer = one_layer(r=8, live=0)
+    frozen(layer)
+    x = torch.randn(5, 24, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, layer.base_linear(x))
+    assert ranks_seen == []
+    y.sum().backward()
+
+
+def test_zero_coefficients_that_learn_are_not_left_out(ranks_seen):
+    _, layer = one_layer(r=8, live=0)
+    layer(torch.randn(5, 24)).square().sum().backward()
+    assert ranks_seen == [8]
+    assert layer.s2lora_coefficients["default"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("live", "computed"), [(10, 10), (17, 17), (33, 40), (40, 40)])
+def test_live_ranks_are_compacted_where_it_saves_a_block(ranks_seen, live, computed):
+    """40 ranks are padded to 64; 10 fit a block of 16, 17 one of 32, and 33 need 64 all the same."""
+    _, layer = one_layer(r=40, live=live)
+    x = torch.randn(5, 24)
+    expected = layer(x).detach()
+    ranks_seen.clear()
+    with torch.no_grad():
+        y = layer(x)
+    torch.testing.assert_close(y, expected)
+    assert ranks_seen == [computed]
+
+
+def test_factors_still_learn_behind_compacted_ranks():
+    _, layer = one_layer(r=40, live=10)
+    x = torch.randn(5, 24)
+    factors = (layer.s2lora_up["default"], layer.s2lora_down["default"])
+    expected = torch.autograd.grad(layer(x).square().sum(), factors)
+    frozen(layer)
+    got = torch.autograd.grad(layer(x).square().sum(), factors)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_coefficient_that_wakes_is_noticed(ranks_seen):
+    _, layer = one_layer(r=8, live=0)
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        before = layer(x)
+        layer.s2lora_coefficients["default"][3] = 1.0
+        after = layer(x)
+    assert ranks_seen == [8]
+    assert not torch.allclose(before, after)
+
+
+def test_dead_weights_of_a_fused_attention(tiny_whisper):
+    model = adapted(tiny_whisper)
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, S2LoraLinear) and name.endswith(("q_proj", "k_proj")):
+                layer.s2lora_coefficients["default"].zero_()
+    expected = logits(model)
+    fuse_whisper(model)
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("backend", ["merged", "split", "fused"])
+def test_frozen_factors_keep_z_and_not_x(backend):
+    x, weight = torch.randn(64, 24, requires_grad=True), torch.randn(20, 24)
+    down, up, coefficients = torch.randn(4, 24), torch.randn(20, 4), torch.randn(4, requires_grad=True)
+
+    def kept(*operands) -> set[tuple[int, ...]]:
+        shapes = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept: shapes.add(tuple(kept.shape)), lambda none: none):
+            s2_linear(x, weight, None, *operands, backend=backend)
+        return shapes
+
+    assert (64, 24) not in kept(down, up, coefficients)
+    assert (64, 4) in kept(down, up, coefficients)
+    assert (64, 24) in kept(down.requires_grad_(), up, coefficients)
+    assert {(64, 24), (64, 4)}.isdisjoint(kept(down.detach(), up, coefficients.detach()))

@@ -1,0 +1,314 @@
+"""The adapted map as one product with spare columns, alone and behind its producers, against float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_s2lora.kernels import device
+from fused_s2lora.kernels.augmented import (
+    AugmentedWeight,
+    augmented_forward,
+    augmented_gradient,
+    augmented_input_gradient,
+    spare_buffer,
+    with_spare_columns,
+    write_spare_columns_,
+)
+from fused_s2lora.kernels.configs import rank_block
+from fused_s2lora.kernels.producers import gelu_augmented, layer_norm_augmented, layer_norm_project, split_spare
+from tests.oracle import DEVICE, FLOOR, check_close
+
+ON_GPU = DEVICE == "cuda"
+SHAPES = {
+    "one of each": (1, 1, 1, 1),
+    "63": (63, 63, 63, 3),
+    "no block divides": (70, 200, 41, 20),
+    "one row": (1, 64, 48, 8),
+    "rank 256": (9, 70, 40, 256),
+    "no rows": (0, 16, 16, 4),
+}
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter multiplies bfloat16 wrongly; needs a GPU"),
+    ),
+]
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    """In Triton's interpreter where there is no GPU."""
+    monkeypatch.setattr(device, "runs_triton", lambda x: device.triton_is_usable(x)[0])
+
+
+def make_operands(
+    rows: int, inputs: int, outputs: int, rank: int, dtype: torch.dtype, group: int = 1
+) -> dict[str, Tensor]:
+    """x, the stacked weights and biases of a group, A, B, coefficients [G, r] and the stacked output gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+    return {
+        "x": normal(rows, inputs, dtype=dtype),
+        "weight": normal(group * outputs, inputs, dtype=dtype, scale=inputs**-0.5),
+        "bias": normal(group * outputs, dtype=dtype),
+        "down": normal(rank, inputs, scale=inputs**-0.5),
+        "up": normal(outputs, rank),
+        "coefficients": normal(group, rank, scale=0.5),
+        "dy": normal(rows, group * outputs, dtype=dtype),
+    }
+
+
+def augment(operands: dict[str, Tensor]) -> AugmentedWeight:
+    group = len(operands["coefficients"])
+    augmented = AugmentedWeight(
+        operands["weight"].chunk(group), operands["up"].shape[1], list(operands["bias"].chunk(group))
+    )
+    augmented.update(operands["up"], operands["coefficients"])
+    return augmented
+
+
+def expected(operands: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """y, dx and ge by the equation, in `dtype` or with every product in x's precision."""
+    dtype = operands["x"].dtype if dtype is None else dtype
+    x, weight, bias, down, up, coefficients, dy = (value.detach().to(dtype) for value in operands.values())
+    group = len(coefficients)
+    z = F.linear(x, down)
+    low_rank = torch.cat([F.linear(z * e, up) for e in coefficients], dim=1)
+    ge = sum((one @ up) * e for one, e in zip(dy.chunk(group, dim=1), coefficients, strict=True))
+    ge = F.pad(ge, (0, rank_block(len(down)) - len(down)))
+    return {
+        "y": F.linear(x, weight, bias) + low_rank,
+        "dx": dy @ weight + ge[:, : len(down)] @ down,
+        "ge": ge,
+    }
+
+
+def run(operands: dict[str, Tensor], *, separate: bool = False) -> dict[str, Tensor]:
+    augmented = augment(operands)
+    y = augmented_forward(with_spare_columns(operands["x"], operands["down"]), augmented, augmented.bias)
+    dy = operands["dy"]
+    dx, ge = augmented_input_gradient(dy.chunk(augmented.group, dim=1) if separate else dy, augmented, operands["down"])
+    return {"y": y, "dx": dx, "ge": ge}
+
+
+def check(operands: dict[str, Tensor], operation: Callable[..., dict[str, Tensor]] = run, **options: bool) -> None:
+    got, oracle, eager = operation(operands, **options), expected(operands, torch.float64), expected(operands)
+    for name in oracle:
+        check_close(name, got[name], oracle[name], eager[name], FLOOR[operands["x"].dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_output_and_input_gradient(shape, dtype):
+    check(make_operands(*shape, dtype))
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["stacked", "separate"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [2, 3])
+def test_groups(group, dtype, separate):
+    check(make_operands(33, 48, 41, 8, dtype, group), separate=separate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_pytorch_where_no_kernel_runs(dtype, monkeypatch):
+    monkeypatch.setattr(device, "runs_triton", lambda x: False)
+    check(make_operands(33, 48, 41, 8, dtype, 3))
+
+
+def test_strides_of_every_kind():
+    operands = make_operands(20, 48, 41, 8, torch.float32, 2)
+    for name in ("x", "down", "up", "coefficients", "dy"):
+        operands[name] = operands[name].T.contiguous().T
+    check(operands)
+    operands["dy"] = torch.ones(1, device=DEVICE).expand(20, 82)  # what the gradient of a sum looks like
+    check(operands)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 20])
+def test_uninitialised_memory_never_leaks(rank, monkeypatch):
+    """Whatever is allocated starts as NaN, the spare columns of both factors among it."""
+    real_empty = torch.empty
+
+    def poisoned(self, *shape, **kwargs):
+        return self.new_full(shape[0] if isinstance(shape[0], tuple) else shape, torch.nan, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: real_empty(*shape, **kwargs).fill_(torch.nan))
+    operands = make_operands(13, 48, 41, rank, torch.float32, 2)
+    check(operands)
+    x = operands["x"]
+    weight, bias = torch.ones(48, device=DEVICE), torch.zeros(48, device=DEVICE)
+    for buffer in (
+        with_spare_columns(x, operands["down"]),
+        layer_norm_augmented(x, weight, bias, EPS, operands["down"], torch.float32),
+        gelu_augmented(x, operands["down"], torch.float32),
+    ):
+        assert torch.equal(buffer[:, 48 + rank :], torch.zeros(13, rank_block(rank) - rank, device=DEVICE))
+        assert augmented_forward(buffer, augment(operands), None).isfinite().all()
+
+
+def test_update_overwrites_its_columns_and_nothing_else():
+    operands = make_operands(5, 48, 41, 20, torch.float16, 3)
+    augmented = augment(operands)
+    augmented.buffer[:, 48:] = torch.nan
+    version = augmented.version
+    augmented.update(operands["up"], operands["coefficients"])
+    assert augmented.version == version + 1
+    assert torch.equal(augmented.buffer[:, :48], operands["weight"])
+    scaled = torch.cat([operands["up"] * e for e in operands["coefficients"]]).half()
+    assert torch.equal(augmented.buffer[:, 48:], F.pad(scaled, (0, 12)))
+
+
+def test_before_the_first_update_it_is_the_frozen_map():
+    operands = make_operands(5, 48, 41, 8, torch.float32)
+    augmented = AugmentedWeight([operands["weight"]], 8)
+    buffer = with_spare_columns(operands["x"], operands["down"])
+    torch.testing.assert_close(augmented_forward(buffer, augmented, None), operands["x"] @ operands["weight"].T)
+
+
+def test_a_copy_knows_its_weights():
+    weights = [torch.randn(4, 6, device=DEVICE) for _ in range(2)]
+    augmented = AugmentedWeight(weights, 8, [None, torch.ones(4, device=DEVICE)], torch.float16)
+    assert augmented.buffer.dtype == augmented.bias.dtype == torch.float16
+    assert augmented.bias.tolist() == [0] * 4 + [1] * 4
+    assert augmented.is_copy_of(weights)
+    assert not augmented.is_copy_of([weights[0], weights[1].clone()])
+    weights[1].add_(1)
+    assert not augmented.is_copy_of(weights)
+    assert AugmentedWeight(weights, 8, [None, None]).bias is None
+
+
+def test_spare_buffer_is_found_only_where_it_is():
+    operands = make_operands(6, 48, 41, 8, torch.float32)
+    ones, zeros = torch.ones(48, device=DEVICE), torch.zeros(48, device=DEVICE)
+    h, z = layer_norm_project(operands["x"], ones, zeros, EPS, operands["down"], torch.float32, 16)
+    buffer = spare_buffer(h, z)
+    assert buffer is not None
+    assert torch.equal(buffer, layer_norm_augmented(operands["x"], ones, zeros, EPS, operands["down"], torch.float32))
+    leading = h.view(2, 3, 48).reshape(-1, 48)
+    assert torch.equal(spare_buffer(leading, z), buffer)
+    assert spare_buffer(h.clone(), z) is None
+    assert spare_buffer(h.contiguous(), z) is None
+    assert spare_buffer(h, z.clone()) is None
+    assert spare_buffer(h[1:], z[:-1]) is None
+    assert spare_buffer(h[1:], z) is None
+    plain_h, plain_z = layer_norm_project(operands["x"], ones, zeros, EPS, operands["down"], torch.float32)
+    assert spare_buffer(plain_h, plain_z) is None
+
+
+def test_small_updates_of_half_precision_weights_survive():
+    """An update below the weight's last bit must reach the output: W is never rounded together with it."""
+    weight = torch.ones(64, 64, dtype=torch.float16, device=DEVICE)
+    augmented = AugmentedWeight([weight], 1)
+    augmented.update(torch.ones(64, 1, device=DEVICE), torch.full((1,), 1e-3, device=DEVICE))
+    x = torch.zeros(1, 64, dtype=torch.float16, device=DEVICE)
+    x[0, :2] = torch.tensor([100.0, -100.0])
+    x[0, 2] = 1
+    down = F.pad(torch.tensor([[0.0, 0.0, 1.0]], device=DEVICE), (0, 61))
+    y = augmented_forward(with_spare_columns(x, down), augmented, torch.full_like(weight[0], -1))
+    assert (y.float() > 5e-4).all()
+
+
+class AugmentedLinear(torch.autograd.Function):
+    """What an integration does behind `*_augmented`: the buffer's gradient is one product."""
+
+    @staticmethod
+    def forward(ctx, buffer, augmented):
+        ctx.augmented = augmented
+        return augmented_forward(buffer, augmented, augmented.bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return augmented_gradient(dy, ctx.augmented), None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("producer", ["layer norm", "gelu"])
+def test_a_chain_without_a_pass_over_dx(producer, dtype):
+    operands = make_operands(33, 48, 41, 8, dtype, 3)
+    weight = torch.linspace(0.5, 1.5, 48, device=DEVICE)
+
+    def plain(x: Tensor, width: torch.dtype) -> Tensor:
+        norm = weight.to(width)
+        return F.layer_norm(x, (48,), norm, norm, EPS) if producer == "layer norm" else F.gelu(x)
+
+    def chained(values: dict[str, Tensor], width: torch.dtype) -> dict[str, Tensor]:
+        x = values["x"].detach().to(width).requires_grad_()
+        h = plain(x, width)
+        y = expected({**values, "x": h.detach()}, width)["y"]
+        (dx,) = torch.autograd.grad(h, x, expected({**values, "x": h.detach()}, width)["dx"])
+        return {"y": y, "dx": dx}
+
+    x = operands["x"].clone().requires_grad_()
+    if producer == "layer norm":
+        buffer = layer_norm_augmented(x, weight, weight, EPS, operands["down"], dtype)
+    else:
+        buffer = gelu_augmented(x, operands["down"], dtype)
+    y = AugmentedLinear.apply(buffer, augment(operands))
+    (dx,) = torch.autograd.grad(y, x, operands["dy"])
+    oracle, eager = chained(operands, torch.float64), chained(operands, dtype)
+    check_close("y", y.detach(), oracle["y"], eager["y"], FLOOR[dtype])
+    check_close("dx", dx, oracle["dx"], eager["dx"], FLOOR[dtype])
+
+
+def test_faults_are_caught():
+    operands = make_operands(33, 48, 41, 8, torch.float32, 2)
+
+    def without_update(values):
+        return run({**values, "coefficients": values["coefficients"] * 0})
+
+    def swapped_members(values):
+        return run({**values, "coefficients": values["coefficients"].flip(0)})
+
+    def no_low_rank_in_dx(values):
+        return {**run(values), "dx": values["dy"] @ values["weight"]}
+
+    def dirty_weight_column(values):
+        augmented = augment(values)
+        augmented.buffer[:, 48 + 8] = 1
+        buffer = with_spare_columns(values["x"], values["down"])
+        buffer[:, 48 + 8] = 1
+        return {**run(values), "y": augmented_forward(buffer, augmented, augmented.bias)}
+
+    def one_block_of_rows_missing(values):
+        results = run(values)
+        return {**results, "ge": torch.cat([results["ge"][:32], results["ge"][32:] * 0])}
+
+    for fault in (
+        without_update, swapped_members, no_low_rank_in_dx, dirty_weight_column, one_block_of_rows_missing,
+    ):  # fmt: skip
+        with pytest.raises(AssertionError):
+            check(operands, fault)
+    check(operands)
+
+
+def test_custom_operators_are_well_formed():
+    operands = make_operands(5, 48, 41, 8, torch.float32, 2)
+    spare = augment(operands).buffer[:, 48:]
+    arguments = (spare, operands["up"], operands["coefficients"])
+    torch.library.opcheck(write_spare_columns_.op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_without_graph_breaks():
+    operands = make_operands(33, 48, 41, 8, torch.float32)
+    augmented = augment(operands)
+
+    def forward_and_gradient(x, down, dy):
+        buffer = with_spare_columns(x, down)
+        dx, ge = augmented_input_gradient(dy, augmented, down)
+        return augmented_forward(buffer, augmented, augmented.bias), dx, ge, split_spare(buffer, down)[1]
+
+    arguments = (operands["x"], operands["down"], operands["dy"])
+    compiled = torch.compile(forward_and_gradient, fullgraph=True, backend="aot_eager")(*arguments)
+    for got, wanted in zip(compiled, forward_and_gradient(*arguments), strict=True):
+        torch.testing.assert_close(got, wanted)

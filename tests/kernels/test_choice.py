@@ -1,0 +1,622 @@
+"""Which strategy is chosen, and that what was timed is remembered: with made-up times, on no GPU."""
+
+import json
+import multiprocessing
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fused_s2lora import s2_linear_group
+from fused_s2lora.kernels import choice, strategy_timing
+from fused_s2lora.kernels.choice import VARIABLE, Chooser, default_strategy
+from fused_s2lora.kernels.strategy_record import (
+    FROZEN,
+    Record,
+    Shape,
+    StrategyFile,
+    committed_table,
+    record_from,
+    rows_bucket,
+    section_of,
+    shape_of,
+    strategies_path,
+)
+from fused_s2lora.kernels.strategy_timing import candidates_of, make_operands, time_candidates
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+NAMES = ("reference", "merged", "fused", "augmented")
+CANDIDATES = dict.fromkeys(NAMES, lambda operands: pytest.fail("a candidate ran"))
+FIELDS = (768, 3072, 8, 1, torch.bfloat16, torch.float32, True)
+SHAPE, FEW_ROWS = Shape(2048, *FIELDS), Shape(64, *FIELDS)
+MS = {"reference": 3.0, "merged": 2.0, "fused": 1.0, "augmented": 4.0, FROZEN: 0.5}
+
+
+class Timer:
+    """Stands for the GPU: gives planted times and notes which shapes were asked for."""
+
+    def __init__(self, ms=MS, errors=()):
+        self.ms, self.errors, self.asked = dict(ms), dict(errors), []
+
+    def __call__(self, shape, device, candidates):
+        self.asked.append(shape)
+        return self.ms, self.errors
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "cache" / "strategies.json"
+
+
+@pytest.fixture
+def make(path):
+    """A chooser as a new process would have it."""
+
+    def chooser(timer=None, *, table=None, name="GPU A") -> Chooser:
+        return Chooser(StrategyFile(path), table=table or {}, timer=timer or Timer(), device_name=lambda device: name)
+
+    return chooser
+
+
+def forbidden(*args):
+    raise AssertionError("timed")
+
+
+def pick_both(chooser: Chooser) -> list[str]:
+    return [chooser.pick("auto", shape, GPU, CANDIDATES) for shape in (SHAPE, FEW_ROWS) for _ in range(3)]
+
+
+def assert_one_warning(chooser: Chooser, path: Path) -> None:
+    with pytest.warns(RuntimeWarning) as caught:
+        picked = pick_both(chooser)
+    assert picked == ["fused"] * 6
+    assert len(caught) == 1
+    assert str(path) in str(caught[0].message)
+
+
+def table_with(strategy: str) -> dict:
+    ms = {name: 1.0 if name == strategy else 2.0 for name in NAMES}
+    return {"GPU A": {SHAPE.key: {"strategy": strategy, "ms": ms}}}
+
+
+def test_argument_comes_before_variable_before_file_before_table_before_timing(make, monkeypatch):
+    timer = Timer()
+    assert make(timer).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+    assert timer.asked == [SHAPE]
+    table = table_with("augmented")
+    make().file.forget()
+    assert make(forbidden, table=table).pick("auto", SHAPE, GPU, CANDIDATES) == "augmented"
+    make().tune(SHAPE, GPU, CANDIDATES)
+    assert make(forbidden, table=table).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+    monkeypatch.setenv(VARIABLE, "merged")
+    chooser = make(forbidden, table=table)
+    assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+    assert chooser.pick("reference", SHAPE, GPU, CANDIDATES) == "reference"
+    monkeypatch.setenv(VARIABLE, "auto")
+    assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+
+
+def test_wrong_names_are_refused(make, monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'cuda', not one of auto, reference, merged, fused, augmented"):
+        make().pick("cuda", SHAPE, GPU, CANDIDATES)
+    monkeypatch.setenv(VARIABLE, "fastest")
+    with pytest.raises(ValueError, match=f"variable {VARIABLE} is 'fastest', not one of auto, reference, merged"):
+        make().pick("auto", SHAPE, CPU, CANDIDATES)
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(ValueError, match="without reference"):
+        make().pick("auto", SHAPE, GPU, {"merged": CANDIDATES["merged"]})
+
+
+def test_a_cpu_chooses_untimed(make, path, monkeypatch):
+    chooser, candidates = make(forbidden), {**CANDIDATES, "split": CANDIDATES["merged"]}
+    assert chooser.pick("auto", SHAPE, CPU, candidates) == "merged"
+    assert chooser.pick("auto", FEW_ROWS, CPU, candidates) == "split"
+    assert chooser.pick("auto", FEW_ROWS, CPU, CANDIDATES) == "merged"
+    half = Shape(65536, 768, 768, 8, 1, torch.bfloat16, torch.bfloat16, True)
+    assert chooser.pick("auto", half, CPU, candidates) == "split"
+    assert chooser.pick("auto", SHAPE, CPU, {"reference": CANDIDATES["reference"]}) == "reference"
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert chooser.pick("auto", SHAPE, CPU, CANDIDATES) == "reference"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "bucket"),
+    [(0, 16), (1, 16), (16, 16), (17, 32), (1500, 2048), (24_000, 32_768), (32_769, 65_536), (10**6, 65_536)],
+)
+def test_rows_are_bucketed(rows, bucket):
+    assert rows_bucket(rows) == bucket
+
+
+def test_ragged_batches_are_timed_once(make):
+    timer = Timer()
+    chooser = make(timer)
+    for rows in (1030, 1500, 2048):
+        shape = shape_of(rows, *FIELDS)
+        assert shape == SHAPE
+        assert shape_of(rows, *FIELDS) is shape
+        chooser.pick("auto", shape, GPU, CANDIDATES)
+    assert len(timer.asked) == 1
+
+
+def test_keys_tell_every_field():
+    assert SHAPE.key == "rows<=2048 768->3072 rank 8 x1 bfloat16 weights float32 forward+backward"
+    changed = [
+        Shape(**{**SHAPE.__dict__, name: value})
+        for name, value in {
+            "rows_bucket": 65_536, "inputs": 1, "outputs": 2, "rank": 3, "group": 2, "dtype": torch.float16,
+            "weight_dtype": torch.bfloat16, "needs_gradient": False,
+        }.items()
+    ]  # fmt: skip
+    assert len({shape.key for shape in (SHAPE, *changed)}) == 9
+    assert changed[0].key.startswith("rows>32768 ")
+
+
+def test_tf32_is_timed_apart(make):
+    timer = Timer()
+    single = Shape(**{**SHAPE.__dict__, "dtype": torch.float32})
+    make(timer).pick("auto", single, GPU, CANDIDATES)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = not before
+        make(timer).pick("auto", single, GPU, CANDIDATES)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert len(timer.asked) == 2
+
+
+def test_remembered_on_disk_and_read_by_the_next_process(make, path):
+    make().pick("auto", SHAPE, GPU, CANDIDATES)
+    assert make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+    ((section, records),) = json.loads(path.read_text()).items()
+    assert section.startswith("GPU A | torch ")
+    assert records == {SHAPE.key: {"strategy": "fused", "ms": MS, "errors": {}}}
+    assert sorted(file.name for file in path.parent.iterdir()) == ["strategies.json", "strategies.lock"]
+
+
+@pytest.mark.parametrize("package", ["torch", "triton", "fused-s2lora"])
+def test_another_version_times_anew_and_keeps_the_old(make, path, monkeypatch, package):
+    make().pick("auto", SHAPE, GPU, CANDIDATES)
+    real = choice.section_of.__globals__["_version"]
+    monkeypatch.setitem(choice.section_of.__globals__, "_version", lambda name: "99" if name == package else real(name))
+    timer = Timer()
+    make(timer).pick("auto", SHAPE, GPU, CANDIDATES)
+    assert timer.asked == [SHAPE]
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_another_gpu_times_anew(make):
+    make().pick("auto", SHAPE, GPU, CANDIDATES)
+    timer = Timer()
+    make(timer, name="GPU B").pick("auto", SHAPE, GPU, CANDIDATES)
+    assert timer.asked == [SHAPE]
+
+
+def test_a_strategy_never_tried_is_timed_and_fewer_candidates_are_not(make):
+    some = {name: CANDIDATES[name] for name in ("reference", "merged")}
+    make(Timer({"reference": 3.0, "merged": 2.0})).pick("auto", SHAPE, GPU, some)
+    timer = Timer()
+    chooser = make(timer)
+    assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+    assert len(timer.asked) == 1
+    assert chooser.pick("auto", SHAPE, GPU, some) == "merged"
+    assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+    assert len(timer.asked) == 1
+
+
+def test_never_slower_than_reference(make):
+    slow = {"reference": 1.0, "merged": 1.1, "fused": 1.0, "augmented": 9.0, FROZEN: 0.1}
+    assert make(Timer(slow)).pick("auto", SHAPE, GPU, CANDIDATES) == "reference"
+
+
+def test_the_committed_table_is_sound():
+    for records in committed_table().values():
+        for value in records.values():
+            record = record_from(value)
+            assert record is not None
+            assert "reference" in record.ms
+            assert record == Record.of(record.ms, record.errors)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"GPU A": 3}', "\xff"])
+def test_a_corrupt_file_costs_one_warning(make, path, content):
+    path.parent.mkdir()
+    path.write_bytes(content.encode("latin1"))
+    timer = Timer()
+    chooser = make(timer)
+    assert_one_warning(chooser, path)
+    assert timer.asked == [SHAPE, FEW_ROWS]
+    assert path.read_bytes() == content.encode("latin1")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        {"strategy": "fused"},
+        {"strategy": "fused", "ms": {"reference": 1.0}},
+        {"strategy": "fused", "ms": {"fused": "fast"}},
+        {"strategy": "fused", "ms": {"fused": float("nan")}},
+        {"strategy": ["fused"], "ms": {"fused": 1.0}},
+        {"strategy": FROZEN, "ms": {FROZEN: 1.0}},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_timed_anew(make, path, record):
+    path.parent.mkdir()
+    path.write_text(json.dumps({section_of("GPU A"): {SHAPE.key: record}}))
+    timer = Timer()
+    assert make(timer).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+    assert make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+    assert len(timer.asked) == 1
+
+
+def test_an_unwritable_folder_costs_one_warning(make, path, monkeypatch):
+    def read_only(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    timer = Timer()
+    assert_one_warning(make(timer), path)
+    assert timer.asked == [SHAPE, FEW_ROWS]
+
+
+def test_a_file_where_the_folder_should_be_costs_one_warning(make, path):
+    path.parent.touch()
+    timer = Timer()
+    assert_one_warning(make(timer), path)
+    assert timer.asked == [SHAPE, FEW_ROWS]
+
+
+def test_a_full_disk_leaves_the_old_file(make, path, monkeypatch):
+    make().pick("auto", SHAPE, GPU, CANDIDATES)
+    before = path.read_text()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        make().pick("auto", FEW_ROWS, GPU, CANDIDATES)
+    assert path.read_text() == before
+    assert sorted(file.name for file in path.parent.iterdir()) == ["strategies.json", "strategies.lock"]
+
+
+def _remember_some(path: Path, first: int, count: int) -> None:
+    file = StrategyFile(path)
+    for index in range(first, first + count):
+        file.add("GPU", f"shape {index}", Record("reference", {"reference": 1.0}))
+
+
+def test_processes_add_to_one_file(path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_remember_some, args=(path, 10 * index, 10)) for index in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(json.loads(path.read_text())["GPU"]) == 40
+
+
+def test_what_another_process_timed_meanwhile_is_taken(make):
+    early = make(forbidden)
+    assert early.file.find("GPU A", "nothing") is None  # the file was read, and was empty
+    make().pick("auto", SHAPE, GPU, CANDIDATES)
+    assert early.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+
+
+def test_threads_time_a_shape_once(make):
+    timer = Timer()
+    chooser = make(timer)
+    threads = [threading.Thread(target=chooser.pick, args=("auto", SHAPE, GPU, CANDIDATES)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert timer.asked == [SHAPE]
+
+
+def test_a_failed_candidate_is_left_out_and_its_error_kept(make, path):
+    ms = {name: value for name, value in MS.items() if name != "fused"}
+    timer = Timer(ms, {"fused": "RuntimeError: no kernel"})
+    assert make(timer).pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+    assert make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+    assert "RuntimeError: no kernel" in path.read_text()
+
+
+def test_a_lack_of_memory_is_not_remembered_for_the_next_process(make, path):
+    timer = Timer({"reference": 1.0}, dict.fromkeys(NAMES[1:], "out of memory"))
+    chooser = make(timer)
+    assert [chooser.pick("auto", SHAPE, GPU, CANDIDATES) for _ in range(3)] == ["reference"] * 3
+    assert len(timer.asked) == 1
+    chooser.pick("auto", FEW_ROWS, GPU, CANDIDATES)
+    assert not path.exists()
+
+
+def test_a_timer_that_fails_never_stops_training(make):
+    asked = []
+
+    def broken(shape, device, candidates):
+        asked.append(shape)
+        raise torch.OutOfMemoryError("2 GiB more than there are")
+
+    chooser = make(broken)
+    with pytest.warns(RuntimeWarning, match="2 GiB more") as caught:
+        assert [chooser.pick("auto", SHAPE, GPU, CANDIDATES) for _ in range(3)] == ["merged"] * 3
+    assert (len(asked), len(caught)) == (1, 1)
+    none_ran = make(Timer({}, dict.fromkeys(NAMES, "RuntimeError: no kernel")))
+    assert none_ran.pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+
+
+def test_default_rule():
+    assert default_strategy(SHAPE, GPU, NAMES) == "merged"
+    assert default_strategy(FEW_ROWS, GPU, NAMES) == "fused"
+    assert default_strategy(FEW_ROWS, GPU, ("reference", "merged")) == "merged"
+    assert default_strategy(FEW_ROWS, GPU, ("reference",)) == "reference"
+
+
+def test_a_gpu_that_is_not_here_is_not_timed(make):
+    chooser = make(forbidden, name=None)
+    assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+    with pytest.raises(ValueError, match="no CUDA GPU"):
+        chooser.tune(SHAPE, GPU, CANDIDATES)
+
+
+def capturing(patch):
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def deterministic(patch):
+    patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+
+
+def tracing(patch):
+    patch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.mark.parametrize("state", [capturing, deterministic, tracing])
+def test_never_timed_while(make, state):
+    chooser = make(forbidden)
+    with pytest.MonkeyPatch.context() as patch:
+        state(patch)
+        assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+        assert chooser.pick("auto", FEW_ROWS, GPU, CANDIDATES) == "fused"
+        assert make(forbidden, table=table_with("augmented")).pick("auto", SHAPE, GPU, CANDIDATES) == "augmented"
+    timer = Timer({**MS, "reference": 0.5})
+    chooser._timer = timer
+    assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "reference", "the default was for those calls only"
+
+
+def test_never_timed_on_tensors_without_data(make):
+    with FakeTensorMode():
+        assert make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+
+
+def test_never_timed_within_a_backward_pass(make):
+    picked = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: picked.append(make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES)))
+    y.backward()
+    assert picked == ["merged"]
+
+
+@pytest.fixture
+def process_chooser(make, monkeypatch):
+    chooser = make(forbidden)
+    monkeypatch.setattr(choice, "_chooser", chooser)
+    return chooser
+
+
+def test_torch_compile_takes_the_choice_as_a_constant(make, process_chooser):
+    make().tune(SHAPE, GPU, CANDIDATES)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def function(x):
+        name = choice.pick("auto", shape_of(x.shape[0], *FIELDS), GPU, CANDIDATES)
+        return x * {"fused": 2, "merged": 3}[name]
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        results = [compiled(torch.ones(rows))[0].item() for rows in (1500, 1501, 2000, 1030, 5000, 5001, 64)]
+    assert results == [2, 2, 2, 2, 3, 3, 2]
+    assert len(graphs) <= 4, "one graph a bucket, and the first before rows were dynamic"
+
+
+def test_the_process_has_one_chooser_made_on_first_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "_chooser", None)
+    monkeypatch.setenv("S2LORA_CACHE", str(tmp_path))
+    assert choice.pick("auto", SHAPE, CPU, CANDIDATES) == "merged"
+    assert choice.chooser() is choice.chooser()
+    assert choice.chooser().file.path == tmp_path / "strategies.json"
+
+
+def test_where_the_file_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("S2LORA_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert strategies_path() == tmp_path / ".cache" / "fused_s2lora" / "strategies.json"
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert strategies_path().name == "strategies.json"
+
+
+# Timing itself, on this machine's CPU.
+
+
+@pytest.fixture
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(strategy_timing, "ROUNDS", 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SMALL = Shape(16, 24, 40, 4, 2, torch.float32, torch.float32, True)
+
+
+class FakeClock:
+    """Gives each strategy the milliseconds that its calls add to `now`."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self, call) -> float:
+        before = self.now
+        call()
+        return self.now - before
+
+    def candidates(self, **ms):
+        real = candidates_of(s2_linear_group, ["reference"])["reference"]
+
+        def build(operands, cost):
+            forward = real(operands)
+
+            def slowed():
+                self.now += cost
+                return forward()
+
+            return slowed
+
+        return {name: (lambda operands, cost=cost: build(operands, cost)) for name, cost in ms.items()}
+
+
+def test_times_are_medians_of_each_candidate(few_rounds):
+    clock = FakeClock()
+    ms, errors = time_candidates(SMALL, CPU, clock.candidates(merged=2.0, reference=3.0), clock)
+    assert (ms, errors) == ({"reference": 3.0, "merged": 2.0, FROZEN: 0.0}, {})
+
+
+def test_a_candidate_that_raises_or_computes_something_else_has_no_time(few_rounds):
+    clock = FakeClock()
+    real = candidates_of(s2_linear_group, ["reference"])["reference"]
+
+    def raises_when_built(operands):
+        raise NotImplementedError
+
+    def raises_later(operands):
+        calls = []
+
+        def forward():
+            calls.append(1)
+            if len(calls) > 4:
+                raise RuntimeError("first line\nsecond line")
+            return real(operands)()
+
+        return forward
+
+    def out_of_memory(operands):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried ...")
+
+    def wrong_output(operands):
+        return lambda: [y * 1.2 for y in real(operands)()]
+
+    def wrong_gradient(operands):
+        return lambda: [y + (y - y.detach()) for y in real(operands)()]
+
+    def not_a_number(operands):
+        return lambda: [y * torch.nan for y in real(operands)()]
+
+    planted = [raises_when_built, raises_later, out_of_memory, wrong_output, wrong_gradient, not_a_number]
+    candidates = {function.__name__: function for function in planted}
+    ms, errors = time_candidates(SMALL, CPU, {**candidates, **clock.candidates(reference=1.0)}, clock)
+    assert ms.keys() == {"reference", FROZEN}
+    assert errors.keys() == candidates.keys()
+    assert errors["raises_when_built"] == "NotImplementedError: "
+    assert errors["raises_later"] == "RuntimeError: first line"
+    assert errors["out_of_memory"] == "out of memory"
+    assert all(
+        "differs from reference by" in errors[name] for name in ("wrong_output", "wrong_gradient", "not_a_number")
+    )
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_todays_strategies_are_timed_in_every_precision(dtype, weight_dtype, needs_gradient, few_rounds):
+    shape = Shape(64, 48, 64, 8, 3, dtype, weight_dtype, needs_gradient)
+    clock = FakeClock()
+    ms, errors = time_candidates(shape, CPU, candidates_of(s2_linear_group, ["reference", "merged"]), clock)
+    assert errors == {}
+    assert ms.keys() == {"reference", "merged", FROZEN}
+
+
+def test_operands_are_those_of_the_shape():
+    operands = make_operands(Shape(32, 24, 40, 4, 3, torch.bfloat16, torch.float16, True), CPU)
+    assert (operands.x.shape, operands.x.dtype) == ((32, 24), torch.bfloat16)
+    assert [weight.shape for weight in operands.weights] == [(40, 24)] * 3
+    assert {weight.dtype for weight in (*operands.weights, *operands.biases)} == {torch.float16}
+    assert (operands.down.shape, operands.up.shape, operands.down.dtype) == ((4, 24), (40, 4), torch.float32)
+    assert len(operands.dys) == len(operands.coefficients) == 3
+    assert not make_operands(Shape(32, 24, 40, 4, 3, torch.float32, torch.float32, False), CPU).x.requires_grad
+
+
+def test_the_callers_state_does_not_reach_the_timing_nor_the_other_way_round(few_rounds):
+    """Checkpointing counts the tensors that are saved in its forward, so none of the timing's may be among them."""
+    saved, seen = [], {}
+
+    def candidate(operands):
+        def forward():
+            seen["grad"], seen["autocast"] = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+            return real(operands)()
+
+        return forward
+
+    real = candidates_of(s2_linear_group, ["reference"])["reference"]
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda value: value)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), hooks:
+        _, errors = time_candidates(SMALL, CPU, {"reference": candidate}, FakeClock())
+    assert (errors, saved, seen) == ({}, [], {"grad": True, "autocast": False})
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_candidate_that_asks_for_a_choice_does_not_wait_for_itself(make, few_rounds):
+    def candidate(operands):
+        assert chooser.pick("auto", FEW_ROWS, GPU, CANDIDATES) == "fused"
+        return real(operands)
+
+    real = candidates_of(s2_linear_group, ["reference"])["reference"]
+    chooser = make(lambda shape, device, candidates: time_candidates(SMALL, CPU, candidates, FakeClock()))
+    record = chooser.tune(SHAPE, GPU, {"reference": candidate})
+    assert record is not None
+    assert record.errors == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="strategies are timed on a CUDA GPU only")
+def test_on_a_gpu_the_choice_is_the_fastest_timed(path):
+    chooser = Chooser(StrategyFile(path))
+    candidates = candidates_of(s2_linear_group, ["reference", "merged"])
+    name = chooser.pick("auto", SHAPE, GPU, candidates)
+    (records,) = json.loads(path.read_text()).values()
+    record = record_from(records[SHAPE.key])
+    assert record is not None
+    assert record.errors == {}
+    assert record.ms[name] <= record.ms["reference"]

@@ -1,0 +1,42 @@
+"""Fixtures of the tests that train: small recordings, quick options, a finished comparison."""
+
+from pathlib import Path
+
+import pytest
+
+from fused_s2lora.training.comparison import read_comparison, run_comparison
+from tests.training.comparisons import QUIET, ROWS, write
+from tests.training.speech import write_folder
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory) -> Path:
+    """An audiofolder of six tones."""
+    return write_folder(tmp_path_factory.mktemp("tones"))
+
+
+@pytest.fixture
+def short_decoding(monkeypatch):
+    """Four tokens an utterance at most."""
+    monkeypatch.setattr("fused_s2lora.training.evaluation.MAX_NEW_TOKENS", 4)
+
+
+@pytest.fixture(scope="session")
+def quick(tiny_folder, tones) -> dict:
+    """Options of quick runs."""
+    return {
+        "model": str(tiny_folder), "data": [str(tones)], "window": "trim", "precision": "fp32", "batch_size": 2,
+        "epochs": 1, "save_steps": 2, "logging_steps": 1, "before": False, "test": [f"same={tones}"],
+        "group_by": ["age"],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def compared(quick, tmp_path_factory) -> Path:
+    """The folder of a finished comparison, in `out`."""
+    folder = tmp_path_factory.mktemp("comparison")
+    comparison = read_comparison(write(folder, quick, ROWS), folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_s2lora.training.evaluation.MAX_NEW_TOKENS", 4)
+        assert len(list(run_comparison(comparison, console=QUIET))) == 10
+    return folder

@@ -1,0 +1,142 @@
+"""The report's page: what is in the file, and in a browser sorting, filtering, hovering, transcripts."""
+
+import re
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from fused_s2lora.training.cli import app
+from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.report import marked, write_report
+
+
+def test_errors_are_marked():
+    assert marked("we call it bear", "we call a bear now") == {
+        "html": "we call <s>it</s><b>a</b> bear <b>now</b>", "errors": 2,
+    }  # fmt: skip
+    assert marked("a b", "b") == {"html": "<s>a</s> b", "errors": 1}
+    assert marked("<i>", "<i>") == {"html": "&lt;i&gt;", "errors": 0}
+    assert marked("", "x y") == {"html": "<b>x</b> <b>y</b>", "errors": 2}
+    assert marked("你好吗", "你号吗", by_character=True) == {"html": "你<s>好</s><b>号</b>吗", "errors": 1}
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds neither a run"):
+        write_report(tmp_path)
+
+
+def test_report_of_a_run_is_one_file_that_needs_no_network(compared):
+    result = CliRunner().invoke(app, ["report", str(compared / "out" / "s2-lora-r8-seed0")])
+    assert result.exit_code == 0, result.output
+    text = (compared / "out" / "s2-lora-r8-seed0" / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://(?!www\.w3\.org)""", text)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine to open the report with")
+    playwright = pytest.importorskip("playwright.sync_api")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, compared):
+    """The comparison's report, open; errors of its script end the test."""
+    file = write_report(compared / "out")
+    opened = browser.new_page()
+    problems: list[str] = []
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.on("request", lambda request: None if request.url.startswith("file:") else problems.append(request.url))
+    opened.goto(file.as_uri())
+    yield opened
+    opened.close()
+    assert problems == []
+
+
+def column(page, heading: str, table: str = "#tables table") -> list[str]:
+    names = page.locator(f"{table} >> nth=0 >> thead th").all_inner_texts()
+    index = [name.rstrip(" ↑↓") for name in names].index(heading)
+    return [row.locator("td").nth(index).inner_text() for row in page.locator(f"{table} >> nth=0 >> tbody tr").all()]
+
+
+def test_the_page_sorts_and_filters(page):
+    assert page.title() == "A comparison"
+    before = column(page, "seed")
+    page.locator("#tables table >> nth=0 >> th", has_text="trainable").click()
+    counts = [int(value.replace(",", "")) for value in column(page, "trainable") if value != "–"]
+    assert counts == sorted(counts)
+    page.locator("#tables table >> nth=0 >> th", has_text="trainable").click()
+    assert column(page, "trainable")[0] == f"{max(counts):,}"
+    page.get_by_label("filter Methods").fill("adalora")
+    assert column(page, "method") == ["AdaLoRA"]
+    page.get_by_label("filter Methods").fill("")
+    assert len(column(page, "method")) == len(before) == 10
+
+
+def test_the_page_shows_figures_and_rank_values_on_hover(page):
+    assert page.locator("figure svg").count() == 5
+    cell = page.locator(".map td").first
+    cell.hover()
+    assert re.fullmatch(r"encoder layer 0, q: \d+ of 8 ranks, mean \|s\| \S+", page.locator("#value").inner_text())
+    assert cell.get_attribute("title") == page.locator("#value").inner_text()
+    page.locator("#map-name").select_option(label="AdaLoRA")
+    assert "of 12 ranks" in page.locator(".map caption").first.inner_text()
+
+
+def test_the_page_shows_transcripts_with_errors_marked(page):
+    rows = page.locator("#utterances tbody tr")
+    assert page.locator("#left").input_value() == "zero-shot"
+    assert page.locator("#right").input_value() == "S2-LoRA"
+    offered = page.locator("#right option").all_inner_texts()
+    assert {"LoRA, r = 8", "LoRA, r = 2", "S2-LoRA, as published"} <= set(offered)
+    total = rows.count()
+    assert total >= 4
+    assert page.locator("#count").inner_text() == f"{total} of {total} utterances"
+    assert page.locator("#utterances tbody s").count() > 0
+    page.locator("#search").fill("bear")
+    assert 0 < rows.count() < total
+    assert all("BEAR" in text.upper() for text in rows.all_inner_texts())
+    page.locator("#search").fill("")
+    page.locator("#right").select_option(page.locator("#left").input_value())
+    page.locator("#changed").check()
+    assert rows.count() == 0
+    page.locator("#changed").uncheck()
+    page.locator("#utterances th", has_text="word errors").first.click()
+    errors = [int(value) for value in column(page, "word errors", "#utterances")]
+    assert errors == sorted(errors)
+    assert len(errors) == total
+
+
+def test_the_page_of_one_run_shows_its_transcripts_once(browser, compared):
+    opened = browser.new_page()
+    opened.goto(write_report(compared / "out" / "s2-lora-r8-seed0").as_uri())
+    assert column(opened, "unit") == ["WER"] * len(column(opened, "set"))
+    heads = opened.locator("#utterances th").all_inner_texts()
+    assert heads[-2:] == ["after", "word errors"]
+    assert not opened.locator("#right").is_visible()
+    opened.locator(".map td").first.hover()
+    assert "of 8 ranks" in opened.locator("#value").inner_text()
+    opened.close()
+
+
+def test_an_endless_repetition_does_not_stretch_the_page(browser, compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "out" / "lora-r8-seed0", run)
+    table = run / "after" / "same.tsv"
+    lines = table.read_text().split("\n")
+    cells = lines[1].split("\t")
+    cells[lines[0].split("\t").index("normalized_hypothesis")] = "truly" * 300
+    table.write_text("\n".join([lines[0], "\t".join(cells), *lines[2:]]))
+    opened = browser.new_page(viewport={"width": 1200, "height": 800})
+    opened.goto(write_report(run).as_uri())
+    assert opened.locator("td.text", has_text="trulytruly").bounding_box()["width"] < 800
+    opened.close()
