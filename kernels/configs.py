@@ -71,10 +71,10 @@ MERGE = MergeConfig(32, 64, num_warps=4)
 # The adapter's gradients (adapter_gradients.py).
 #
 # One pass over dy in blocks of BLOCK_M rows writes zᵀ dy of each block, N · r floats, to a workspace that is read once
-# again. In bfloat16 each is 2 · r / (BLOCK_M · group) of dy's bytes: at r = 8 12 % for one dy in blocks of 128 rows and
-# 8 % for three in blocks of 64. M = 24,000 makes 188 (375) programs with two or three tiles of 16 (24) KiB in flight
-# each, more than the 4 MB that hide the latency of 3 TB/s. A workspace of rank 32 costs as much as a second pass over
-# dy; beyond, that pass is cheaper (r = 128: 2.2 passes in all, not 5).
+# again. In bfloat16 each is 2 · r / (BLOCK_M · group) of dy's bytes: at r = 8 12.5 % for one dy in blocks of 128 rows,
+# 8 % for three in blocks of 64. M = 24,000 makes 188 (375) programs, one or two a multiprocessor, each with three tiles
+# of 16 (24) KiB in flight: more than the 4 MB that hide the latency of 3 TB/s. A workspace of rank 32 costs as much as
+# a second pass over dy; beyond, that pass is cheaper (r = 128: little more than two passes in all, not five).
 ONE_PASS_RANK = 32
 # A launch holds the g of all outputs of a group in registers; beyond this rank it takes them one by one.
 GROUP_RANK = 16
@@ -93,12 +93,15 @@ class PassConfig:
     num_warps: int
     num_stages: int
 
-    def fitted_stages(self, group: int, rank_block: int, element_bytes: int, shared_memory: int) -> int:
-        """Pipeline depth with which two programs share `shared_memory` bytes, at least two, if they fit one program."""
-        stage = self.BLOCK_N * (group * self.BLOCK_M * element_bytes + 4 * rank_block)
-        kept = 2 * rank_block * max(self.BLOCK_M, self.BLOCK_N) * element_bytes
+    def fitted_stages(self, group: int, rank_tile: int, element_bytes: int, shared_memory: int) -> int:
+        """Pipeline depth, one more than the tiles in flight, with which two programs share `shared_memory` bytes.
+
+        At least two, one tile in flight, where that fits one program.
+        """
+        stage = self.BLOCK_N * (group * self.BLOCK_M * element_bytes + 4 * rank_tile)
+        kept = 2 * rank_tile * max(self.BLOCK_M, self.BLOCK_N) * element_bytes
         half, whole = (shared_memory // 2 - kept) // stage, (shared_memory - kept) // stage
-        return max(1, min(self.num_stages, max(half, min(2, whole))))
+        return max(1, min(self.num_stages, max(half + 1, min(2, whole))))
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ PASS = {
     "many rows": PassConfig(128, 64, num_warps=8, num_stages=4),
     "many rows, group": PassConfig(64, 64, num_warps=8, num_stages=4),
     "many rows, rank 32": PassConfig(128, 32, num_warps=8, num_stages=4),
-    "few rows": PassConfig(32, 64, num_warps=4, num_stages=4),
+    "few rows": PassConfig(32, 64, num_warps=4, num_stages=4),  # 16 programs at M = 512, not 4
     "high rank": PassConfig(64, 64, num_warps=8, num_stages=3),
     "single precision": PassConfig(64, 32, num_warps=8, num_stages=2),
     "single precision, rank 32": PassConfig(64, 16, num_warps=8, num_stages=2),

@@ -26,7 +26,8 @@ SHAPES = {
     "no block divides": (130, 70, 200, 20, 1),
     "no block divides, rank 8": (130, 70, 200, 8, 3),
     "rank 20, group of three": (130, 70, 100, 20, 3),
-    "rank 128, group of two": (66, 72, 40, 128, 2),
+    "rank 128, group of two": (66, 40, 24, 128, 2),
+    "rank 200": (17, 40, 24, 200, 1),
     "tall": (1500, 48, 40, 8, 1),
     "tall, group of three": (1500, 40, 24, 1, 3),
 }
@@ -126,10 +127,10 @@ def test_splits_beyond_one_step_of_the_reduction(monkeypatch):
     check(operands(600, 40, 24, 8, 2, torch.float32))
 
 
-@pytest.mark.parametrize("rank", [8, 20, 128])
+@pytest.mark.parametrize("rank", [8, 20, 72])
 def test_transposed_factors(rank):
     """What a tied pair of factors looks like: up and d_up are views of [r, N], down and d_down of [K, r]."""
-    given = operands(65, 72, 40, rank, 2, torch.float32)
+    given = operands(33, 40, 24, rank, 2, torch.float32)
     for name in ("up", "d_up", "down", "d_down"):
         given[name] = given[name].mT.contiguous().mT
     check(given)
@@ -148,7 +149,7 @@ def test_columns_that_are_not_adjacent():
 @pytest.mark.parametrize("rank", [8, 20, 40])
 @pytest.mark.parametrize("wanted", ["g", "d_up", "coefficients", "g d_up", "g coefficients", "d_up coefficients"])
 def test_only_what_is_asked_for(wanted, rank):
-    given = operands(65, 40, 48, rank, 2, torch.float32)
+    given = operands(65, 40, 24, rank, 2, torch.float32)
     g = given["g"].clone() if "g" in wanted.split() else None
     d_up = given["d_up"].clone() if "d_up" in wanted else None
     z = None if wanted == "g" else given["z"]
@@ -194,9 +195,9 @@ def test_plain_branch(dtype, monkeypatch):
         check(given)
 
 
-@pytest.mark.parametrize("rank", [8, 40])
-def test_equal_inputs_give_equal_bits(rank):
-    given = operands(1300, 40, 48, rank, 3, torch.float32)
+@pytest.mark.parametrize(("rows", "rank"), [(600, 8), (100, 40)])
+def test_equal_inputs_give_equal_bits(rows, rank):
+    given = operands(rows, 40, 24, rank, 3, torch.float32)
     first, second = computed(**given), computed(**given)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -208,14 +209,13 @@ def test_kernels_write_every_entry(monkeypatch):
         return self.new_full(shape, torch.nan, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    check(operands(130, 70, 100, 17, 3, torch.float32))
-    check(operands(130, 70, 100, 8, 2, torch.float32))
-    check(operands(130, 70, 100, 40, 2, torch.float32))
+    for rank in (8, 17, 40):
+        check(operands(70, 40, 24, rank, 3, torch.float32))
 
 
 def test_faults_are_caught(monkeypatch):
     """A skipped block of rows, a dropped coefficient, swapped weights of a group, a lost buffer: none passes."""
-    given = operands(130, 70, 100, 8, 3, torch.float32)
+    given = operands(130, 40, 48, 8, 3, torch.float32)
     check(given)
 
     def skipped_block(z, dys, **others):
