@@ -145,8 +145,8 @@ def s2_linear(
         coefficients: e, [r].
         backend: "auto" chooses (see `choice.py`); "merged" forms W + B diag(e) A for one product, rounded at random
             where W is stored in half precision; "split" adds the low-rank path to the product; "fused" is one Triton
-            kernel; "augmented" is one product of depth K + R with a second copy of W ("split" under torch.compile, which
-            keeps no copies); "reference" is plain PyTorch, differentiable twice.
+            kernel; "augmented" is one product of depth K + R with a second copy of W ("split" under torch.compile,
+            which keeps no copies); "reference" is plain PyTorch, differentiable twice.
 
     Returns:
         y, [..., N], in x's dtype; under `torch.autocast`, in its dtype, as `torch.nn.functional.linear`.
