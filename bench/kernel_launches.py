@@ -143,6 +143,18 @@ def _fused_linear_add(*operands: Any) -> list[Launch]:
     return _fused_linear(*before, want_z, variant, out=out)
 
 
+def _write_spare_columns(spare: Tensor, up: Tensor, coefficients: Tensor) -> list[Launch]:
+    """The spare columns alone are written; they are a view, behind which lies the whole copy of W."""
+    return [Launch("spare columns", spare.numel() * spare.element_size() + _bytes(up, coefficients), 0, _half(spare))]
+
+
+def _add_low_rank(buffer: Tensor, down: Tensor) -> list[Launch]:
+    """[dh | ge] read, dh written."""
+    rank, inputs = down.shape
+    moved = _bytes(buffer, down) + len(buffer) * inputs * buffer.element_size()
+    return [Launch("add low rank", moved, 2 * len(buffer) * rank * inputs, _half(buffer))]
+
+
 KERNELS: dict[str, Callable[..., list[Launch]]] = {
     "fused_s2lora.merge": _merge,
     "fused_s2lora.project": _project,
@@ -150,4 +162,6 @@ KERNELS: dict[str, Callable[..., list[Launch]]] = {
     "fused_s2lora.input_gradient_factor": _input_gradient_factor,
     "fused_s2lora.fused_linear": _fused_linear,
     "fused_s2lora.fused_linear_add": _fused_linear_add,
+    "fused_s2lora.write_spare_columns_": _write_spare_columns,
+    "fused_s2lora.add_low_rank_": _add_low_rank,
 }

@@ -87,8 +87,10 @@ def _dense(x: Tensor, group: Group) -> Tensor:
     if stored not in (torch.float32, torch.float64):
         return merge_weights_reference(weights, down, up, coefficients, x.dtype, group.seed)
     down, up = down.to(stored), up.to(stored)
-    updated = [torch.addmm(weight, up * e, down) for weight, e in zip(weights, coefficients.to(stored), strict=True)]
-    return torch.cat(updated).to(x.dtype) if len(updated) > 1 else updated[0].to(x.dtype)
+    dense = x.new_empty(len(weights) * len(up), x.shape[1])
+    for part, weight, e in zip(dense.chunk(len(weights)), weights, coefficients.to(stored), strict=True):
+        part.copy_(torch.addmm(weight, up * e, down))  # cast as it is stacked
+    return dense
 
 
 def _merged_input_gradient(
@@ -104,13 +106,14 @@ def _merged_input_gradient(
 def _split_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     z = project(x, group.down) if z is None else z
     up = group.up.to(x.dtype).mT
-    weights = [weight.to(x.dtype) for weight in group.weights]
+    dense, weights = None, [weight.to(x.dtype) for weight in group.weights]
+    if weights[0] is not group.weights[0] and not device.runs_triton(x):
+        dense = torch.cat(weights) if len(weights) > 1 else weights[0]  # on a CPU the cast is kept, as W' of `merged`
     ys = [
         F.linear(x, weight, _cast(bias, x.dtype)).addmm_(z * e, up)
         for weight, bias, e in zip(weights, group.biases(), group.coefficients.to(x.dtype), strict=True)
     ]
-    kept = weights[0].dtype != group.weights[0].dtype and not device.runs_triton(x)
-    return Forward(ys, z, torch.cat(weights) if kept else None)
+    return Forward(ys, z, dense)
 
 
 def _split_input_gradient(
