@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/s2lora demo $(if $(DATA),--data "$(DATA)") $(if $(TEST),--test "$(TEST)")
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

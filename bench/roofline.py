@@ -50,12 +50,12 @@ class Device:
 
 
 def measure_device() -> Device:
-    """Copies 1 GiB (256 MiB on CPU) and multiplies 8192³ (2048³) matrices of random entries, in every precision.
+    """Copies 1 GiB (256 MiB on CPU) and multiplies 8192³ (1024³) matrices of random entries, in every precision.
 
     Rates of the median time; a copy counts bytes read and bytes written.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    elements, width = (2**30, 8192) if device == "cuda" else (2**28, 2048)
+    elements, width = (2**30, 8192) if device == "cuda" else (2**28, 1024)
     source = torch.randint(0, 127, (elements,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source)}
