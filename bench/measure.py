@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -93,8 +94,7 @@ def _cuda_ms(call: Callable[[], Any]) -> float:
 def peak_mib(build: Callable[..., Callable[[], Any]], *args: Any) -> float:
     """Memory that two calls of `build(*args)` add at their peak, in MiB, measured in a process of its own.
 
-    On CUDA the allocator's peak above what the built model holds; on CPU the growth of the process's largest resident
-    size. `build` and `args` are pickled, so `build` is a module-level function.
+    Above what the built model holds: the allocator's peak on CUDA, on CPU the largest resident size. `build` and `args` are pickled, so `build` is a module-level function.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -120,9 +120,10 @@ def _peak_worker(sender: Any, build: Callable[..., Callable[[], Any]], args: tup
         call(), call()
         sender.send((torch.cuda.max_memory_allocated() - held) / 2**20)
     else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        reset_peak_memory()
+        before = peak_memory_mib()
         call(), call()
-        sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+        sender.send(peak_memory_mib() - before)
 
 
 def device_name() -> str:
