@@ -6,15 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# d_model, encoder layers, decoder layers, mel bins
-SIZES = {
-    "tiny": (384, 4, 4, 80),
-    "base": (512, 6, 6, 80),
-    "small": (768, 12, 12, 80),
-    "medium": (1024, 24, 24, 80),
-    "large-v3": (1280, 32, 32, 128),
-    "turbo": (1280, 32, 4, 128),
-}
+from fused_s2lora.training.tune import SIZES
+
 # What x, W and b are stored in. `autocast`: float32 weights under bfloat16 autocast, as the Trainer's bf16=True has it.
 PRECISIONS = {
     "fp32": torch.float32,

@@ -94,7 +94,8 @@ def _cuda_ms(call: Callable[[], Any]) -> float:
 def peak_mib(build: Callable[..., Callable[[], Any]], *args: Any) -> float:
     """Memory that two calls of `build(*args)` add at their peak, in MiB, measured in a process of its own.
 
-    Above what the built model holds: the allocator's peak on CUDA, on CPU the largest resident size. `build` and `args` are pickled, so `build` is a module-level function.
+    Above what the built model holds: the allocator's peak on CUDA, on CPU the largest resident size. `build` and `args`
+    are pickled, so `build` is a module-level function.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .arguments import MAX_GROUP
 from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, pass_config_name, rank_tile
 from .ops import kernel_op
 from .row_sums import reduce_splits, tall_product
 from .variants import Variant
-
-MAX_GROUP = 3
 
 
 @triton.jit

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import MAX_GROUP
 from .configs import MERGE
 from .ops import kernel_op
 from .variants import TRITON_TYPES, Variant
 
-MAX_GROUP = 3
 _HALF = (torch.float16, torch.bfloat16)
 
 
