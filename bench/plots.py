@@ -16,9 +16,15 @@ _COLOURS = {
     "peft-lora-half": "tab:brown", "peft-adalora": "tab:pink", "peft-vera": "tab:purple", "lora-qv": "tab:olive",
     "lora-six": "tab:orange", "adalora-six": "tab:pink", "vera-six": "tab:purple", "s2-reference": "lightblue",
     "s2-compiled": "tab:cyan", "s2-auto": "tab:blue", "s2-merged": "tab:green", "s2-fused": "navy",
-    "s2-split": "tab:olive",
-    "s2lora": "tab:blue", "s2lora-merged": "tab:green", "s2lora-fused": "navy", "s2lora-split": "tab:olive",
+    "s2-split": "yellowgreen", "s2-augmented": "slateblue",
+    "s2lora": "tab:blue", "s2lora-merged": "tab:green", "s2lora-fused": "navy", "s2lora-split": "yellowgreen",
+    "s2lora-augmented": "slateblue",
 }  # fmt: skip
+
+
+def _colour(provider: str) -> str:
+    """A provider's colour in every plot; red for one that has none yet."""
+    return _COLOURS.get(provider, "tab:red")
 
 
 def draw(rows: Iterable[Row], folder: Path) -> None:
@@ -59,7 +65,7 @@ def _roofline(device: str, rows: list[Row]) -> Figure | None:
             points.append((flops / moved, flops / row["p50_ms"] / 1e9))
         intensities += [intensity for intensity, _ in points]
         x, y = zip(*points, strict=True)
-        axes.scatter(x, y, s=18, label=provider, color=_COLOURS.get(provider))
+        axes.scatter(x, y, s=18, label=provider, color=_colour(provider))
     span = [min(intensities) / 2, max(intensities) * 2]
     axes.plot(span, [value * bandwidth / 1e12 for value in span], color="black", linewidth=1)
     for precision in dict.fromkeys(row["precision"] for row in both):
@@ -88,7 +94,7 @@ def _time_by_rows(device: str, rows: list[Row]) -> Figure | None:
         for provider, times in group.items():
             x = sorted(set(times) & set(group["frozen"]))
             y = [times[m] / group["frozen"][m] for m in x]
-            axes.plot(x, y, marker="o", markersize=3, label=provider, color=_COLOURS.get(provider))
+            axes.plot(x, y, marker="o", markersize=3, label=provider, color=_colour(provider))
         axes.set(xscale="log", xlabel="rows M", ylabel="time / frozen", ylim=(0, None))
         axes.set_title(f"{size} encoder layer, {precision}, rank {rank}\n{device}", fontsize=9)
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -108,7 +114,7 @@ def _throughput(device: str, rows: list[Row]) -> Figure | None:
     for axes, (case, found) in zip(grid[0], cases.items(), strict=True):
         names = [row["provider"] for row in found]
         rates = [row["audio_s_per_s"] for row in found]
-        bars = axes.barh(names, rates, color=[_COLOURS.get(name) for name in names])
+        bars = axes.barh(names, rates, color=[_colour(name) for name in names])
         axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
         axes.invert_yaxis()
         axes.set(xlabel="audio seconds / second")
@@ -130,7 +136,7 @@ def _bytes(rows: list[Row]) -> Figure | None:
     for axes, (case, found) in zip(grid[0], cases.items(), strict=True):
         names = [row["provider"] for row in found]
         amounts = [row["counted_bytes"] / 1e9 for row in found]
-        bars = axes.barh(names, amounts, color=[_COLOURS.get(name) for name in names])
+        bars = axes.barh(names, amounts, color=[_colour(name) for name in names])
         axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
         axes.invert_yaxis()
         axes.set(xlabel="GB, forward + backward")

@@ -260,6 +260,13 @@ def app():
     return command
 
 
+def test_a_provider_without_a_colour_is_drawn_too(one_run):
+    folder, _ = one_run
+    rows = [{**row, "provider": row["provider"].replace("s2", "new")} for row in report.load(folder)]
+    plots.draw(rows, folder / "new")
+    assert any((folder / "new").glob("*.svg"))
+
+
 def test_a_run_writes_lines_tables_and_plots(one_run):
     folder, output = one_run
     assert {file.name for file in folder.glob("*.jsonl")} == {
