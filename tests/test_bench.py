@@ -189,7 +189,7 @@ def test_the_kernels_move_little_beyond_the_frozen_maps():
 
 def test_counted_steps_name_the_strategy_and_the_optimizer():
     rows = {row["provider"]: row for row in counted.count_step(StepCase("tiny", 1, "trim"), ["frozen", "s2lora"])}
-    assert set(rows) == {"frozen", "s2lora-merged", "s2lora-split", "s2lora-fused"}
+    assert set(rows) == {"frozen", "s2lora-merged", "s2lora-split", "s2lora-fused", "s2lora-augmented"}
     assert rows["frozen"]["state_mib"] == 0 < rows["s2lora-fused"]["trainable"]
     assert rows["s2lora-merged"]["counted_launches"] < rows["s2lora-split"]["counted_launches"]
 
