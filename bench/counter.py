@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench.kernel_launches import KERNELS, Launch
+from bench.kernel_launches import KERNELS, Launch, touched_bytes
 
 # Allocations and relabellings: nothing is launched for them, though their schemas do not say so.
 _FREE = {
@@ -93,18 +93,13 @@ def _launches(func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], 
     mutated = [tensor for tensor in made if any(tensor is other for other in given)]
     writes_only = name in ("aten.zero_", "aten.fill_", "aten.copy_")
     read = given[1:] if writes_only and given else given
-    moved = sum(map(_touched, [*read, *written, *mutated]))
+    moved = touched_bytes(*read, *written, *mutated)
     half = bool(given) and all(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in given)
     if name in KERNELS:
         return KERNELS[name](*args, **kwargs)
     formula = flop_registry.get(func.overloadpacket)
     flops = int(formula(*args, **kwargs, out_val=out)) if formula else _cpu_attention_flops(name, args)
     return [Launch(name, moved, flops, half)]
-
-
-def _touched(tensor: Tensor) -> int:
-    """Bytes of memory behind a tensor: an expanded one is read where it lies."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _cpu_attention_flops(name: str, args: Any) -> int:

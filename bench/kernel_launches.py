@@ -35,7 +35,7 @@ class Launch:
         return max(self.bytes / bytes_per_s, self.flops / (half_flops_per_s if self.half else single_flops_per_s))
 
 
-def _bytes(*tensors: Tensor | None) -> int:
+def touched_bytes(*tensors: Tensor | None) -> int:
     """Of memory behind the tensors: an expanded one is read where it lies."""
     return sum(
         min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
@@ -54,14 +54,14 @@ def _merge(
     """One launch: every W read, every W_eff written. Its arithmetic is in float32, outside the matrix units."""
     outputs, inputs = weights[0].shape
     entries = len(weights) * outputs * inputs
-    moved = _bytes(*weights, down, up, coefficients) + entries * dtype.itemsize
+    moved = touched_bytes(*weights, down, up, coefficients) + entries * dtype.itemsize
     return [Launch("merge", moved, 2 * entries * len(down), half=False)]
 
 
 def _project(x: Tensor, down: Tensor) -> list[Launch]:
     """One pass over x."""
     z = len(x) * len(down)
-    return [Launch("project", _bytes(x, down) + z * x.element_size(), 2 * z * x.shape[1], _half(x))]
+    return [Launch("project", touched_bytes(x, down) + z * x.element_size(), 2 * z * x.shape[1], _half(x))]
 
 
 def _output_gradients(
@@ -87,22 +87,22 @@ def _output_gradients(
     launches = []
     if g is not None or needs_coefficients or one_pass:
         count = group // together
-        moved = _bytes(*dys) + count * _bytes(z, up, coefficients) + partial + product
-        moved += 0 if g is None else _bytes(g) * (2 * count - (not add_to_g))
+        moved = touched_bytes(*dys) + count * touched_bytes(z, up, coefficients) + partial + product
+        moved += 0 if g is None else touched_bytes(g) * (2 * count - (not add_to_g))
         flops = 2 * rows * outputs * rank * group * (2 if one_pass else 1)
         launches += [Launch("output gradients", moved // count, flops // count, half)] * count
     if d_up is not None and not one_pass:
         tall, product = _tall_products(dys, rank, z)
         launches += tall
     if d_up is not None or needs_coefficients:
-        launches.append(Launch("reduce", product + partial + 2 * _bytes(d_up) + 4 * group * rank, 0, half))
+        launches.append(Launch("reduce", product + partial + 2 * touched_bytes(d_up) + 4 * group * rank, 0, half))
     return launches
 
 
 def _input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> list[Launch]:
     """One pass over x into a workspace, and the sum over it."""
     launches, product = _tall_products([x], len(d_down), g)
-    return [*launches, Launch("reduce", product + 2 * _bytes(d_down), 0, _half(x))]
+    return [*launches, Launch("reduce", product + 2 * touched_bytes(d_down), 0, _half(x))]
 
 
 def _tall_products(talls: Sequence[Tensor], rank: int, low: Tensor | None) -> tuple[list[Launch], int]:
@@ -110,7 +110,7 @@ def _tall_products(talls: Sequence[Tensor], rank: int, low: Tensor | None) -> tu
     rows, columns = talls[0].shape
     config = TALL[tall_config_name(rank_tile(rank), talls[0].dtype)]
     product = 4 * -(-rows // config.split_rows(rows, columns)) * rank * columns
-    one = Launch("tall product", _bytes(talls[0], low) + product, 2 * rows * columns * rank, _half(talls[0]))
+    one = Launch("tall product", touched_bytes(talls[0], low) + product, 2 * rows * columns * rank, _half(talls[0]))
     return [one] * len(talls), product * len(talls)
 
 
@@ -121,13 +121,15 @@ def _fused_linear(
     """One launch, added to `out` if that is given; the persistent variant first casts factors of another dtype."""
     (rows, inputs), (outputs, rank) = x.shape, up.shape
     y = rows * outputs * x.element_size()
-    moved = _bytes(x, weight, bias, up, coefficients) + y * (1 if out is None else 2)
-    moved += _bytes(z) if z is not None else _bytes(down) + (rows * rank * x.element_size() if want_z else 0)
+    moved = touched_bytes(x, weight, bias, up, coefficients) + y * (1 if out is None else 2)
+    moved += (
+        touched_bytes(z) if z is not None else touched_bytes(down) + (rows * rank * x.element_size() if want_z else 0)
+    )
     flops = 2 * rows * (inputs * outputs + rank * outputs + (rank * inputs if z is None else 0))
     tiles = -(-rows // PERSISTENT[9].BLOCK_M) * -(-outputs // PERSISTENT[9].BLOCK_N)
     persistent = _half(x) and rank_block(rank) <= PERSISTENT_MAX_RANK and tiles >= _MULTIPROCESSORS
     cast = [factor for factor in (down if z is None else None, up) if persistent and _wider(factor, x)]
-    casts = [Launch("cast", _bytes(factor) + factor.numel() * x.element_size(), 0, half=True) for factor in cast]
+    casts = [Launch("cast", touched_bytes(factor) + factor.numel() * x.element_size(), 0, half=True) for factor in cast]
     return [*casts, Launch("fused linear", moved, flops, _half(x))]
 
 
@@ -145,13 +147,15 @@ def _fused_linear_add(*operands: Any) -> list[Launch]:
 
 def _write_spare_columns(spare: Tensor, up: Tensor, coefficients: Tensor) -> list[Launch]:
     """The spare columns alone are written; they are a view, behind which lies the whole copy of W."""
-    return [Launch("spare columns", spare.numel() * spare.element_size() + _bytes(up, coefficients), 0, _half(spare))]
+    return [
+        Launch("spare columns", spare.numel() * spare.element_size() + touched_bytes(up, coefficients), 0, _half(spare))
+    ]
 
 
 def _add_low_rank(buffer: Tensor, down: Tensor) -> list[Launch]:
     """[dh | ge] read, dh written."""
     rank, inputs = down.shape
-    moved = _bytes(buffer, down) + len(buffer) * inputs * buffer.element_size()
+    moved = touched_bytes(buffer, down) + len(buffer) * inputs * buffer.element_size()
     return [Launch("add low rank", moved, 2 * len(buffer) * rank * inputs, _half(buffer))]
 
 

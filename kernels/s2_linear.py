@@ -17,7 +17,7 @@ from .arguments import check_arguments
 from .choice import pick
 from .reference import s2_linear_reference
 from .shared import GradientSink, SharedInput, wide
-from .strategies import STRATEGIES, Group
+from .strategies import STRATEGIES, Group, cast
 from .strategy_record import REFERENCE, shape_of
 from .strategy_timing import candidates_of
 
@@ -109,17 +109,13 @@ class S2LinearFunction(torch.autograd.Function):
             assert d_coefficients is not None
             each = [d.to(e.dtype) for d, e in zip(d_coefficients, rest[size:], strict=True)]
         return (
-            dx, None, None, _cast(d_down, down.dtype), _cast(d_up, up.dtype), None, None, None, None, *[None] * size,
+            dx, None, None, cast(d_down, down.dtype), cast(d_up, up.dtype), None, None, None, None, *[None] * size,
             *each,
         )  # fmt: skip
 
 
 def _stacked(coefficients: Sequence[Tensor]) -> Tensor:
     return coefficients[0][None] if len(coefficients) == 1 else torch.stack(list(coefficients))
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
 
 
 def s2_linear(

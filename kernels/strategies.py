@@ -73,7 +73,7 @@ class Strategy:
 
 def _merged_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     dense = _dense(x, group)
-    y = F.linear(x, dense, _cast(group.bias, x.dtype))
+    y = F.linear(x, dense, cast(group.bias, x.dtype))
     # A GPU writes the weights again in a few microseconds; on a CPU keeping them is the cheaper of the two.
     return Forward(list(y.chunk(len(group.weights), dim=1)), z, None if device.runs_triton(x) else dense)
 
@@ -110,7 +110,7 @@ def _split_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     if weights[0] is not group.weights[0] and not device.runs_triton(x):
         dense = torch.cat(weights) if len(weights) > 1 else weights[0]  # on a CPU the cast is kept, as W' of `merged`
     ys = [
-        F.linear(x, weight, _cast(bias, x.dtype)).addmm_(z * e, up)
+        F.linear(x, weight, cast(bias, x.dtype)).addmm_(z * e, up)
         for weight, bias, e in zip(weights, group.biases(), group.coefficients.to(x.dtype), strict=True)
     ]
     return Forward(ys, z, dense)
@@ -154,7 +154,8 @@ def _factors(group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (group.down.to(dtype), group.up.to(dtype)) if several else (group.down, group.up)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in `dtype`, if there is one."""
     return None if tensor is None else tensor.to(dtype)
 
 
@@ -175,7 +176,7 @@ def _augmented_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     buffer = None if z is None else spare_buffer(x, z)
     if buffer is None:
         buffer = with_spare_columns(x, group.down)
-    y = augmented_forward(buffer, _augmented(group, x.dtype), _cast(group.bias, x.dtype))
+    y = augmented_forward(buffer, _augmented(group, x.dtype), cast(group.bias, x.dtype))
     return Forward(list(y.chunk(len(group.weights), dim=1)), split_spare(buffer, group.down)[1])
 
 
