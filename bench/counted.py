@@ -27,16 +27,16 @@ from fused_s2lora.kernels.strategies import STRATEGIES
 
 def count_layer(case: Case, *, only: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """A row for every provider of a case, none of which needs a GPU; for what a compiler fuses, a row saying so."""
-    fake = _fake()
+    fake = without_data()
     with fake:
         groups = make_operands(case, "cpu")
     rows = []
     for name, build in providers(case, "cpu", counting=True).items():
         if _wanted(name, only):
             # Ours may run a call when built; PEFT builds its models of real parameters.
-            with _as_on_a_gpu(), fake if name.startswith("s2-") else contextlib.nullcontext():
+            with as_on_a_gpu(), fake if name.startswith("s2-") else contextlib.nullcontext():
                 calls = passes([build(group) for group in groups], groups)
-            with _as_on_a_gpu(), fake:
+            with as_on_a_gpu(), fake:
                 rows.append(row(case, name, "counted", **fields(count(calls["both"]))))
     if _wanted("s2-compiled", only):
         reason = "what Inductor launches on a GPU is decided on that GPU"
@@ -55,14 +55,14 @@ def count_step(case: StepCase, methods: Iterable[str] = METHODS) -> list[dict[st
         trainable = sum(parameter.numel() for parameter in step.trainable)
         state = {"trainable": trainable, "state_mib": round(2 * 4 * trainable / 2**20, 2)}
         for strategy in STRATEGIES if method == "s2lora" else (None,):
-            with _as_on_a_gpu(strategy), _fake():
-                counted = count(lambda step=step: _gradients(step))
+            with as_on_a_gpu(strategy), without_data():
+                counted = count(lambda step=step: gradients(step))
             name = f"{method}-{strategy}" if strategy else method
             rows.append(step_row(case, name, "counted", **fields(counted), **state))
     return rows
 
 
-def _gradients(step: Step) -> list[Tensor]:
+def gradients(step: Step) -> list[Tensor]:
     """Forward and backward without touching `.grad` of real parameters; those of `frozen` end at the front end."""
     loss = step.loss()
     if step.trainable:
@@ -72,14 +72,19 @@ def _gradients(step: Step) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu(strategy: str | None = None) -> Iterator[None]:
+def as_on_a_gpu(strategy: str | None = None) -> Iterator[None]:
     """Inside, operations take the kernels' path whatever their device, and `strategy` if one is named."""
-    chosen = mock.patch.object(s2_linear, "_strategy", return_value=strategy) if strategy else contextlib.nullcontext()
+
+    # A function: a mock with a return value would keep what it is called with, and with that every activation.
+    def named(*_: Any) -> str | None:
+        return strategy
+
+    chosen = mock.patch.object(s2_linear, "_strategy", named) if strategy else contextlib.nullcontext()
     with mock.patch.object(kernels_device, "runs_triton", lambda x: x.dtype != torch.float64), chosen:
         yield
 
 
-def _fake() -> FakeTensorMode:
+def without_data() -> FakeTensorMode:
     """Inside, tensors have shapes and no data; real ones stand for their shapes."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 

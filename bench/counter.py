@@ -28,10 +28,11 @@ _FREE = {
 
 @dataclass
 class Count:
-    """All launches of a callable, and the most bytes it held at once beyond what existed before."""
+    """All launches of a callable, the most bytes it held at once beyond what existed before, and those still held."""
 
     launches: list[Launch] = field(default_factory=list)
     peak_bytes: int = 0
+    held_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -50,7 +51,6 @@ class OpCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = Count()
-        self._held = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,13 +71,13 @@ class OpCounter(TorchDispatchMode):
                 continue
             key, size = id(storage), storage.nbytes()
             self._seen.add(key)
-            self._held += size
-            self.count.peak_bytes = max(self.count.peak_bytes, self._held)
+            self.count.held_bytes += size
+            self.count.peak_bytes = max(self.count.peak_bytes, self.count.held_bytes)
             weakref.finalize(storage, self._release, key, size)
 
     def _release(self, key: int, size: int) -> None:
         self._seen.discard(key)
-        self._held -= size
+        self.count.held_bytes -= size
 
 
 def _launches_nothing(func: Any) -> bool:

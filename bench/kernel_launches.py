@@ -99,7 +99,7 @@ def _output_gradients(
     return launches
 
 
-def _input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> list[Launch]:
+def _input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor, *, of_gelu: bool = False) -> list[Launch]:
     """One pass over x into a workspace, and the sum over it."""
     launches, product = _tall_products([x], len(d_down), g)
     return [*launches, Launch("reduce", product + 2 * touched_bytes(d_down), 0, _half(x))]

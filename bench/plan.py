@@ -43,7 +43,7 @@ def cpu() -> Plan:
         Case("encoder-layer", "base", 128, precision="autocast"),
     ]
     steps = [StepCase("base", 4, "trim"), StepCase("base", 4, "full")]
-    return Plan(layers, steps, _COUNTED_LAYERS, _COUNTED_STEPS, rounds=9, seconds=20.0)
+    return Plan(layers, steps, _COUNTED_LAYERS, _COUNTED_STEPS, rounds=7, seconds=20.0)
 
 
 def cuda() -> Plan:

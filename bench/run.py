@@ -32,7 +32,9 @@ def main(
     layer: Annotated[Many, typer.Option(help=f"Linear maps, of {', '.join(LAYERS)}. Repeat.")] = None,
     size: Annotated[Many, typer.Option(help=f"Whispers, of {', '.join(SIZES)}. Repeat.")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Rows M of a layer's input. Repeat.")] = None,
-    rank: Annotated[list[int] | None, typer.Option(help="Ranks. Repeat.")] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option(help="Ranks. Repeat. Of static: every rank if asked for alone, else 8.")
+    ] = None,
     precision: Annotated[Many, typer.Option(help=f"Of {', '.join(PRECISIONS)}. Repeat.")] = None,
     provider: Annotated[Many, typer.Option(help="Only these providers of a layer. Repeat.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes of a step. Repeat.")] = None,
@@ -61,7 +63,10 @@ def main(
     if batch or window or (size and section and "step" in section):
         steps = plan.step_cases(size or ["base"], batch or [4], window or ["full"], rank or [8])
         chosen = replace(chosen, steps=steps, counted_steps=steps)
-    run = Run(chosen, results, rounds or chosen.rounds, minutes, provider, method or list(step.METHODS), target)
+    # Builds of every rank take ten minutes, so that they have to be asked for.
+    static_ranks = rank or ([] if section and "static" in section else [8])
+    methods = method or list(step.METHODS)
+    run = Run(chosen, results, rounds or chosen.rounds, minutes, provider, methods, target, static_ranks)
     for name in chosen.order:
         if not section or name in section or (name == "sweep" and "layer" in section):
             run.section(name)
@@ -73,10 +78,11 @@ class Run:
 
     def __init__(
         self, chosen: plan.Plan, results: Path, rounds: int, minutes: float, providers: Many, methods: list[str],
-        targets: Many,
+        targets: Many, static_ranks: list[int],
     ) -> None:  # fmt: skip
         self.plan, self.results, self.rounds = chosen, results, rounds
         self.providers, self.methods, self.targets = providers, methods, targets or list(static.TARGETS)
+        self.static_ranks = static_ranks
         self.until = time.monotonic() + 60 * minutes
         self.console = Console()
         self.rows: list[dict[str, Any]] = []
@@ -110,8 +116,9 @@ class Run:
             for case in self.within(self.plan.counted_steps):
                 self.keep(count_step(case, self.methods))
         else:
-            for name in self.within([f"kernels for sm_{target}" for target in self.targets]):
-                self.keep(static.report([name.rpartition("_")[2]]))
+            ranks = f"of rank {', '.join(map(str, self.static_ranks))}" if self.static_ranks else "of every rank"
+            for name in self.within([f"kernels {ranks} for sm_{target}" for target in self.targets]):
+                self.keep(static.report([name.rpartition("_")[2]], self.static_ranks))
 
     def within(self, cases: Iterable[Any]) -> Iterator[Any]:
         """The cases that can still be begun in time, each announced."""

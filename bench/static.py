@@ -2,12 +2,13 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fused_s2lora.kernels import aot
+from fused_s2lora.kernels.configs import rank_block
 
 TARGETS = ("80", "89", "90", "100")
 
@@ -46,9 +47,18 @@ def occupancy(target: str, registers: int, warps: int, shared_memory: int) -> tu
     return blocks, blocks * warps / limits.warps
 
 
-def report(targets: Iterable[str] = TARGETS) -> Iterator[dict[str, Any]]:
-    """A row for every build of every target, in order, as the builds end."""
-    jobs = [(target, index) for target in targets for index in range(len(aot.variants(target)))]
+def report(targets: Iterable[str] = TARGETS, ranks: Collection[int] = ()) -> Iterator[dict[str, Any]]:
+    """A row for every build of every target, in order, as the builds end.
+
+    With `ranks`, only what adapters of these ranks use: kernels of their padded ranks, and those that know no rank.
+    """
+    padded = {0, *map(rank_block, ranks)}
+    jobs = [
+        (target, index)
+        for target in targets
+        for index, variant in enumerate(aot.variants(target))
+        if not ranks or variant.R in padded
+    ]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _compiling) as pool:
         for (target, _), found in zip(jobs, pool.map(_compile, jobs), strict=True):
             blocks, share = occupancy(target, found.registers, found.num_warps, found.shared_memory)

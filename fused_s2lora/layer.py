@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import S2LoraConfig
 from .kernels.configs import rank_block
 from .kernels.s2_linear import Backend, s2_linear, s2_linear_group
-from .kernels.shared import GradientSink, known_z
+from .kernels.shared import GradientSink, gelu_input, known_z
 from .projection_group import ProjectionGroup
 from .sharing import FactorPair, initial_factors
 
@@ -116,8 +116,10 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             coefficients = torch.cat([found[2] for found in operands])
             sink = None
         backend: Any = self.configs[names[0]].backend
-        z = known_z(x, down)
-        (y,) = s2_linear_group(x, [base.weight], base.bias, down, up, [coefficients], z=z, sink=sink, backend=backend)
+        (y,) = s2_linear_group(
+            x, [base.weight], base.bias, down, up, [coefficients], z=known_z(x, down), made_from=gelu_input(x),
+            sink=sink, backend=backend,
+        )  # fmt: skip
         return y
 
     def _live_operands(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, GradientSink | None]:

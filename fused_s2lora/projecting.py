@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .kernels import device
 from .kernels.configs import rank_block
 from .kernels.producers import gelu_project, layer_norm_project
-from .kernels.shared import remember_z
+from .kernels.shared import remember_gelu, remember_z
 
 if TYPE_CHECKING:
     from .layer import S2LoraLinear
@@ -55,7 +55,7 @@ class ProjectingLayerNorm(nn.LayerNorm):
 
 
 class ProjectingGelu(nn.Module):
-    """`gelu`, the exact one, that leaves z where its reader finds it."""
+    """`gelu`, the exact one, that leaves z and its own input where its reader finds them."""
 
     def __init__(self, gelu: nn.Module, layer: S2LoraLinear) -> None:
         super().__init__()
@@ -70,6 +70,8 @@ class ProjectingGelu(nn.Module):
         h, z = gelu_project(x.reshape(-1, x.shape[-1]), down.detach(), dtype, spare)
         h = h.view(x.shape)
         remember_z(h, z, down)
+        if x.dtype == dtype:
+            remember_gelu(h, x)  # h itself is then held for no backward
         return h
 
 

@@ -35,6 +35,13 @@ def _normal_distribution(x):
 
 
 @triton.jit
+def gelu(x, dtype: tl.constexpr):
+    """x Φ(x), computed in float32 and rounded to `dtype`"""
+    wide = x.to(tl.float32)
+    return (wide * _normal_distribution(wide)).to(dtype)
+
+
+@triton.jit
 def _activation_project_kernel(
     x_ptr,
     down_ptr,
@@ -72,11 +79,7 @@ def _activation_project_kernel(
         mask = mask_m[:, None] & mask_k[None, :]
         x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x_tile = tl.load(x_tile_ptr, mask=mask, other=0.0)
-        if GELU:
-            wide = x_tile.to(tl.float32)
-            h_tile = (wide * _normal_distribution(wide)).to(h_ptr.dtype.element_ty)
-        else:
-            h_tile = x_tile.to(h_ptr.dtype.element_ty)
+        h_tile = gelu(x_tile, h_ptr.dtype.element_ty) if GELU else x_tile.to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows[:, None] * stride_hm + offs_k[None, :], h_tile, mask=mask)
         down_tile_ptr = down_ptr + offs_k[:, None] * stride_dk + offs_r[None, :] * stride_dr
         down_tile = tl.load(down_tile_ptr, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, R]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -289,17 +290,21 @@ def output_gradients(
     return d_coefficients
 
 
-def _fake_input_gradient_factor(x, g, d_down):
+def _fake_input_gradient_factor(x, g, d_down, *, of_gelu=False):
     return None
 
 
 @kernel_op("input_gradient_factor", _fake_input_gradient_factor, mutates=("d_down",))
-def input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> None:
-    """d_down += gᵀ x, in place, in two launches: x [M, K], g [M, r] float32, d_down [r, K] float32 of any strides."""
+def input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor, *, of_gelu: bool = False) -> None:
+    """d_down += gᵀ x, in place, in two launches: x [M, K], g [M, r] float32, d_down [r, K] float32 of any strides.
+
+    `of_gelu`: += gᵀ GELU(x), with GELU(x) rounded to x's dtype.
+    """
     if not device.runs_triton(x):
+        x = F.gelu(x) if of_gelu else x
         d_down += (g.to(x.dtype).mT @ x).to(d_down.dtype)
     elif x.shape[0] > 0:
-        product = tall_product([_unit_columns(x)], _unit_columns(g), None)
+        product = tall_product([_unit_columns(x)], _unit_columns(g), None, of_gelu=of_gelu)
         nothing = product.new_empty(0, 0, 0)
         reduce_splits(product, d_down, nothing, nothing)
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import gelu
 from .configs import ONE_PASS_RANK, REDUCE_BLOCK, REDUCE_SPLITS, TALL, rank_tile, tall_config_name
 from .device import precision
 from .variants import Variant
@@ -31,13 +32,14 @@ def _tall_product_kernel(
     split_rows,
     stride_tm,
     stride_lm,
+    GELU: tl.constexpr,
     HAS_COEFFICIENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """product[s] = diag(e) lowᵀ tall over the `split_rows` rows of split s
+    """product[s] = diag(e) lowᵀ tall over the `split_rows` rows of split s; with GELU, lowᵀ GELU(tall)
 
     tall [M, C], low [M, rank], coefficients [rank] -> product [splits, rank, C], float32
     """
@@ -53,6 +55,8 @@ def _tall_product_kernel(
         rows_m = offs_m.to(tl.int64)
         tall_tile_ptr = tall_ptr + rows_m[:, None] * stride_tm + offs_c[None, :]
         tall_tile = tl.load(tall_tile_ptr, mask=mask_m[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
+        if GELU:
+            tall_tile = gelu(tall_tile, tall_ptr.dtype.element_ty)
         low_tile_ptr = low_ptr + rows_m[:, None] * stride_lm + offs_r[None, :]
         low_tile = tl.load(low_tile_ptr, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, R]
         acc = tl.dot(tl.trans(tall_tile), low_tile.to(tall_tile.dtype), acc, input_precision=PRECISION)
@@ -109,8 +113,11 @@ def _reduce_kernel(
         tl.store(d_coefficients_ptr + offsets, total, mask=offsets < coefficient_size)
 
 
-def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | None) -> Tensor:
-    """diag(eᵢ) lowᵀ tallᵢ over splits of the rows, a launch each: [M, C], [M, r], [G, r] -> [G · splits, r, C]."""
+def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | None, *, of_gelu: bool = False) -> Tensor:
+    """diag(eᵢ) lowᵀ tallᵢ over splits of the rows, a launch each: [M, C], [M, r], [G, r] -> [G · splits, r, C].
+
+    `of_gelu`: of GELU(tallᵢ), rounded to its dtype, instead.
+    """
     (rows, columns), rank = talls[0].shape, low.shape[1]
     R = rank_tile(rank)
     config = TALL[tall_config_name(R, talls[0].dtype)]
@@ -121,7 +128,7 @@ def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | No
         e = None if coefficients is None else coefficients[i]
         _tall_product_kernel[(triton.cdiv(rank, R), triton.cdiv(columns, config.BLOCK_C), splits)](
             tall, low, e, product[i * splits :], rows, columns, rank, split_rows, tall.stride(0), low.stride(0),
-            HAS_COEFFICIENTS=e is not None, PRECISION=precision(tall.dtype), R=R, BLOCK_C=config.BLOCK_C,
+            GELU=of_gelu, HAS_COEFFICIENTS=e is not None, PRECISION=precision(tall.dtype), R=R, BLOCK_C=config.BLOCK_C,
             BLOCK_M=config.BLOCK_M, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return product
@@ -156,11 +163,13 @@ def variants(target: str) -> list[Variant]:
     for (name, dtype), rank in itertools.product(_DTYPES.items(), (16, 32, 64)):
         config = tall_config_name(rank, dtype)
         tall = TALL[config]
-        for weighted in (False, True) if rank > ONE_PASS_RANK else (False,):
+        for direction in ("input", "input, GELU", "output") if rank > ONE_PASS_RANK else ("input", "input, GELU"):
+            weighted = direction == "output"
             constants = {"PRECISION": "ieee", "R": rank, "BLOCK_C": tall.BLOCK_C, "BLOCK_M": tall.BLOCK_M}
             constants |= {"HAS_COEFFICIENTS": weighted, **({} if weighted else {"coefficients_ptr": None})}
+            constants |= {"GELU": "GELU" in direction}
             found.append(Variant(
-                "tall product", config, "output" if weighted else "input", name, rank, _tall_product_kernel, constants,
+                "tall product", config, direction, name, rank, _tall_product_kernel, constants,
                 tall.num_warps, tall.num_stages, _FLOATS if weighted else {**_FLOATS, "low_ptr": "*fp32"},
                 ("M", "C", "stride_tm"),
             ))  # fmt: skip

@@ -25,12 +25,15 @@ Backend = Literal["auto", "merged", "split", "fused", "augmented", "reference"]
 BACKENDS = ("auto", *STRATEGIES, REFERENCE)
 
 
+_FIXED = 10  # arguments of `S2LinearFunction` before the weights
 _NO_SEED = torch.zeros(1, dtype=torch.int64)
 
 
 class S2LinearFunction(torch.autograd.Function):
     """x [M, K], z [M, r] or None, bias [G · N] or None, down [r, K], up [N, r], then G weights and G coefficients
     -> G outputs [M, N].
+
+    `made_from` [M, K], if given, is u of x = GELU(u), and is kept for dA in place of x.
 
     Gradients flow to x, down, up and the coefficients, each computed only if asked for; with a `sink` those of down and
     up go there, with a `shared` input that of x goes there.
@@ -48,6 +51,7 @@ class S2LinearFunction(torch.autograd.Function):
         seed: Tensor,
         sink: GradientSink | None,
         shared: SharedInput | None,
+        made_from: Tensor | None,
         *weights_and_coefficients: Tensor,
     ) -> tuple[Tensor, ...]:
         size = len(weights_and_coefficients) // 2
@@ -55,14 +59,15 @@ class S2LinearFunction(torch.autograd.Function):
         group = Group(weights, bias, down, up, _stacked(coefficients), seed)
         result = STRATEGIES[strategy].forward(x, group, z)
         needs_down, needs_up = ctx.needs_input_grad[3:5]
-        needs_z = needs_up or any(ctx.needs_input_grad[9 + size :])
+        needs_z = needs_up or any(ctx.needs_input_grad[_FIXED + size :])
         z = result.z if needs_z else None
-        if needs_z and not needs_down and z is None:
-            z = project(x, down)  # with A frozen z is all that is wanted of x
+        if needs_z and z is None and (made_from is not None or not needs_down):
+            z = project(x, down)  # x itself will not be at hand
+        kept = x if made_from is None else made_from
         ctx.save_for_backward(
-            x if needs_down and shared is None else None, z, result.dense, down, up, *weights_and_coefficients
+            kept if needs_down and shared is None else None, z, result.dense, down, up, *weights_and_coefficients
         )
-        ctx.call = strategy, seed, sink, shared, size, needs_z
+        ctx.call = strategy, seed, sink, shared, made_from is not None, size, needs_z
         return tuple(result.ys)
 
     @staticmethod
@@ -70,11 +75,11 @@ class S2LinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("s2_linear has no second derivative; use backend='reference' with create_graph=True")
         x, z, dense, down, up, *rest = ctx.saved_tensors
-        name, seed, sink, shared, size, needs_z = ctx.call
+        name, seed, sink, shared, of_gelu, size, needs_z = ctx.call
         strategy = STRATEGIES[name]
         group = Group(rest[:size], None, down, up, _stacked(rest[size:]), seed)
         needs_x, _, _, needs_down, needs_up = ctx.needs_input_grad[:5]
-        needs_coefficients = any(ctx.needs_input_grad[9 + size :])
+        needs_coefficients = any(ctx.needs_input_grad[_FIXED + size :])
 
         if needs_z and z is None:
             z = project(x, down) if shared is None else shared.z
@@ -101,7 +106,7 @@ class S2LinearFunction(torch.autograd.Function):
                 dx = strategy.input_gradient(dys, group, g, dense, None)
             if needs_down:
                 d_down = torch.zeros_like(down, dtype=wide(down.dtype)) if sink is None else sink.down
-                input_gradient_factor(x, g, d_down)
+                input_gradient_factor(x, g, d_down, of_gelu=of_gelu)
         if sink is not None:
             d_up = d_down = None
         each = [None] * size
@@ -109,7 +114,7 @@ class S2LinearFunction(torch.autograd.Function):
             assert d_coefficients is not None
             each = [d.to(e.dtype) for d, e in zip(d_coefficients, rest[size:], strict=True)]
         return (
-            dx, None, None, cast(d_down, down.dtype), cast(d_up, up.dtype), None, None, None, None, *[None] * size,
+            dx, None, None, cast(d_down, down.dtype), cast(d_up, up.dtype), *[None] * (_FIXED - 5), *[None] * size,
             *each,
         )  # fmt: skip
 
@@ -164,6 +169,7 @@ def s2_linear_group(
     coefficients: Sequence[Tensor],
     *,
     z: Tensor | None = None,
+    made_from: Tensor | None = None,
     sink: GradientSink | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, ...]:
@@ -177,6 +183,8 @@ def s2_linear_group(
         bias: all b_i one after the other, [G · N], or None.
         coefficients: G tensors [r].
         z: x Aᵀ, [..., r] in the dtype of the products, where something computed it already.
+        made_from: u of x = GELU(u), of x's shape and dtype, where u is kept for the GELU's backward anyway. It is kept
+            for dA in place of x, and x computed again there.
         sink: takes the gradients of down and up in place of autograd, see `shared.py`.
 
     Returns:
@@ -212,7 +220,13 @@ def s2_linear_group(
         z = None if z is None else z.reshape(-1, z.shape[-1])
         if z is None and shared is not None and STRATEGIES[strategy].reads_z:
             z = shared.z
-        ys = _apply(strategy, *operands, z=z, sink=sink, shared=shared)
+        if made_from is not None:
+            if made_from.shape != x.shape or made_from.dtype != x.dtype:
+                raise ValueError(
+                    f"made_from is {made_from.dtype} {tuple(made_from.shape)}, x {x.dtype} {tuple(x.shape)}: not alike"
+                )
+            made_from = made_from.detach().reshape(rows.shape)
+        ys = _apply(strategy, *operands, z=z, sink=sink, shared=shared, made_from=made_from)
     return tuple(y.view(*leading, y.shape[-1]) for y in ys)
 
 
@@ -228,12 +242,15 @@ def _apply(
     z: Tensor | None = None,
     sink: GradientSink | None = None,
     shared: SharedInput | None = None,
+    made_from: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The operation by a strategy of `STRATEGIES`, for x [M, K] in the dtype of the products."""
     # Half-precision weights are rounded anew at every step, so that the mean is right; always alike for inference.
     drawn = strategy == "merged" and weights[0].dtype.itemsize == 2 and torch.is_grad_enabled()
     seed = torch.randint(2**31, (1,)) if drawn else _NO_SEED
-    return S2LinearFunction.apply(x, z, bias, down, up, strategy, seed, sink, shared, *weights, *coefficients)
+    return S2LinearFunction.apply(
+        x, z, bias, down, up, strategy, seed, sink, shared, made_from, *weights, *coefficients
+    )
 
 
 def _strategy(

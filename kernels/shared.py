@@ -126,11 +126,22 @@ class SharedInput:
 
 
 _Z = "_s2lora_z"
+_GELU_INPUT = "_s2lora_gelu_input"
 
 
 def remember_z(x: Tensor, z: Tensor, down: Tensor) -> None:
     """Lets the maps that read x [..., K] find z = x Aᵀ, computed with `down` A, in `known_z`."""
     setattr(x, _Z, (z, down.detach()))
+
+
+def remember_gelu(x: Tensor, u: Tensor) -> None:
+    """Lets a map that reads x = GELU(u) find u, of x's shape and dtype, in `gelu_input`."""
+    setattr(x, _GELU_INPUT, u.detach())
+
+
+def gelu_input(x: Tensor) -> Tensor | None:
+    """u where x = GELU(u) and the GELU keeps u for its own backward: keeping that is for free."""
+    return getattr(x, _GELU_INPUT, None)
 
 
 def known_z(x: Tensor, down: Tensor) -> Tensor | None:

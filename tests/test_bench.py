@@ -139,6 +139,9 @@ def test_counter_follows_what_is_held():
 
     assert count(lambda: chain(10)).peak_bytes == 2048
     assert count(lambda: kept(10)).peak_bytes == 10 * 1024
+    assert count(lambda: kept(10)).held_bytes == 0
+    mine = []
+    assert count(lambda: mine.append(torch.ones(1024, dtype=torch.int8))).held_bytes == 1024
     x = torch.ones(1024, requires_grad=True)
     # exp keeps its result for the backward pass, so that four are held at once.
     assert count(lambda: x.exp().exp().exp().exp()).peak_bytes == 4 * 4096
@@ -194,6 +197,16 @@ def test_counted_steps_name_the_strategy_and_the_optimizer():
     assert rows["s2lora-merged"]["counted_launches"] < rows["s2lora-split"]["counted_launches"]
 
 
+@pytest.mark.parametrize("strategy", [None, "merged", "split", "fused"])
+def test_a_counted_step_holds_nothing_when_it_is_over(strategy):
+    call = step.Step("s2lora" if strategy else "lora-six", StepCase("tiny", 1, "trim"), "cpu", initialised=False)
+    with counted.as_on_a_gpu(strategy), counted.without_data():
+        count(lambda: counted.gradients(call))  # makes what is made once, such as the biases of a group
+        found = count(lambda: counted.gradients(call))
+    scalars = 16  # the last loss's penalties
+    assert found.held_bytes <= scalars < found.peak_bytes
+
+
 def test_implied_time_is_the_larger_of_memory_and_arithmetic():
     x, y = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
     product = count(lambda: x @ y)
@@ -219,6 +232,30 @@ def test_occupancy(target, registers, warps, shared, blocks):
     assert share == blocks * warps / static.MULTIPROCESSORS[target].warps
 
 
+def test_builds_are_those_of_the_ranks_asked_for(monkeypatch):
+    class Alone:
+        """One process instead of a pool, and nothing compiled."""
+
+        def __init__(self, *arguments):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def map(self, function, jobs):
+            return [static.aot.Report(R=static.aot.variants(target)[index].R, **BUILD) for target, index in jobs]
+
+    monkeypatch.setattr(static, "ProcessPoolExecutor", Alone)
+    every = [row["R"] for row in static.report(["90"])]
+    assert {0, 16, 32, 64, 128, 256} == set(every)
+    assert len(every) == len(static.aot.variants("90"))
+    some = [row["R"] for row in static.report(["90"], [1, 8, 24])]
+    assert some == [R for R in every if R in (0, 16, 32)]
+
+
 def test_adapted_steps_train_and_the_frozen_one_does_not():
     for method in step.METHODS:
         call = step.build_step(method, StepCase("base", 2, "trim", audio_s=1.0, tokens=5, rank=4))
@@ -232,7 +269,11 @@ def one_run(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "peak_mib", lambda *args: 1.0)  # a process of its own would not see the small sizes
     monkeypatch.setattr(run, "measure_device", lambda: DEVICE_IN_HAND)
     monkeypatch.setattr(
-        run.static, "report", lambda targets: [dict(STATIC, target=target, section="static") for target in targets]
+        run.static,
+        "report",
+        lambda targets, ranks: [
+            dict(STATIC, target=target, R=16 * rank, section="static") for target in targets for rank in ranks
+        ],
     )
     arguments = ["--size", "tiny", "--rows", "40", "--rows", "80", "--batch", "1", "--window", "trim", "--rounds", "3"]
     for name in ("frozen", "peft-lora", "s2-auto", "s2-merged"):
@@ -249,6 +290,11 @@ STATIC = {
     "dtype": "bf16", "R": 16, "num_warps": 8, "num_stages": 4, "registers": 213, "spilled": 0, "shared_memory": 1024,
     "shared_memory_limit": 2048, "matrix_instructions": {"wgmma": 9},
     "blocks_per_multiprocessor": 1, "occupancy": 0.125,
+}  # fmt: skip
+BUILD = {
+    "kernel": "linear", "config": "wide", "direction": "forward", "dtype": "bf16", "target": "90", "num_warps": 8,
+    "num_stages": 4, "registers": 213, "spilled": 0, "shared_memory": 1024, "shared_memory_limit": 2048,
+    "matrix_instructions": {"wgmma": 9}, "tensor_memory": 0, "bulk_copies": 0, "partitions": 0,
 }  # fmt: skip
 
 

@@ -154,7 +154,15 @@ def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
     projected = []
     project = s2_linear_module.project
     monkeypatch.setattr(s2_linear_module, "project", lambda x, down: projected.append(x.shape) or project(x, down))
+    of_gelu = []
+    gradient = s2_linear_module.input_gradient_factor
+    monkeypatch.setattr(
+        s2_linear_module,
+        "input_gradient_factor",
+        lambda *operands, **how: of_gelu.append(how["of_gelu"]) or gradient(*operands, **how),
+    )
     got = step(model, torch.float32)
+    assert of_gelu.count(True) == 4  # fc2 of every layer holds the GELU's input, and not its output
     # Only what attention makes has no producer: the input of its out projections, two self and one cross, and of
     # merged weights none is projected before the backward pass asks for it.
     outs = 2 + 2 + 2

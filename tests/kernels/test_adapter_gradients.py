@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_s2lora.kernels import adapter_gradients, device, row_sums
@@ -82,16 +83,18 @@ def reference(x, z, dys, down, up, coefficients, g, d_up, d_down) -> dict[str, T
         "d_up": d_up + sum(p * e for p, e in zip(products, coefficients, strict=True)),
         "d_coefficients": torch.stack([(z.to(wide) * g_i).sum(0) for g_i in gs]),
         "d_down": d_down + (g.to(dtype).mT @ x).to(wide),
+        "d_down of GELU": d_down + (g.to(dtype).mT @ F.gelu(x)).to(wide),
     }
 
 
 def computed(x, z, dys, down, up, coefficients, g, d_up, d_down) -> dict[str, Tensor]:
     """The same by the operators, in copies of the buffers with their strides."""
     outputs = {"project": project(x, down)}
-    for name, buffer in (("g", g), ("d_up", d_up), ("d_down", d_down)):
+    for name, buffer in (("g", g), ("d_up", d_up), ("d_down", d_down), ("d_down of GELU", d_down)):
         outputs[name] = torch.empty_strided(buffer.shape, buffer.stride(), device=DEVICE).copy_(buffer)
     outputs["d_coefficients"] = output_gradients(dys, z, up, coefficients, outputs["g"], outputs["d_up"])
     input_gradient_factor(x, g, outputs["d_down"])
+    input_gradient_factor(x, g, outputs["d_down of GELU"], of_gelu=True)
     return outputs
 
 

@@ -1,6 +1,7 @@
 """The operation in every strategy, precision and shape, against float64."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -149,6 +150,36 @@ def test_small_updates_of_half_precision_weights_survive(dtype):
     x[0, :2] = torch.tensor([100.0, -99.0])
     got = s2_linear(x, weight, torch.full((outputs,), -1.0, dtype=dtype, device=DEVICE), down, up, tiny * 100)
     assert (got.float() > 5e-4).all()
+
+
+@each_operation
+def test_a_gelu_s_input_stands_in_for_its_output(operation, kernels):
+    """With u of x = GELU(u) known, x is not held for the backward pass, and dA is as exact as with it."""
+    problem = make_problem(130, 70, 48, 8, torch.float32)
+    named = {name: problem.operands[name] for name in ("x", "weight", "bias", "down", "up", "coefficients")}
+
+    def gradients(dtype: torch.dtype, call):
+        u, weight, bias, *factors = (value.detach().to(dtype) for value in named.values())
+        trained = [value.requires_grad_() for value in (u, *factors)]
+        y, held = call(u, weight, bias, *factors)
+        return torch.autograd.grad(y, trained, problem.dy.to(dtype)), held
+
+    def reference(u, *operands):
+        return s2_linear_reference(F.gelu(u), *operands), None
+
+    def kept(u, weight, bias, down, up, e):
+        x = F.gelu(u)
+        backend = operation.keywords["backend"]
+        (y,) = s2_linear_group(x, [weight], bias, down, up, [e], made_from=u, backend=backend)
+        return y, weakref.ref(x)
+
+    (oracle, _), (eager, _) = gradients(torch.float64, reference), gradients(torch.float32, reference)
+    got, x = gradients(torch.float32, kept)
+    assert x() is None
+    for name, *values in zip(("x", "down", "up", "coefficients"), got, oracle, eager, strict=True):
+        check_close(name, *values, FLOOR[torch.float32])
+    with pytest.raises(ValueError, match="made_from"):
+        gradients(torch.float32, lambda u, w, b, *f: (s2_linear_group(u, [w], b, *f[:2], f[2:], made_from=u[1:]), None))
 
 
 def test_faults_are_caught():
