@@ -7,6 +7,7 @@ model = get_peft_model(whisper, S2LoraConfig(r=8))
 """
 
 from .config import S2LoraConfig
+from .interpolation import interpolate
 from .kernels.reference import s2_linear_reference
 from .kernels.s2_linear import s2_linear, s2_linear_group
 from .layer import S2Linear, S2LoraLinear
@@ -24,6 +25,7 @@ __all__ = [
     "S2LoraLinear",
     "S2LoraModel",
     "fuse_whisper",
+    "interpolate",
     "parameter_groups",
     "rank_pattern",
     "s2_linear",

@@ -58,6 +58,9 @@ def train(
     target_modules: Annotated[
         list[str] | None, typer.Option(help="Linear maps to adapt. Repeat. [dim]default: the method's own[/dim]")
     ] = None,
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="S2-LoRA: leave out linear maps whose whole name fits this regular expression.")
+    ] = None,
     sharing: Annotated[
         str | None, typer.Option(help="Factors per module, stack, all or none. [dim]default: module[/dim]")
     ] = None,
@@ -72,6 +75,13 @@ def train(
     ] = None,
     coefficient_lr_ratio: Annotated[
         float | None, typer.Option(help="Learning rate of the coefficients over --lr. [dim]default: the preset's[/dim]")
+    ] = None,
+    interpolation: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the update that is kept after training; less forgets less of other speech. "
+            "[dim]default: 0.6 for s2lora, else 1[/dim]"
+        ),
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1 for --epochs.")] = -1,

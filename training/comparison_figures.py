@@ -52,6 +52,9 @@ def draw_figures(comparison: Comparison) -> dict[str, Path]:
     return drawn
 
 
+_OTHER_MAPS = {"sharing", "target_modules", "exclude_modules", "freeze_factors", "interpolation"}
+
+
 def rank_map_figure(lines: list[Line]) -> Figure | None:
     """One panel for each stack of S2-LoRA and of AdaLoRA: shade and number are the mean |s|, above it the ranks.
 
@@ -61,7 +64,7 @@ def rank_map_figure(lines: list[Line]) -> Figure | None:
     shown = [
         line for line in lines
         if line.cells[0]["rank_pattern"] and line.rank == 8 and not line.varied
-        and ((line.method == "s2lora" and not line.changed & {"sharing", "target_modules", "freeze_factors"})
+        and ((line.method == "s2lora" and not line.changed & _OTHER_MAPS)
              or line.method == "adalora")
     ]  # fmt: skip
     if not shown:

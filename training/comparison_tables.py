@@ -14,8 +14,8 @@ from .text import UNSPACED_LANGUAGES
 
 ALL = "all"
 _METHOD_OPTIONS = (
-    "preset", "target_modules", "sharing", "sparsity_weight", "norm_weight", "penalty", "freeze_factors", "lr",
-    "coefficient_lr_ratio", "utterances",
+    "preset", "target_modules", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty",
+    "freeze_factors", "lr", "coefficient_lr_ratio", "interpolation", "utterances",
 )  # fmt: skip
 
 

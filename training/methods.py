@@ -22,6 +22,7 @@ _QUERY_VALUE = ["q_proj", "v_proj"]
 def _s2lora(options: TrainOptions, steps: int) -> PeftConfig:
     named = {
         "target_modules": options.target_modules,
+        "exclude_modules": options.exclude_modules,
         "sharing": options.sharing,
         "sparsity_weight": options.sparsity_weight,
         "norm_weight": options.norm_weight,
@@ -93,19 +94,21 @@ class Method:
     learning_rate: float
     config: Callable[[TrainOptions, int], PeftConfig] | None = None
     trains: Callable[[str], bool] = lambda name: True
+    interpolation: float = 1.0
+    can_interpolate: bool = False
 
 
-# S2-LoRA's learning rate is that of the factors; the coefficients' is `coefficient_lr_ratio` times that. It was found
-# by experiment (docs/defaults.md). The others' are the paper's.
+# S2-LoRA's learning rate is that of the factors; the coefficients' is `coefficient_lr_ratio` times that. It and the
+# share of the update that is kept were found by experiment (docs/defaults.md). The others' are the paper's.
 METHODS: dict[str, Method] = {
-    "s2lora": Method(5e-3, _s2lora),
-    "lora": Method(1e-3, _lora),
+    "s2lora": Method(5e-3, _s2lora, interpolation=0.6, can_interpolate=True),
+    "lora": Method(1e-3, _lora, can_interpolate=True),
     "glora": Method(1e-3, _glora),
-    "adalora": Method(1e-3, _adalora(orthogonality=True, allocation=True)),
-    "adalora-without-orthogonality": Method(1e-3, _adalora(orthogonality=False, allocation=True)),
-    "adalora-without-allocation": Method(1e-3, _adalora(orthogonality=True, allocation=False)),
-    "adalora-without-both": Method(1e-3, _adalora(orthogonality=False, allocation=False)),
-    "alpha-lora": Method(1e-3, _alpha_lora),
+    "adalora": Method(1e-3, _adalora(orthogonality=True, allocation=True), can_interpolate=True),
+    "adalora-without-orthogonality": Method(1e-3, _adalora(orthogonality=False, allocation=True), can_interpolate=True),
+    "adalora-without-allocation": Method(1e-3, _adalora(orthogonality=True, allocation=False), can_interpolate=True),
+    "adalora-without-both": Method(1e-3, _adalora(orthogonality=False, allocation=False), can_interpolate=True),
+    "alpha-lora": Method(1e-3, _alpha_lora, can_interpolate=True),
     "ia3": Method(1e-3, _ia3),
     "bitfit": Method(1e-3, trains=lambda name: name.endswith(".bias")),
     "full": Method(1e-4),
@@ -123,9 +126,14 @@ def check(options: TrainOptions) -> None:
         raise UserError(f"--method {options.method!r} is not one of {', '.join(METHODS)}")
     if options.preset not in ("default", "paper"):
         raise UserError(f"--preset {options.preset!r} is not one of default, paper")
-    config = METHODS[options.method].config
-    if config is not None:
-        config(options, 100)
+    method = METHODS[options.method]
+    if method.config is not None:
+        method.config(options, 100)
+    if options.exclude_modules is not None and options.method != "s2lora":
+        raise UserError(f"--exclude-modules goes with --method s2lora, not {options.method}; name --target-modules")
+    if interpolation(options) != 1 and not method.can_interpolate:
+        able = ", ".join(name for name, one in METHODS.items() if one.can_interpolate)
+        raise UserError(f"--interpolation goes with --method {able}, not {options.method}")
 
 
 def adapt(
@@ -158,3 +166,12 @@ def learning_rate(options: TrainOptions) -> float:
     if options.method == "s2lora" and options.preset == "paper":
         return _PAPER_LEARNING_RATE
     return METHODS[options.method].learning_rate
+
+
+def interpolation(options: TrainOptions) -> float:
+    """The share of the update that is kept after training, of `options` or the method's own; 1 as published."""
+    if options.interpolation is not None:
+        return options.interpolation
+    if options.method == "s2lora" and options.preset == "paper":
+        return 1.0
+    return METHODS[options.method].interpolation

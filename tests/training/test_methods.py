@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from fused_s2lora import S2LoraLinear
 from fused_s2lora.training import published
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.methods import METHODS, adalora_start, adapt
@@ -69,6 +70,15 @@ def test_alpha_lora_has_one_scalar_a_weight_and_nothing_shared(tiny_whisper):
     # q and v of two encoder layers and of two kinds of attention in two decoder layers.
     assert len(scalars) == 2 * (2 + 2 * 2)
     assert parameter_counts(model)[0] == len(scalars) * (2 * 32 * 2 + 1)
+
+
+def test_maps_can_be_left_out_by_name(tiny_whisper):
+    given = options(method="s2lora", exclude_modules=r".*decoder\.layers.*(fc1|fc2|self_attn.*)")
+    model = adapt(tiny_whisper(), given, steps=10)
+    names = {name for name, module in model.named_modules() if isinstance(module, S2LoraLinear)}
+    assert any("encoder_attn" in name for name in names)
+    assert any(".encoder." in name and name.endswith("fc1") for name in names)
+    assert not any(".decoder." in name and "encoder_attn" not in name for name in names)
 
 
 def test_frozen_factors_train_coefficients_alone(tiny_whisper):

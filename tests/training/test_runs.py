@@ -209,7 +209,22 @@ def test_options_that_reach_the_model(options, tmp_path):
     )  # fmt: skip
     config = S2LoraConfig.from_pretrained(run / "adapter")
     assert (config.sharing, config.r, config.norm_weight, config.init) == ("all", 4, 0.3, "normal")
-    assert json.loads((run / "summary.json").read_text())["utterances"] == 4
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["utterances"] == 4
+    assert summary["interpolation"] == 1  # as published
+
+
+def test_a_share_of_the_update_is_kept(options, tmp_path):
+    """The adapter that is saved is `interpolation` times the one that was trained, 0.6 times unless told otherwise."""
+    found = {}
+    for name, given in {"whole": {"interpolation": 1.0}, "default": {}, "little": {"interpolation": 0.1}}.items():
+        train(options(tmp_path / name, max_steps=3, **given), console=QUIET)
+        found[name] = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    coefficients = [name for name in found["whole"] if "coefficients" in name]
+    assert all(found["whole"][name].abs().max() > 0 for name in coefficients)
+    for name, value in found["whole"].items():
+        torch.testing.assert_close(found["default"][name], (0.6 if name in coefficients else 1) * value, msg=name)
+        torch.testing.assert_close(found["little"][name], (0.1 if name in coefficients else 1) * value, msg=name)
 
 
 def test_evaluate_transcribe_and_merge_use_what_training_used(
@@ -301,6 +316,9 @@ def test_every_option_has_help(command):
         ({"dev": "a", "dev_share": 0.1}, "exclude each other"),
         ({"early_stopping": 2}, "needs a development set"),
         ({"lr": 0.0}, "--lr is 0.0"),
+        ({"interpolation": 1.5}, "--interpolation is 1.5; give a share above 0, at most 1"),
+        ({"method": "bitfit", "interpolation": 0.5}, "--interpolation goes with --method s2lora, .*, not bitfit"),
+        ({"method": "lora", "exclude_modules": "x"}, "--exclude-modules goes with --method s2lora, not lora"),
         ({"method": "magic"}, "--method 'magic' is not one of s2lora, lora"),
         ({"preset": "best"}, "--preset 'best'"),
         ({"sharing": "some"}, "sharing='some'"),

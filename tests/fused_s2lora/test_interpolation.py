@@ -1,0 +1,70 @@
+"""An adapter scaled down after training lies on the line between the original model and the adapted one."""
+
+import pytest
+import torch
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+
+from fused_s2lora import S2LoraConfig, fuse_whisper, interpolate
+from tests.fused_s2lora.adapters import adapted, logits
+
+TARGETS = ["q_proj", "v_proj"]
+CONFIGS = {
+    "S2-LoRA": S2LoraConfig(r=4),
+    "S2-LoRA, not shared": S2LoraConfig(r=4, sharing="none", coefficient="scalar"),
+    "LoRA": LoraConfig(r=4, target_modules=TARGETS),
+    "AdaLoRA": AdaLoraConfig(init_r=4, target_r=2, target_modules=TARGETS, total_step=10),
+}
+
+
+def trained(model, config):
+    """A model with an adapter whose update is not zero."""
+    model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """Of the plain model with its adapter merged."""
+    return {name: value.clone() for name, value in model.merge_and_unload().named_parameters()}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_weights_lie_on_the_line(tiny_whisper, config):
+    original = {name: value.clone() for name, value in tiny_whisper().named_parameters()}
+    whole = weights(trained(tiny_whisper(), config))
+    model = trained(tiny_whisper(), config)
+    interpolate(model, 0.25)
+    moved = 0
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, torch.lerp(original[name], whole[name], 0.25), msg=name)
+        moved += not torch.equal(whole[name], original[name])
+    assert moved >= 12
+
+
+def test_ends_of_the_line_and_a_fused_model(tiny_whisper):
+    model = adapted(tiny_whisper)
+    fuse_whisper(model)
+    before = logits(model)
+    interpolate(model, 1.0)
+    assert torch.equal(logits(model), before)
+    interpolate(model, 0.0)
+    with model.disable_adapter():
+        original = logits(model)
+    torch.testing.assert_close(logits(model), original)
+    assert not torch.allclose(before, original)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_out_of_range_is_refused(tiny_whisper, share):
+    with pytest.raises(ValueError, match="not between 0 and 1"):
+        interpolate(adapted(tiny_whisper), share)
+
+
+def test_other_adapters_are_refused(tiny_whisper):
+    model = get_peft_model(tiny_whisper(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="no active adapter"):
+        interpolate(model, 0.5)
