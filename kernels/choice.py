@@ -30,6 +30,10 @@ AUTO = "auto"
 # Merging reads and writes a weight once, whatever the rows: next to nothing beside the product of many rows, as much
 # as the product itself with few, which is bound by reading that weight. By arithmetic; not measured.
 MERGE_ROWS = 1024
+# Up to so many rows a call on a CPU takes a millisecond or two, and what the operation does beside the products is as
+# much as what it saves: measured 1.0 to 1.3 of reference forward and backward, 0.7 to 1.0 from 512 rows on
+# (kernels/README.md).
+REFERENCE_ROWS = 128
 
 Timer = Callable[[Shape, torch.device, Mapping[str, Candidate]], tuple[Mapping[str, float], Mapping[str, str]]]
 _log = logging.getLogger(__name__)
@@ -38,12 +42,15 @@ _log = logging.getLogger(__name__)
 def default_strategy(shape: Shape, device: torch.device, names: Collection[str]) -> str:
     """The choice without timing, of those in `names`.
 
-    On a CUDA GPU `fused` for up to 1,024 rows, else `merged`. Elsewhere by memory traffic: `merged` reads W and writes
-    it again once, in float32; `split` reads and writes y and dx. Half-precision weights are not merged there.
+    On a CUDA GPU `fused` for up to 1,024 rows, else `merged`. Elsewhere `reference` for up to 128 rows, and beyond by
+    memory traffic: `merged` reads W and writes it again once, in float32; `split` reads and writes y and dx.
+    Half-precision weights are not merged there.
     """
     outputs, inputs, rows = shape.outputs, shape.inputs, shape.rows_bucket
     if device.type == "cuda":
         order: tuple[str, ...] = ("fused", "merged") if rows <= MERGE_ROWS else ("merged",)
+    elif rows <= REFERENCE_ROWS:
+        order = ()
     elif shape.weight_dtype.itemsize == 2 or rows * (inputs + outputs) < 2 * inputs * outputs:
         order = ("split", "merged")
     else:

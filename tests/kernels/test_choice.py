@@ -120,6 +120,9 @@ def test_a_cpu_chooses_untimed(make, path, monkeypatch):
     assert chooser.pick("auto", SHAPE, CPU, candidates) == "merged"
     assert chooser.pick("auto", FEW_ROWS, CPU, candidates) == "split"
     assert chooser.pick("auto", FEW_ROWS, CPU, CANDIDATES) == "merged"
+    few, more = (Shape(rows, *FIELDS) for rows in (128, 256))
+    monkeypatch.setattr(choice, "REFERENCE_ROWS", 128)
+    assert [make(forbidden).pick("auto", shape, CPU, candidates) for shape in (few, more)] == ["reference", "split"]
     half = Shape(65536, 768, 768, 8, 1, torch.bfloat16, torch.bfloat16, True)
     assert chooser.pick("auto", half, CPU, candidates) == "split"
     assert chooser.pick("auto", SHAPE, CPU, {"reference": CANDIDATES["reference"]}) == "reference"
