@@ -1,9 +1,7 @@
 """An exact GELU, or a plain copy, that writes z = h Aᵀ of the linear map behind it along the way.
 
-    h  = f(x)                               z  = h Aᵀ                     f = GELU: x Φ(x), or f(x) = x
-    dx = (dh + ge A) ⊙ f'(x)                                              GELU': Φ(x) + x φ(x)
-
-ge is the gradient of z where z is a factor of what follows; without it, dx = dh ⊙ f'(x).
+h  = f(x)                               z  = h Aᵀ                     f = GELU: x Φ(x), or f(x) = x
+dx = dh ⊙ (Φ(x) + x φ(x)) of a GELU,    dh + ge A of a copy           ge: the gradient of z
 """
 
 import itertools
@@ -108,13 +106,12 @@ def _activation_input_gradient_kernel(
     stride_xk,
     stride_dxm,
     GELU: tl.constexpr,
-    HAS_LOW_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dx = (dh + ge A) ⊙ (Φ(x) + x φ(x)), or without the last factor; dx may be dh itself
+    """dx = dh ⊙ (Φ(x) + x φ(x)) or, without GELU, dh + ge A; dx may be dh itself
 
     dh [M, K], ge [M, rank], down [rank, K], x [M, K] -> dx [M, K]
     """
@@ -126,7 +123,7 @@ def _activation_input_gradient_kernel(
     rows = offs_m.to(tl.int64)
     dh_tile_ptr = dh_ptr + rows[:, None] * stride_hm + offs_k[None, :] * stride_hk
     dx = tl.load(dh_tile_ptr, mask=mask, other=0.0).to(tl.float32)
-    if HAS_LOW_RANK:
+    if not GELU:
         for start in range(0, rank, BLOCK_R):
             offs_r = start + tl.arange(0, BLOCK_R)
             mask_r = offs_r < rank
@@ -178,15 +175,15 @@ def _outputs(x: Tensor, down: Tensor, out_dtype: torch.dtype, spare: int) -> tup
     return h, x.new_empty(0 if spare else rows, down.shape[0], dtype=out_dtype)
 
 
-def _fake_gelu_input_gradient(dh, ge, down, x):
+def _fake_gelu_input_gradient(dh, x):
     return x.new_empty(x.shape)
 
 
 @kernel_op("gelu_input_gradient", _fake_gelu_input_gradient)
-def gelu_input_gradient(dh: Tensor, ge: Tensor | None, down: Tensor | None, x: Tensor) -> Tensor:
-    """One launch: dh [M, K], x [M, K] -> dx [M, K] in x's dtype; ge [M, r] with down [r, K] adds ge A to dh."""
+def gelu_input_gradient(dh: Tensor, x: Tensor) -> Tensor:
+    """One launch: dh [M, K], x [M, K] -> dx [M, K] in x's dtype."""
     dx = x.new_empty(x.shape)
-    _launch_input_gradient(dh, ge, down, x, dx)
+    _launch_input_gradient(dh, None, None, x, dx)
     return dx
 
 
@@ -213,7 +210,7 @@ def _launch_input_gradient(dh: Tensor, ge: Tensor | None, down: Tensor | None, x
     _activation_input_gradient_kernel[(triton.cdiv(rows, tiles.BLOCK_M), triton.cdiv(inputs, tiles.BLOCK_K))](
         dh, ge, down, x, dx, rows, inputs, rank,
         *dh.stride(), *strides, *((0, 0) if x is None else x.stride()), dx.stride(0),
-        GELU=x is not None, HAS_LOW_RANK=ge is not None, PRECISION=precision(dh.dtype),
+        GELU=x is not None, PRECISION=precision(dh.dtype),
         BLOCK_R=gradient_rank_tile(rank, dh.dtype), BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -237,13 +234,14 @@ def variants(target: str) -> list[Variant]:
                 config, direction, name, x_type, rank, _activation_project_kernel, ACTIVATION[config], constants
             )
         config, block_r = activation_gradient_config_name(dtype), gradient_rank_tile(rank, dtype)
-        for gelu, has_low_rank in ((True, False), (True, True), (False, True)):
-            direction = f"input gradient of {'gelu' if gelu else 'copy'}{' with low rank' * has_low_rank}"
-            constants = {"GELU": gelu, "HAS_LOW_RANK": has_low_rank, "BLOCK_R": block_r, "stride_hk": 1}
-            constants |= {"stride_gr": 1, "stride_dk": 1} if has_low_rank else {"ge_ptr": None, "down_ptr": None}
-            constants |= {"stride_xk": 1} if gelu else {"x_ptr": None}
-            found[config, direction, name, block_r, x_type] = _variant(
-                config, direction, name, x_type, block_r, _activation_input_gradient_kernel,
+        for gelu in (True, False):
+            direction = "input gradient of gelu" if gelu else "input gradient of copy with low rank"
+            constants = {"GELU": gelu, "BLOCK_R": 16 if gelu else block_r, "stride_hk": 1}
+            absent = {"stride_xk": 1, "ge_ptr": None, "down_ptr": None}
+            constants |= absent if gelu else {"x_ptr": None, "stride_gr": 1, "stride_dk": 1}
+            padded_rank = 0 if gelu else block_r
+            found[config, direction, name, padded_rank, x_type] = _variant(
+                config, direction, name, x_type, padded_rank, _activation_input_gradient_kernel,
                 ACTIVATION_INPUT_GRADIENT[config], constants,
             )  # fmt: skip
     return list(found.values())

@@ -4,9 +4,7 @@
     [d | ge | 0]  = dy [W | B diag(e) | 0]                                        dx = d + ge A,   ge = g ⊙ e
 
 [x | z | 0] comes from what makes x (`producers.py`). W is not rounded with the update, and neither x nor y is read for
-the low-rank part. `augmented_gradient` is the gradient of [x | z | 0] as a whole, which is all that
-`layer_norm_augmented` and `gelu_augmented` need; for any other x `augmented_input_gradient` adds ge A, in one pass over
-dx.
+the low-rank part. The same product backward gives ge; adding ge A is one pass over dx.
 """
 
 from collections.abc import Sequence
@@ -162,28 +160,21 @@ def augmented_forward(h_buffer: Tensor, augmented: AugmentedWeight, bias: Tensor
     return F.linear(h_buffer, augmented.buffer, bias)
 
 
-def augmented_gradient(dy: Tensor | Sequence[Tensor], augmented: AugmentedWeight) -> Tensor:
-    """dy [M, G N], or G of [M, N] -> [dy W | Σ_g g_g ⊙ e_g | 0] [M, K + R], the gradient of [x | z | 0].
-
-    Separate dy are multiplied one after the other into one result, which saves concatenating them.
-    """
-    if isinstance(dy, Tensor):
-        return dy @ augmented.buffer
-    first, *others = zip(dy, augmented.buffer.split(augmented.outputs), strict=True)
-    d_buffer = first[0] @ first[1]
-    for dy_of_one, weight in others:
-        d_buffer.addmm_(dy_of_one, weight)
-    return d_buffer
-
-
 def augmented_input_gradient(
     dy: Tensor | Sequence[Tensor], augmented: AugmentedWeight, down: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dx [M, K], the gradient of the whole map, and ge = Σ_g g_g ⊙ e_g [M, R], zero beyond r; views of one [M, K + R].
 
-    ge A is added in place by one launch that reads and writes dx once more, 2 · M · K elements.
+    dy is [M, G N], or G of [M, N]: these are multiplied one after the other into one result, which saves concatenating
+    them. ge A is added in place by one launch that reads and writes dx once more, 2 · M · K elements.
     """
-    d_buffer = augmented_gradient(dy, augmented)
+    if isinstance(dy, Tensor):
+        d_buffer = dy @ augmented.buffer
+    else:
+        first, *others = zip(dy, augmented.buffer.split(augmented.outputs), strict=True)
+        d_buffer = first[0] @ first[1]
+        for dy_of_one, weight in others:
+            d_buffer.addmm_(dy_of_one, weight)
     if device.runs_triton(d_buffer):
         add_low_rank_(d_buffer, down)
     else:

@@ -1,9 +1,9 @@
 """A frozen LayerNorm that writes z = h Aᵀ of the linear map behind it along the way.
 
     n  = (x − mean(x)) · rstd(x)            h  = n ⊙ w + b                z  = h Aᵀ
-    d  = (dh + ge A) ⊙ w                    dx = rstd · (d − mean(d) − n · mean(d ⊙ n))
+    d  = dh ⊙ w                             dx = rstd · (d − mean(d) − n · mean(d ⊙ n))
 
-Means are over a row. ge is the gradient of z where z is a factor of what follows; without it, d = dh ⊙ w.
+Means are over a row.
 """
 
 from typing import Any
@@ -99,31 +99,23 @@ def _layer_norm_project_kernel(
 @triton.jit
 def _layer_norm_input_gradient_kernel(
     dh_ptr,
-    ge_ptr,
-    down_ptr,
     x_ptr,
     weight_ptr,
     mean_ptr,
     rstd_ptr,
     dx_ptr,
     M,
-    rank,
     stride_hm,
     stride_hk,
-    stride_gm,
-    stride_gr,
-    stride_dr,
-    stride_dk,
     stride_xm,
     stride_xk,
-    HAS_LOW_RANK: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """d = (dh + ge A) ⊙ weight, dx = rstd · (d − mean(d) − n · mean(d ⊙ n)), n = (x − mean) · rstd
+    """d = dh ⊙ weight, dx = rstd · (d − mean(d) − n · mean(d ⊙ n)), n = (x − mean) · rstd
 
-    dh [M, K], ge [M, rank], down [rank, K], x [M, K], weight [K], mean [M], rstd [M] -> dx [M, K]
+    dh [M, K], x [M, K], weight [K], mean [M], rstd [M] -> dx [M, K]
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
@@ -143,11 +135,6 @@ def _layer_norm_input_gradient_kernel(
         normal = (tl.load(x_tile_ptr, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
         dh_tile_ptr = dh_ptr + rows[:, None] * stride_hm + offs_k[None, :] * stride_hk
         d_tile = tl.load(dh_tile_ptr, mask=mask, other=0.0).to(tl.float32)
-        if HAS_LOW_RANK:
-            for j in range(rank):
-                ge = tl.load(ge_ptr + rows * stride_gm + j * stride_gr, mask=mask_m, other=0.0).to(tl.float32)
-                down_row = tl.load(down_ptr + j * stride_dr + offs_k * stride_dk, mask=mask_k, other=0.0)
-                d_tile += ge[:, None] * down_row.to(tl.float32)[None, :]
         d_tile *= tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
         total += d_tile
         total_normal += d_tile * normal
@@ -201,26 +188,21 @@ def _outputs(x: Tensor, down: Tensor, out_dtype: torch.dtype, spare: int) -> tup
     return h, z, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
 
-def _fake_layer_norm_input_gradient(dh, ge, down, x, weight, mean, rstd):
+def _fake_layer_norm_input_gradient(dh, x, weight, mean, rstd):
     return x.new_empty(x.shape)
 
 
 @kernel_op("layer_norm_input_gradient", _fake_layer_norm_input_gradient)
-def layer_norm_input_gradient(
-    dh: Tensor, ge: Tensor | None, down: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> Tensor:
-    """One launch: dh [M, K], x [M, K] -> dx [M, K] in x's dtype; ge [M, r] with down [r, K] adds ge A to dh."""
+def layer_norm_input_gradient(dh: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """One launch: dh [M, K], x [M, K], weight [K], mean [M], rstd [M] -> dx [M, K] in x's dtype."""
     rows, inputs = x.shape
     dx = x.new_empty(rows, inputs)
     if rows == 0:
         return dx
     tiles = NORM_INPUT_GRADIENT
-    rank, strides = 0, [0, 0, 0, 0]
-    if ge is not None and down is not None:
-        rank, strides = down.shape[0], [*ge.stride(), *down.stride()]
     _layer_norm_input_gradient_kernel[(triton.cdiv(rows, tiles.BLOCK_M),)](
-        dh, ge, down, x, weight.contiguous(), mean, rstd, dx, rows, rank, *dh.stride(), *strides, *x.stride(),
-        HAS_LOW_RANK=rank > 0, K=inputs, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K, num_warps=tiles.num_warps,
+        dh, x, weight.contiguous(), mean, rstd, dx, rows, *dh.stride(), *x.stride(),
+        K=inputs, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K, num_warps=tiles.num_warps,
     )  # fmt: skip
     return dx
 
@@ -234,12 +216,8 @@ def variants(target: str) -> list[Variant]:
         for rank in (16, 32, 256):
             constants: dict[str, Any] = {"R": rank, "stride_xk": 1, "stride_dk": 1}
             found.append(_variant("forward", dtype, x_type, rank, _layer_norm_project_kernel, NORM, constants, types))
-        for has_low_rank in (False, True):
-            direction = f"input gradient{' with low rank' * has_low_rank}"
-            constants = {"HAS_LOW_RANK": has_low_rank, "stride_hk": 1, "stride_xk": 1}
-            constants |= {"stride_gr": 1, "stride_dk": 1} if has_low_rank else {"ge_ptr": None, "down_ptr": None}
-            kernel = _layer_norm_input_gradient_kernel
-            found.append(_variant(direction, dtype, x_type, 16, kernel, NORM_INPUT_GRADIENT, constants, types))
+        constants, kernel = {"stride_hk": 1, "stride_xk": 1}, _layer_norm_input_gradient_kernel
+        found.append(_variant("input gradient", dtype, x_type, 16, kernel, NORM_INPUT_GRADIENT, constants, types))
     return found
 
 
@@ -249,5 +227,5 @@ def _variant(
     constants |= {"K": NORM_MAX_WIDTH, "BLOCK_M": tiles.BLOCK_M, "BLOCK_K": tiles.BLOCK_K}
     return Variant(
         "layer norm", f"x {x_type}", direction, dtype, rank, kernel, constants, tiles.num_warps, tiles.num_stages,
-        types, ("M", "stride_xm", "stride_dr", "stride_hm", "stride_gm"),
+        types, ("M", "stride_xm", "stride_dr", "stride_hm"),
     )  # fmt: skip

@@ -2,10 +2,8 @@
 
     h  = LayerNorm(x) or GELU(x)            z  = h Aᵀ, from the rounded h
 
-Two forms. In `*_project` z is a by-product without a gradient: what uses h and z returns as dh the gradient of its
-whole map. In `*_augmented` h and z lie in one matrix [h | z | 0] that is differentiable as a whole. Its gradient
-[dh | dz | ·] is what the product with [W | B diag(e)] gives in its backward, and dz A joins dh inside the LayerNorm's
-or GELU's own backward, without a pass over dh.
+z is a by-product without a gradient: what uses h and z returns as dh the gradient of its whole map. With spare columns
+h and z lie in one matrix [h | z | 0], as a product of depth K + R wants them (`augmented.py`).
 """
 
 from typing import Any
@@ -19,10 +17,7 @@ from .configs import NORM_MAX_WIDTH, rank_block
 
 
 class LayerNormProjectFunction(torch.autograd.Function):
-    """x [M, K], weight [K], bias [K], down [r, K] -> h [M, K], z [M, r]; or [h | z | 0] [M, K + spare] if `augmented`.
-
-    The gradient flows to x: from h alone, or from h and z if `augmented`.
-    """
+    """x [M, K], weight [K], bias [K], down [r, K] -> h [M, K], z [M, r]. The gradient flows from h to x."""
 
     @staticmethod
     def forward(
@@ -34,39 +29,30 @@ class LayerNormProjectFunction(torch.autograd.Function):
         down: Tensor,
         out_dtype: torch.dtype,
         spare: int,
-        augmented: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         buffer, z, mean, rstd = layer_norm.layer_norm_project(x, weight, bias, eps, down, out_dtype, spare)
-        ctx.save_for_backward(x, weight, down if augmented else None, mean, rstd)
-        return buffer if augmented else _by_product(ctx, buffer, z, down, spare)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return _by_product(ctx, buffer, z, down, spare)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, down, mean, rstd = ctx.saved_tensors
-        dh, ge = (dh, None) if down is None else split_spare(dh, down)
-        dx = layer_norm.layer_norm_input_gradient(dh, ge, down, x, weight, mean, rstd)
-        return dx, None, None, None, None, None, None, None
+        dx = layer_norm.layer_norm_input_gradient(dh, *ctx.saved_tensors)
+        return dx, None, None, None, None, None, None
 
 
 class GeluProjectFunction(torch.autograd.Function):
-    """x [M, K], down [r, K] -> h [M, K], z [M, r]; or [h | z | 0] [M, K + spare] if `augmented`.
-
-    The gradient flows to x: from h alone, or from h and z if `augmented`.
-    """
+    """x [M, K], down [r, K] -> h [M, K], z [M, r]. The gradient flows from h to x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, down: Tensor, out_dtype: torch.dtype, spare: int, augmented: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, down: Tensor, out_dtype: torch.dtype, spare: int) -> tuple[Tensor, Tensor]:
         buffer, z = activation.activation_project(x, down, True, out_dtype, spare)
-        ctx.save_for_backward(x, down if augmented else None)
-        return buffer if augmented else _by_product(ctx, buffer, z, down, spare)
+        ctx.save_for_backward(x)
+        return _by_product(ctx, buffer, z, down, spare)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, down = ctx.saved_tensors
-        dh, ge = (dh, None) if down is None else split_spare(dh, down)
-        return activation.gelu_input_gradient(dh, ge, down, x), None, None, None, None
+        (x,) = ctx.saved_tensors
+        return activation.gelu_input_gradient(dh, x), None, None, None
 
 
 def _by_product(ctx: Any, buffer: Tensor, z: Tensor, down: Tensor, spare: int) -> tuple[Tensor, Tensor]:
@@ -103,39 +89,16 @@ def layer_norm_project(
     """
     _check(x, down, spare, weight=weight, bias=bias)
     if _fuses(x, out_dtype, NORM_MAX_WIDTH):
-        return LayerNormProjectFunction.apply(x, weight, bias, eps, down, out_dtype, spare, False)
+        return LayerNormProjectFunction.apply(x, weight, bias, eps, down, out_dtype, spare)
     return _reference_project(_layer_norm(x, weight, bias, eps, out_dtype), down, spare)
-
-
-def layer_norm_augmented(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, down: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    """[h | z | 0] [M, K + rank_block(r)] of `layer_norm_project`, differentiable in h and z with respect to x.
-
-    A is constant here as there: what multiplies this matrix computes A's gradient, dA = dzᵀ h.
-    """
-    spare = rank_block(down.shape[0])
-    _check(x, down, spare, weight=weight, bias=bias)
-    if _fuses(x, out_dtype, NORM_MAX_WIDTH):
-        return LayerNormProjectFunction.apply(x, weight, bias, eps, down, out_dtype, spare, True)
-    return _reference_augmented(_layer_norm(x, weight, bias, eps, out_dtype), down, spare)
 
 
 def gelu_project(x: Tensor, down: Tensor, out_dtype: torch.dtype, spare: int = 0) -> tuple[Tensor, Tensor]:
     """The exact GELU h = x Φ(x) of x [M, K], and z = h Aᵀ; otherwise as `layer_norm_project`."""
     _check(x, down, spare)
     if _fuses(x, out_dtype):
-        return GeluProjectFunction.apply(x, down, out_dtype, spare, False)
+        return GeluProjectFunction.apply(x, down, out_dtype, spare)
     return _reference_project(F.gelu(x).to(out_dtype), down, spare)
-
-
-def gelu_augmented(x: Tensor, down: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """[h | z | 0] [M, K + rank_block(r)] of `gelu_project`, differentiable in h and z with respect to x."""
-    spare = rank_block(down.shape[0])
-    _check(x, down, spare)
-    if _fuses(x, out_dtype):
-        return GeluProjectFunction.apply(x, down, out_dtype, spare, True)
-    return _reference_augmented(F.gelu(x).to(out_dtype), down, spare)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -143,15 +106,11 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: 
 
 
 def _reference_project(h: Tensor, down: Tensor, spare: int) -> tuple[Tensor, Tensor]:
+    z = F.linear(h.detach(), down.detach().to(h.dtype))
     if spare == 0:
-        return h, F.linear(h.detach(), down.detach().to(h.dtype))
-    h, z = split_spare(_reference_augmented(h, down, spare), down)
+        return h, z
+    h, z = split_spare(torch.cat([h, F.pad(z, (0, spare - down.shape[0]))], dim=1), down)
     return h, z.detach()
-
-
-def _reference_augmented(h: Tensor, down: Tensor, spare: int) -> Tensor:
-    z = F.linear(h, down.detach().to(h.dtype))
-    return torch.cat([h, F.pad(z, (0, spare - down.shape[0]))], dim=1)
 
 
 def _fuses(x: Tensor, out_dtype: torch.dtype, widest: int | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""LayerNorm and GELU that make z as well, in both forms, against float64."""
+"""LayerNorm and GELU that make z as well, with spare columns and without, against float64."""
 
 from collections.abc import Callable
 
@@ -81,24 +81,16 @@ def project(operation: str, operands: dict[str, Tensor], out_dtype: torch.dtype,
     return producers.gelu_project(x, down, out_dtype, spare)
 
 
-def augment(operation: str, operands: dict[str, Tensor], out_dtype: torch.dtype) -> Tensor:
-    x, weight, bias, down = operands.values()
-    if operation == "layer norm":
-        return producers.layer_norm_augmented(x, weight, bias, EPS, down, out_dtype)
-    return producers.gelu_augmented(x, down, out_dtype)
-
-
 def expected(
-    operation: str, operands: dict[str, Tensor], dtype: torch.dtype | None, out_dtype: torch.dtype, d_buffer: Tensor
+    operation: str, operands: dict[str, Tensor], dtype: torch.dtype | None, out_dtype: torch.dtype, dh: Tensor
 ) -> dict[str, Tensor]:
-    """[h | z | 0] and dx in PyTorch, operands first cast to `dtype`, the product in `out_dtype`."""
+    """h, z and dx in PyTorch, operands first cast to `dtype`, the product in `out_dtype`."""
     values = operands if dtype is None else operands_in(operands, dtype)
     x = values["x"].detach().requires_grad_()
     h = plain(operation, x, values["weight"], values["bias"], out_dtype)
-    z = F.linear(h, values["down"].to(out_dtype))
-    buffer = torch.cat([h, F.pad(z, (0, d_buffer.shape[1] - h.shape[1] - z.shape[1]))], dim=1)
-    (dx,) = torch.autograd.grad(buffer, x, d_buffer.to(out_dtype))
-    return {"buffer": buffer.detach(), "dx": dx}
+    (dx,) = torch.autograd.grad(h, x, dh.to(out_dtype))
+    h = h.detach()
+    return {"h": h, "z": F.linear(h, values["down"].to(out_dtype)), "dx": dx}
 
 
 def check_producer(
@@ -106,38 +98,28 @@ def check_producer(
     operands: dict[str, Tensor],
     out_dtype: torch.dtype,
     *,
-    augmented: bool,
     spare: bool = True,
-    make: Callable[..., tuple[Tensor, Tensor] | Tensor] | None = None,
+    make: Callable[..., tuple[Tensor, Tensor]] = project,
 ) -> None:
-    """Fails unless h, z, the spare columns behind and dx are within twice eager's own error of float64."""
+    """Fails unless h, z, dx are within twice eager's own error of float64 and the spare columns behind z are zero."""
     rows, width = operands["x"].shape
     rank = len(operands["down"])
     columns = rank_block(rank)
-    d_buffer = padded(normal(rows, width + columns, dtype=out_dtype, seed=2))
-    if not augmented:
-        d_buffer = d_buffer * (torch.arange(width + columns, device=DEVICE) < width)
+    dh = padded(normal(rows, width, dtype=out_dtype, seed=2))
     x = operands["x"].detach().requires_grad_()
-    given = {**operands, "x": x}
-    if augmented:
-        buffer = (make or augment)(operation, given, out_dtype)
-        (dx,) = torch.autograd.grad(buffer, x, d_buffer)
-        got = buffer.detach()
-    else:
-        h, z = (make or project)(operation, given, out_dtype, columns if spare else 0)
-        assert not z.requires_grad
-        (dx,) = torch.autograd.grad(h, x, d_buffer[:, :width])
-        got = torch.cat([h.detach(), z, z.new_zeros(rows, columns - rank)], dim=1)
-        if spare:
-            whole = h.detach().as_strided((rows, width + columns), (width + columns, 1))
-            assert z.data_ptr() == whole[:, width:].data_ptr()
-            assert torch.equal(whole, got)
-    oracle = expected(operation, operands, torch.float64, torch.float64, d_buffer)
-    eager = expected(operation, operands, None, out_dtype, d_buffer)
+    h, z = make(operation, {**operands, "x": x}, out_dtype, columns if spare else 0)
+    assert not z.requires_grad
+    (dx,) = torch.autograd.grad(h, x, dh)
+    h = h.detach()
+    if spare:
+        whole = h.as_strided((rows, width + columns), (width + columns, 1))
+        assert z.data_ptr() == whole[:, width:].data_ptr()
+        assert torch.equal(whole, torch.cat([h, z, z.new_zeros(rows, columns - rank)], dim=1))
+    oracle = expected(operation, operands, torch.float64, torch.float64, dh)
+    eager = expected(operation, operands, None, out_dtype, dh)
     floor = FLOOR[out_dtype]
-    parts = {"h": slice(0, width), "z": slice(width, width + rank), "spare": slice(width + rank, None)}
-    for name, part in parts.items():
-        check_close(name, got[:, part], oracle["buffer"][:, part], eager["buffer"][:, part], floor)
+    check_close("h", h, oracle["h"], eager["h"], floor)
+    check_close("z", z, oracle["z"], eager["z"], floor)
     check_close("dx", dx, oracle["dx"], eager["dx"], FLOOR[operands["x"].dtype] if rows else floor)
 
 
@@ -146,40 +128,33 @@ def check_producer(
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_by_product_with_and_without_spare_columns(operation, shape, dtypes):
     operands = make_operands(*shape, dtypes[0])
-    check_producer(operation, operands, dtypes[1], augmented=False, spare=True)
-    check_producer(operation, operands, dtypes[1], augmented=False, spare=False)
+    check_producer(operation, operands, dtypes[1], spare=True)
+    check_producer(operation, operands, dtypes[1], spare=False)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("spare", [False, True], ids=["alone", "in spare columns"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_augmented(operation, shape, dtypes):
-    check_producer(operation, make_operands(*shape, dtypes[0]), dtypes[1], augmented=True)
-
-
-@pytest.mark.parametrize("augmented", [False, True], ids=["by-product", "augmented"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_widths_of_whisper(operation, augmented):
+def test_widths_of_whisper(operation, spare):
     # 5120 is wider than a LayerNorm's kernel takes, and PyTorch's own serves.
     for width in (384, 1280, 5120):
-        check_producer(operation, make_operands(3, width, 8, torch.float32), torch.float16, augmented=augmented)
+        check_producer(operation, make_operands(3, width, 8, torch.float32), torch.float16, spare=spare)
 
 
-@pytest.mark.parametrize("augmented", [False, True], ids=["by-product", "augmented"])
+@pytest.mark.parametrize("spare", [False, True], ids=["alone", "in spare columns"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_tiles_of_many_rows(operation, augmented):
+def test_tiles_of_many_rows(operation, spare):
     rows = 4100 if operation == "gelu" else 100
-    check_producer(operation, make_operands(rows, 16, 2, torch.float16), torch.float16, augmented=augmented)
+    check_producer(operation, make_operands(rows, 16, 2, torch.float16), torch.float16, spare=spare)
 
 
-@pytest.mark.parametrize("augmented", [False, True], ids=["by-product", "augmented"])
+@pytest.mark.parametrize("spare", [False, True], ids=["alone", "in spare columns"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_strides_of_every_kind(operation, augmented):
+def test_strides_of_every_kind(operation, spare):
     operands = make_operands(20, 48, 8, torch.float32)
     operands["x"] = operands["x"].T.contiguous().T
     operands["down"] = operands["down"].T.contiguous().T
     operands["weight"] = normal(48, 2)[:, 0]
-    check_producer(operation, operands, torch.float32, augmented=augmented)
+    check_producer(operation, operands, torch.float32, spare=spare)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -188,25 +163,22 @@ def test_expanded_output_gradient(operation):
     x = operands["x"].detach().requires_grad_()
     h, _ = project(operation, {**operands, "x": x}, torch.float32, 16)
     (got,) = torch.autograd.grad(h.sum(), x)
-    oracle = expected(operation, operands, torch.float64, torch.float64, ones_for_h(20, 48, 16))["dx"]
-    eager = expected(operation, operands, None, torch.float32, ones_for_h(20, 48, 16))["dx"]
+    ones = torch.ones(20, 48, device=DEVICE)
+    oracle = expected(operation, operands, torch.float64, torch.float64, ones)["dx"]
+    eager = expected(operation, operands, None, torch.float32, ones)["dx"]
     check_close("dx", got, oracle, eager, FLOOR[torch.float32])
-
-
-def ones_for_h(rows: int, width: int, spare: int) -> Tensor:
-    return F.pad(torch.ones(rows, width, device=DEVICE), (0, spare))
 
 
 def test_rows_far_from_zero_keep_their_variance():
     """A variance as the mean of squares less the square of the mean would be lost here."""
     operands = make_operands(8, 256, 8, torch.float32)
     operands["x"] = operands["x"] + 1000
-    check_producer("layer norm", operands, torch.float32, augmented=True)
+    check_producer("layer norm", operands, torch.float32)
 
 
-@pytest.mark.parametrize("augmented", [False, True], ids=["by-product", "augmented"])
+@pytest.mark.parametrize("spare", [False, True], ids=["alone", "in spare columns"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_kernels_write_every_entry(operation, augmented, monkeypatch):
+def test_kernels_write_every_entry(operation, spare, monkeypatch):
     """Outputs start as NaN; what a kernel leaves out would stay so."""
 
     def poisoned(self, *shape, **kwargs):
@@ -214,68 +186,64 @@ def test_kernels_write_every_entry(operation, augmented, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     for rank in (8, 40):
-        check_producer(operation, make_operands(13, 150, rank, torch.float32), torch.float32, augmented=augmented)
+        check_producer(operation, make_operands(13, 150, rank, torch.float32), torch.float32, spare=spare)
 
 
-@pytest.mark.parametrize("augmented", [False, True], ids=["by-product", "augmented"])
+@pytest.mark.parametrize("spare", [False, True], ids=["alone", "in spare columns"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_pytorch_where_no_kernel_runs(operation, augmented, dtype, monkeypatch):
+def test_pytorch_where_no_kernel_runs(operation, spare, dtype, monkeypatch):
     monkeypatch.setattr(device, "runs_triton", lambda x: False)
     operands = make_operands(33, 48, 8, dtype)
     # PyTorch's bfloat16 product on CPU lets NaN beyond the end of a row into the result.
     operands["x"] = operands["x"].clone()
-    check_producer(operation, operands, dtype, augmented=augmented, spare=True)
-    if not augmented:
-        check_producer(operation, operands, dtype, augmented=False, spare=False)
+    check_producer(operation, operands, dtype, spare=spare)
 
 
 def test_faults_are_caught():
     operands = make_operands(5, 200, 20, torch.float32)
 
-    def zeroed_strip(operation, values, out_dtype):
-        buffer = augment(operation, values, out_dtype)
-        return torch.cat([buffer[:, :190], buffer[:, 190:200] * 0, buffer[:, 200:]], dim=1)
+    def zeroed_strip(operation, values, out_dtype, spare):
+        h, z = project(operation, values, out_dtype, spare)
+        return torch.cat([h[:, :190], h[:, 190:] * 0], dim=1), z
 
-    def lost_rank(operation, values, out_dtype):
+    def lost_rank(operation, values, out_dtype, spare):
         down = values["down"] * (torch.arange(20, device=DEVICE) < 19)[:, None]
-        return augment(operation, {**values, "down": down}, out_dtype)
+        return project(operation, {**values, "down": down}, out_dtype, spare)
 
-    def z_without_gradient(operation, values, out_dtype):
-        buffer = augment(operation, values, out_dtype)
-        return torch.cat([buffer[:, :200], buffer[:, 200:].detach()], dim=1)
+    def z_of_the_input(operation, values, out_dtype, spare):
+        h, _ = project(operation, values, out_dtype, spare)
+        return h, F.linear(values["x"].detach(), values["down"])
 
-    def dirty_spare_columns(operation, values, out_dtype):
-        buffer = augment(operation, values, out_dtype)
-        return torch.cat([buffer[:, :-1], buffer[:, -1:] + 1e-3], dim=1)
-
-    def other_input(operation, values, out_dtype):
-        return augment(operation, {**values, "x": values["x"] * 1.001}, out_dtype)
-
-    def one_row_without_gradient(operation, values, out_dtype):
+    def one_row_without_gradient(operation, values, out_dtype, spare):
         x = torch.cat([values["x"][:-1], values["x"][-1:].detach()])
-        return augment(operation, {**values, "x": x}, out_dtype)
-
-    faults = [zeroed_strip, lost_rank, z_without_gradient, dirty_spare_columns, one_row_without_gradient]
-    for operation in OPERATIONS:
-        for fault in faults:
-            with pytest.raises(AssertionError):
-                check_producer(operation, operands, torch.float32, augmented=True, make=fault)
-    with pytest.raises(AssertionError):
-        check_producer("gelu", operands, torch.float32, augmented=True, make=other_input)
+        return project(operation, {**values, "x": x}, out_dtype, spare)
 
     def tanh_gelu(operation, values, out_dtype, spare):
-        _, z = project(operation, values, out_dtype, 0)
-        return F.gelu(values["x"], approximate="tanh"), z
+        return F.gelu(values["x"], approximate="tanh"), project(operation, values, out_dtype, spare)[1]
 
-    with pytest.raises(AssertionError):
-        check_producer("gelu", operands, torch.float32, augmented=False, spare=False, make=tanh_gelu)
+    faults = [zeroed_strip, lost_rank, z_of_the_input, one_row_without_gradient]
+    for operation, more in (("layer norm", []), ("gelu", [tanh_gelu])):
+        check_producer(operation, operands, torch.float32, spare=False)
+        for fault in faults + more:
+            with pytest.raises(AssertionError):
+                check_producer(operation, operands, torch.float32, spare=False, make=fault)
+
+    def dirty_spare_columns(operation, values, out_dtype, spare):
+        h, z = project(operation, values, out_dtype, spare)
+        h.data.as_strided((5, 232), (232, 1))[:, -1] = 1e-3
+        return h, z
+
+    for operation in OPERATIONS:
+        with pytest.raises(AssertionError):
+            check_producer(operation, operands, torch.float32, make=dirty_spare_columns)
 
 
 def test_deterministic():
     operands = make_operands(20, 200, 8, torch.float32)
     for operation in OPERATIONS:
-        assert torch.equal(augment(operation, operands, torch.float16), augment(operation, operands, torch.float16))
+        first, second = (project(operation, operands, torch.float16, 0) for _ in "ab")
+        assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -285,14 +253,13 @@ def test_compiles_without_graph_breaks(operation):
     def compiled(make):
         return torch.compile(make, fullgraph=True, backend="aot_eager")
 
-    check_producer(operation, operands, torch.float32, augmented=False, spare=False, make=compiled(project))
-    check_producer(operation, operands, torch.float32, augmented=True, make=compiled(augment))
+    check_producer(operation, operands, torch.float32, spare=False, make=compiled(project))
 
     def spare_columns(values):
         return project(operation, values, torch.float32, 16)
 
-    h, z = torch.compile(spare_columns, fullgraph=True, backend="aot_eager")(operands)
-    assert torch.equal(torch.cat([h, z], dim=1), augment(operation, operands, torch.float32)[:, :56])
+    found = torch.compile(spare_columns, fullgraph=True, backend="aot_eager")(operands)
+    assert all(torch.equal(*pair) for pair in zip(found, spare_columns(operands), strict=True))
 
 
 def test_custom_operators_are_well_formed():
@@ -302,11 +269,9 @@ def test_custom_operators_are_well_formed():
         arguments = (x, weight, bias, EPS, down, torch.float16, spare)
         torch.library.opcheck(layer_norm.layer_norm_project.op, arguments, test_utils=tests)
         torch.library.opcheck(activation.activation_project.op, (x, down, True, torch.float16, spare), test_utils=tests)
-    mean, ge = normal(33), normal(33, 8)
-    for low_rank in ((None, None), (ge, down)):
-        arguments = (x, *low_rank, x, weight, mean, mean)
-        torch.library.opcheck(layer_norm.layer_norm_input_gradient.op, arguments, test_utils=tests)
-        torch.library.opcheck(activation.gelu_input_gradient.op, (x, *low_rank, x), test_utils=tests)
+    mean = normal(33)
+    torch.library.opcheck(layer_norm.layer_norm_input_gradient.op, (x, x, weight, mean, mean), test_utils=tests)
+    torch.library.opcheck(activation.gelu_input_gradient.op, (x, x), test_utils=tests)
     torch.library.opcheck(activation.add_low_rank_.op, (normal(33, 56), down), test_utils=tests)
 
 
