@@ -53,7 +53,10 @@ def train(
     ] = None,
     strict: Strict = False,
     method: Annotated[str, typer.Option(help="s2lora, or to compare with: lora, adalora, ..., full.")] = "s2lora",
-    preset: Annotated[str, typer.Option(help="S2-LoRA's default settings, or those of the paper.")] = "default",
+    preset: Annotated[
+        str,
+        typer.Option(help="S2-LoRA's settings: default, robust (forgets less of other speech), or those of the paper."),
+    ] = "default",
     rank: Annotated[int, typer.Option(help="Rank of the factors.")] = 8,
     target_modules: Annotated[
         list[str] | None, typer.Option(help="Linear maps to adapt. Repeat. [dim]default: the method's own[/dim]")

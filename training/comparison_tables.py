@@ -72,10 +72,13 @@ class Line:
         if self.varied:
             return None
         config = self.cells[0]["config"]
-        as_published = {"preset"} if self.method == "s2lora" else set()
-        if self.method == "full" and config["lr"] == 1e-4:
-            as_published = {"lr"}
-        return self.method if self.changed == as_published else None
+        if self.method == "s2lora":
+            as_published = config["preset"] == "paper" and self.changed == {"preset"}
+        elif self.method == "full":
+            as_published = config["lr"] in (None, 1e-4) and self.changed <= {"lr"}
+        else:
+            as_published = not self.changed
+        return self.method if as_published else None
 
     def rates(self, column: Column, kind: str = "rate") -> list[float]:
         """Error rates of each seed; `kind` is a field of `ErrorRate`."""

@@ -17,12 +17,32 @@ from .errors import UserError
 from .options import TrainOptions
 
 _QUERY_VALUE = ["q_proj", "v_proj"]
+_PAPER_LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of S2-LoRA that go together: `interpolation` is the share of the update that is kept after training."""
+
+    config: Callable[..., S2LoraConfig] = S2LoraConfig
+    learning_rate: float = 5e-3  # of the factors; that of the coefficients is `coefficient_lr_ratio` times it
+    exclude_modules: str | None = None
+    interpolation: float = 1.0
+
+
+# Found by experiment (docs/defaults.md), but for the paper's own.
+PRESETS = {
+    "default": Preset(),
+    "robust": Preset(exclude_modules=".*decoder.*", interpolation=0.8),
+    "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE),
+}
 
 
 def _s2lora(options: TrainOptions, steps: int) -> PeftConfig:
+    preset = PRESETS[options.preset]
     named = {
         "target_modules": options.target_modules,
-        "exclude_modules": options.exclude_modules,
+        "exclude_modules": options.exclude_modules or preset.exclude_modules,
         "sharing": options.sharing,
         "sparsity_weight": options.sparsity_weight,
         "norm_weight": options.norm_weight,
@@ -30,9 +50,8 @@ def _s2lora(options: TrainOptions, steps: int) -> PeftConfig:
         "coefficient_lr_ratio": options.coefficient_lr_ratio,
     }
     given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    build = S2LoraConfig.paper if options.preset == "paper" else S2LoraConfig
     try:
-        return build(
+        return preset.config(
             r=options.rank, train_factors=not options.freeze_factors, audio_window=options.window,
             audio_window_margin=options.margin, language=options.language, task=options.task, **given,
         )  # fmt: skip
@@ -91,29 +110,25 @@ def _adalora(orthogonality: bool, allocation: bool) -> Callable[[TrainOptions, i
 class Method:
     """How a method is configured, from the options and the number of steps; None: some of Whisper's own parameters."""
 
-    learning_rate: float
     config: Callable[[TrainOptions, int], PeftConfig] | None = None
+    learning_rate: float = _PAPER_LEARNING_RATE
     trains: Callable[[str], bool] = lambda name: True
-    interpolation: float = 1.0
     can_interpolate: bool = False
 
 
-# S2-LoRA's learning rate is that of the factors; the coefficients' is `coefficient_lr_ratio` times that. It and the
-# share of the update that is kept were found by experiment (docs/defaults.md). The others' are the paper's.
 METHODS: dict[str, Method] = {
-    "s2lora": Method(5e-3, _s2lora, interpolation=0.6, can_interpolate=True),
-    "lora": Method(1e-3, _lora, can_interpolate=True),
-    "glora": Method(1e-3, _glora),
-    "adalora": Method(1e-3, _adalora(orthogonality=True, allocation=True), can_interpolate=True),
-    "adalora-without-orthogonality": Method(1e-3, _adalora(orthogonality=False, allocation=True), can_interpolate=True),
-    "adalora-without-allocation": Method(1e-3, _adalora(orthogonality=True, allocation=False), can_interpolate=True),
-    "adalora-without-both": Method(1e-3, _adalora(orthogonality=False, allocation=False), can_interpolate=True),
-    "alpha-lora": Method(1e-3, _alpha_lora, can_interpolate=True),
-    "ia3": Method(1e-3, _ia3),
-    "bitfit": Method(1e-3, trains=lambda name: name.endswith(".bias")),
-    "full": Method(1e-4),
+    "s2lora": Method(_s2lora, can_interpolate=True),
+    "lora": Method(_lora, can_interpolate=True),
+    "glora": Method(_glora),
+    "adalora": Method(_adalora(orthogonality=True, allocation=True), can_interpolate=True),
+    "adalora-without-orthogonality": Method(_adalora(orthogonality=False, allocation=True), can_interpolate=True),
+    "adalora-without-allocation": Method(_adalora(orthogonality=True, allocation=False), can_interpolate=True),
+    "adalora-without-both": Method(_adalora(orthogonality=False, allocation=False), can_interpolate=True),
+    "alpha-lora": Method(_alpha_lora, can_interpolate=True),
+    "ia3": Method(_ia3),
+    "bitfit": Method(trains=lambda name: name.endswith(".bias")),
+    "full": Method(learning_rate=1e-4),
 }
-_PAPER_LEARNING_RATE = 1e-3
 
 
 def check(options: TrainOptions) -> None:
@@ -124,8 +139,8 @@ def check(options: TrainOptions) -> None:
     """
     if options.method not in METHODS:
         raise UserError(f"--method {options.method!r} is not one of {', '.join(METHODS)}")
-    if options.preset not in ("default", "paper"):
-        raise UserError(f"--preset {options.preset!r} is not one of default, paper")
+    if options.preset not in PRESETS:
+        raise UserError(f"--preset {options.preset!r} is not one of {', '.join(PRESETS)}")
     method = METHODS[options.method]
     if method.config is not None:
         method.config(options, 100)
@@ -160,18 +175,16 @@ def adapt(
 
 
 def learning_rate(options: TrainOptions) -> float:
-    """The learning rate of `options`, or the method's own."""
+    """The learning rate of `options`, or of the preset, or the paper's of the method."""
     if options.lr is not None:
         return options.lr
-    if options.method == "s2lora" and options.preset == "paper":
-        return _PAPER_LEARNING_RATE
+    if options.method == "s2lora":
+        return PRESETS[options.preset].learning_rate
     return METHODS[options.method].learning_rate
 
 
 def interpolation(options: TrainOptions) -> float:
-    """The share of the update that is kept after training, of `options` or the method's own; 1 as published."""
+    """The share of the update that is kept after training, of `options` or of the preset; else 1."""
     if options.interpolation is not None:
         return options.interpolation
-    if options.method == "s2lora" and options.preset == "paper":
-        return 1.0
-    return METHODS[options.method].interpolation
+    return PRESETS[options.preset].interpolation if options.method == "s2lora" else 1.0
