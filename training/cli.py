@@ -55,7 +55,7 @@ def train(
     method: Annotated[str, typer.Option(help="s2lora, or to compare with: lora, adalora, ..., full.")] = "s2lora",
     preset: Annotated[
         str,
-        typer.Option(help="S2-LoRA's settings: default, robust (forgets less of other speech), or those of the paper."),
+        typer.Option(help="S2-LoRA's default settings, or those of the paper."),
     ] = "default",
     rank: Annotated[int, typer.Option(help="Rank of the factors.")] = 8,
     target_modules: Annotated[
@@ -80,12 +80,8 @@ def train(
         float | None, typer.Option(help="Learning rate of the coefficients over --lr. [dim]default: the preset's[/dim]")
     ] = None,
     interpolation: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the update that is kept after training; less forgets less of other speech. "
-            "[dim]default: 0.6 for s2lora, else 1[/dim]"
-        ),
-    ] = None,
+        float, typer.Option(help="Share of the update kept after training; at 0.6 less of other speech is forgotten.")
+    ] = 1.0,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1 for --epochs.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Utterances a batch.")] = 4,

@@ -22,18 +22,15 @@ _PAPER_LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of S2-LoRA that go together: `interpolation` is the share of the update that is kept after training."""
+    """Settings of S2-LoRA that go together."""
 
     config: Callable[..., S2LoraConfig] = S2LoraConfig
     learning_rate: float = 5e-3  # of the factors; that of the coefficients is `coefficient_lr_ratio` times it
-    exclude_modules: str | None = None
-    interpolation: float = 1.0
 
 
 # Found by experiment (docs/defaults.md), but for the paper's own.
 PRESETS = {
     "default": Preset(),
-    "robust": Preset(exclude_modules=".*decoder.*", interpolation=0.8),
     "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE),
 }
 
@@ -42,7 +39,7 @@ def _s2lora(options: TrainOptions, steps: int) -> PeftConfig:
     preset = PRESETS[options.preset]
     named = {
         "target_modules": options.target_modules,
-        "exclude_modules": options.exclude_modules or preset.exclude_modules,
+        "exclude_modules": options.exclude_modules,
         "sharing": options.sharing,
         "sparsity_weight": options.sparsity_weight,
         "norm_weight": options.norm_weight,
@@ -146,7 +143,7 @@ def check(options: TrainOptions) -> None:
         method.config(options, 100)
     if options.exclude_modules is not None and options.method != "s2lora":
         raise UserError(f"--exclude-modules goes with --method s2lora, not {options.method}; name --target-modules")
-    if interpolation(options) != 1 and not method.can_interpolate:
+    if options.interpolation != 1 and not method.can_interpolate:
         able = ", ".join(name for name, one in METHODS.items() if one.can_interpolate)
         raise UserError(f"--interpolation goes with --method {able}, not {options.method}")
 
@@ -181,10 +178,3 @@ def learning_rate(options: TrainOptions) -> float:
     if options.method == "s2lora":
         return PRESETS[options.preset].learning_rate
     return METHODS[options.method].learning_rate
-
-
-def interpolation(options: TrainOptions) -> float:
-    """The share of the update that is kept after training, of `options` or of the preset; else 1."""
-    if options.interpolation is not None:
-        return options.interpolation
-    return PRESETS[options.preset].interpolation if options.method == "s2lora" else 1.0

@@ -45,7 +45,7 @@ class TrainOptions:
     freeze_factors: bool = False
     lr: float | None = None
     coefficient_lr_ratio: float | None = None
-    interpolation: float | None = None
+    interpolation: float = 1.0
 
     epochs: float = 1.0
     max_steps: int = -1
@@ -95,7 +95,7 @@ class TrainOptions:
             raise UserError("--early-stopping needs a development set; give --dev or --dev-share")
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr is {self.lr}; give a positive learning rate")
-        if self.interpolation is not None and not 0 < self.interpolation <= 1:
+        if not 0 < self.interpolation <= 1:
             raise UserError(f"--interpolation is {self.interpolation}; give a share above 0, at most 1")
 
     def audio_window(self) -> AudioWindow:

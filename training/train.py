@@ -28,7 +28,7 @@ from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong, load_speech
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, results_table
-from .methods import adapt, interpolation, learning_rate
+from .methods import adapt, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, to_best_device
 from .options import TrainOptions
 from .precision import autocast_dtype
@@ -286,9 +286,8 @@ def _train(
     seconds = time.perf_counter() - start
     steps = trainer.state.global_step
     whisper.config.use_cache = True
-    share = interpolation(options)
-    if share != 1:
-        interpolate(model, share)
+    if options.interpolation != 1:
+        interpolate(model, options.interpolation)
     model.save_pretrained(str(run.adapter if wrapped else run.model))
     if not wrapped:
         processor.save_pretrained(str(run.model))
@@ -300,7 +299,6 @@ def _train(
         run.path / "summary.json",
         {
             "steps": steps,
-            "interpolation": share,
             "resumed_at_step": first_step,
             "train_s": round(seconds, 1),
             "step_s": round(step_times.median_s(), 4),

@@ -209,28 +209,19 @@ def test_options_that_reach_the_model(options, tmp_path):
     )  # fmt: skip
     config = S2LoraConfig.from_pretrained(run / "adapter")
     assert (config.sharing, config.r, config.norm_weight, config.init) == ("all", 4, 0.3, "normal")
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["utterances"] == 4
-    assert summary["interpolation"] == 1  # as published
+    assert json.loads((run / "summary.json").read_text())["utterances"] == 4
 
 
 def test_a_share_of_the_update_is_kept(options, tmp_path):
     """The adapter that is saved is `interpolation` times the one that was trained."""
     found = {}
-    ways = {"whole": {}, "little": {"interpolation": 0.1}, "robust": {"preset": "robust"}}
-    for name, given in ways.items():
+    for name, given in {"whole": {}, "little": {"interpolation": 0.1}}.items():
         train(options(tmp_path / name, max_steps=3, **given), console=QUIET)
         found[name] = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-        assert (
-            json.loads((tmp_path / name / "summary.json").read_text())["interpolation"]
-            == ({"whole": 1, "little": 0.1, "robust": 0.8}[name])
-        )
     coefficients = [name for name in found["whole"] if "coefficients" in name]
     assert all(found["whole"][name].abs().max() > 0 for name in coefficients)
     for name, value in found["whole"].items():
         torch.testing.assert_close(found["little"][name], (0.1 if name in coefficients else 1) * value, msg=name)
-    assert {".decoder." in name for name in found["whole"]} == {True, False}
-    assert {".decoder." in name for name in found["robust"]} == {False}
 
 
 def test_evaluate_transcribe_and_merge_use_what_training_used(
