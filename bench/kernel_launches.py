@@ -101,14 +101,16 @@ def _output_gradients(
 
 def _input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor, *, of_gelu: bool = False) -> list[Launch]:
     """One pass over x into a workspace, and the sum over it."""
-    launches, product = _tall_products([x], len(d_down), g)
+    launches, product = _tall_products([x], len(d_down), g, of_gelu)
     return [*launches, Launch("reduce", product + 2 * touched_bytes(d_down), 0, _half(x))]
 
 
-def _tall_products(talls: Sequence[Tensor], rank: int, low: Tensor | None) -> tuple[list[Launch], int]:
+def _tall_products(
+    talls: Sequence[Tensor], rank: int, low: Tensor | None, of_gelu: bool = False
+) -> tuple[list[Launch], int]:
     """A pass over each tall matrix, and the bytes of the workspace it leaves."""
     rows, columns = talls[0].shape
-    config = TALL[tall_config_name(rank_tile(rank), talls[0].dtype)]
+    config = TALL[tall_config_name(rank_tile(rank), talls[0].dtype, of_gelu)]
     product = 4 * -(-rows // config.split_rows(rows, columns)) * rank * columns
     one = Launch("tall product", touched_bytes(talls[0], low) + product, 2 * rows * columns * rank, _half(talls[0]))
     return [one] * len(talls), product * len(talls)

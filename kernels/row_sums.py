@@ -120,7 +120,7 @@ def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | No
     """
     (rows, columns), rank = talls[0].shape, low.shape[1]
     R = rank_tile(rank)
-    config = TALL[tall_config_name(R, talls[0].dtype)]
+    config = TALL[tall_config_name(R, talls[0].dtype, of_gelu)]
     split_rows = config.split_rows(rows, columns)
     splits = triton.cdiv(rows, split_rows)
     product = low.new_empty(len(talls) * splits, rank, columns, dtype=torch.float32)
@@ -161,13 +161,13 @@ def variants(target: str) -> list[Variant]:
         for strides, stride in (("factor", "stride_fc"), ("factor, transposed", "stride_fr"))
     ]
     for (name, dtype), rank in itertools.product(_DTYPES.items(), (16, 32, 64)):
-        config = tall_config_name(rank, dtype)
-        tall = TALL[config]
         for direction in ("input", "input, GELU", "output") if rank > ONE_PASS_RANK else ("input", "input, GELU"):
-            weighted = direction == "output"
+            weighted, of_gelu = direction == "output", "GELU" in direction
+            config = tall_config_name(rank, dtype, of_gelu)
+            tall = TALL[config]
             constants = {"PRECISION": "ieee", "R": rank, "BLOCK_C": tall.BLOCK_C, "BLOCK_M": tall.BLOCK_M}
             constants |= {"HAS_COEFFICIENTS": weighted, **({} if weighted else {"coefficients_ptr": None})}
-            constants |= {"GELU": "GELU" in direction}
+            constants |= {"GELU": of_gelu}
             found.append(Variant(
                 "tall product", config, direction, name, rank, _tall_product_kernel, constants,
                 tall.num_warps, tall.num_stages, _FLOATS if weighted else {**_FLOATS, "low_ptr": "*fp32"},
