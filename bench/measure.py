@@ -161,7 +161,9 @@ def _commit() -> str:
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
     if head.returncode:
         return "unknown"
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
+    # Results themselves, written as a run goes, are no change of what is measured.
+    status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":!results"]
+    changed = subprocess.run(status, cwd=root, capture_output=True, text=True)
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
