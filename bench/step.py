@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -25,9 +26,11 @@ from fused_s2lora.training.audio_window import POSITIONS, AudioWindow, window_of
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 SIX = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+ADDMM_LORA = "addmm-lora-six"
 METHODS: dict[str, Callable[[int], Any]] = {
     "frozen": lambda rank: None,
     "full": lambda rank: None,
+    ADDMM_LORA: lambda rank: None,
     "lora-qv": lambda rank: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"]),
     "lora-six": lambda rank: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=SIX),
     "adalora-six": lambda rank: AdaLoraConfig(
@@ -86,6 +89,30 @@ def whisper(size: str, device: str = "cpu", *, initialised: bool = True) -> Whis
         return WhisperForConditionalGeneration(config)
 
 
+class AddmmLora(nn.Module):
+    """LoRA on a frozen linear map as one would write it by hand: float32 factors, the update added by `addmm`."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.down = nn.Parameter(torch.randn(rank, linear.in_features, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.up = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.addmm(F.linear(rows, self.weight, self.bias), rows @ self.down.mT, self.up.mT, alpha=2.0)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _with_addmm_lora(model: nn.Module, rank: int) -> None:
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] in SIX:
+            model.set_submodule(name, AddmmLora(module, rank))  # type: ignore[arg-type]
+
+
 class Step:
     """One training step of `method`, by calling the object."""
 
@@ -100,6 +127,8 @@ class Step:
             model.requires_grad_(False)
             # The conv front end is frozen too, so the gradient is asked for where the first adapted weight needs it.
             model.model.encoder.conv2.register_forward_hook(lambda _module, _in, output: output.requires_grad_())
+        if method == ADDMM_LORA:
+            _with_addmm_lora(model, case.rank)
         if configuration is not None:
             model = get_peft_model(model, configuration)
         if isinstance(configuration, S2LoraConfig):

@@ -256,6 +256,29 @@ def test_builds_are_those_of_the_ranks_asked_for(monkeypatch):
     assert some == [R for R in every if R in (0, 16, 32)]
 
 
+def test_lora_by_hand_is_that_of_peft():
+    """The same model and the same factors: the same loss and the same gradients."""
+    case = StepCase("tiny", 2, "trim", audio_s=1.0, tokens=5, rank=4)
+    ours, theirs = (step.build_step(name, case, "cpu") for name in (step.ADDMM_LORA, "lora-six"))
+    pairs = {}
+    for name, module in theirs.model.named_modules():
+        if hasattr(module, "lora_A"):
+            twin = ours.model.get_submodule(name.removeprefix("base_model.model."))
+            nn.init.normal_(module.lora_B["default"].weight, std=0.1)
+            with torch.no_grad():
+                twin.down.copy_(module.lora_A["default"].weight)
+                twin.up.copy_(module.lora_B["default"].weight)
+            pairs[twin.down], pairs[twin.up] = module.lora_A["default"].weight, module.lora_B["default"].weight
+    assert len(pairs) == len(ours.trainable) == len(theirs.trainable)
+    theirs.features, theirs.labels = ours.features, ours.labels
+    losses = [one.loss() for one in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+    for loss in losses:
+        loss.backward()
+    for mine, wanted in pairs.items():
+        assert (mine.grad - wanted.grad).norm() <= 0.05 * wanted.grad.norm()
+
+
 def test_adapted_steps_train_and_the_frozen_one_does_not():
     for method in step.METHODS:
         call = step.build_step(method, StepCase("base", 2, "trim", audio_s=1.0, tokens=5, rank=4))
