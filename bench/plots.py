@@ -14,7 +14,8 @@ _CASE = tuple(Case.__dataclass_fields__)
 _COLOURS = {
     "frozen": "0.55", "full": "0.25", "addmm-lora": "tab:olive", "peft-lora": "tab:orange",
     "peft-lora-half": "tab:brown", "peft-adalora": "tab:pink", "peft-vera": "tab:purple", "lora-qv": "tab:olive",
-    "addmm-lora-six": "black", "lora-six": "tab:orange", "adalora-six": "tab:pink", "vera-six": "tab:purple", "s2-reference": "lightblue",
+    "addmm-lora-six": "black", "lora-six": "tab:orange",
+    "adalora-six": "tab:pink", "vera-six": "tab:purple", "s2-reference": "lightblue",
     "s2-compiled": "tab:cyan", "s2-auto": "tab:blue", "s2-merged": "tab:green", "s2-fused": "navy",
     "s2-split": "yellowgreen", "s2-augmented": "slateblue",
     "s2lora": "tab:blue", "s2lora-merged": "tab:green", "s2lora-fused": "navy", "s2lora-split": "yellowgreen",
