@@ -1,5 +1,6 @@
 """The operation as the paper writes it, in plain PyTorch."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,5 +15,7 @@ def s2_linear_reference(
     result has the dtype of x Wᵀ.
     """
     base = F.linear(x, weight, bias)
-    low_rank = F.linear(F.linear(x.to(down.dtype), down) * coefficients, up)
+    # Autocast takes x as it is; a cast to float32 would be taken back at once.
+    narrow = torch.is_autocast_enabled(x.device.type)
+    low_rank = F.linear(F.linear(x if narrow else x.to(down.dtype), down) * coefficients, up)
     return base + low_rank.to(base.dtype)
