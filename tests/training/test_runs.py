@@ -140,7 +140,8 @@ def test_accumulated_gradients_are_the_mean(options, tmp_path):
     assert norms[1] < 1.6 * norms[0]  # summed instead of averaged it would be about three times as large
 
 
-def test_killed_run_ends_as_an_uninterrupted_one(options, tiny_folder, speech, tmp_path):
+def test_killed_run_ends_as_an_uninterrupted_one(options, tiny_folder, speech, tmp_path, monkeypatch):
+    monkeypatch.setenv("S2LORA_BACKEND", "merged")  # the same in a process that has not these tests' fixtures
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(options(whole, epochs=8.0, save_steps=3), console=QUIET)
     command = [
