@@ -63,7 +63,7 @@ def main(
     if batch or window or (size and section and "step" in section):
         steps = plan.step_cases(size or ["base"], batch or [4], window or ["full"], rank or [8])
         chosen = replace(chosen, steps=steps, counted_steps=steps)
-    # Builds of every rank take ten minutes, so that they have to be asked for.
+    # Builds of every rank take several minutes more, so that they have to be asked for.
     static_ranks = rank or ([] if section and "static" in section else [8])
     methods = method or list(step.METHODS)
     run = Run(chosen, results, rounds or chosen.rounds, minutes, provider, methods, target, static_ranks)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fused_s2lora.kernels import aot
-from fused_s2lora.kernels.configs import rank_block
+from fused_s2lora.kernels.configs import rank_block, rank_tile
 
 TARGETS = ("80", "89", "90", "100")
 
@@ -50,9 +50,10 @@ def occupancy(target: str, registers: int, warps: int, shared_memory: int) -> tu
 def report(targets: Iterable[str] = TARGETS, ranks: Collection[int] = ()) -> Iterator[dict[str, Any]]:
     """A row for every build of every target, in order, as the builds end.
 
-    With `ranks`, only what adapters of these ranks use: kernels of their padded ranks, and those that know no rank.
+    With `ranks`, only what adapters of these ranks use: kernels of their padded ranks, or of the tiles these are taken
+    in, and those that know no rank.
     """
-    padded = {0, *map(rank_block, ranks)}
+    padded = {0, rank_block(1), *map(rank_block, ranks), *map(rank_tile, ranks)}
     jobs = [
         (target, index)
         for target in targets

@@ -1,5 +1,7 @@
 """Between the original model and the adapted one: ΔW scaled down after training."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
@@ -25,18 +27,15 @@ def interpolate(model: PeftModel, share: float) -> None:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} is not between 0 and 1")
-    scaled: dict[int, torch.Tensor] = {}
+    scaled: list[Any] = []
     for module in model.modules():
         if isinstance(module, S2LoraLinear):
-            found = [module.s2lora_coefficients[name] for name in module.names_at_work()]
+            scaled += [module.s2lora_coefficients[name] for name in module.names_at_work()]
         elif isinstance(module, AdaLoraLayer):
-            found = [module.lora_E[name] for name in module.active_adapters if name in module.lora_E]
+            scaled += [module.lora_E[name] for name in module.active_adapters if name in module.lora_E]
         elif isinstance(module, LoraLayer):
-            found = [module.lora_B[name].weight for name in module.active_adapters if name in module.lora_B]
-        else:
-            continue
-        scaled |= {id(tensor): tensor for tensor in found}
+            scaled += [module.lora_B[name].weight for name in module.active_adapters if name in module.lora_B]
     if not scaled:
         raise ValueError("the model has no active adapter of S2-LoRA, LoRA or AdaLoRA to be scaled")
-    for tensor in scaled.values():
+    for tensor in scaled:
         tensor.mul_(share)

@@ -1,7 +1,9 @@
 """An exact GELU, or a plain copy, that writes z = h Aᵀ of the linear map behind it along the way.
 
-h  = f(x)                               z  = h Aᵀ                     f = GELU: x Φ(x), or f(x) = x
-dx = dh ⊙ (Φ(x) + x φ(x)) of a GELU,    dh + ge A of a copy           ge: the gradient of z
+    h  = f(x)                               z  = h Aᵀ                     f = GELU: x Φ(x), or f(x) = x
+    dx = dh ⊙ (Φ(x) + x φ(x)) of a GELU,    dh + ge A of a copy
+
+ge is the gradient of z.
 """
 
 import itertools

@@ -254,6 +254,7 @@ def test_builds_are_those_of_the_ranks_asked_for(monkeypatch):
     assert len(every) == len(static.aot.variants("90"))
     some = [row["R"] for row in static.report(["90"], [1, 8, 24])]
     assert some == [R for R in every if R in (0, 16, 32)]
+    assert {64, 128} <= {row["R"] for row in static.report(["90"], [128])}  # 128 ranks are taken in tiles of 64
 
 
 def test_lora_by_hand_is_that_of_peft():
