@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import Case, Operands, make_operands
 from bench.counter import count
-from bench.measure import Staged, latencies, latency_fields
+from bench.measure import Staged, latencies, latency_fields, reason_of
 from bench.providers import Provided, gradients, providers, refuse_wrong
 from bench.roofline import Device
 
@@ -45,8 +45,7 @@ def measure(
             calls[name] = passes(provided, groups)
             counted[name] = _counts(calls[name]["both"], compiled=name == "s2-compiled")
         except Exception as error:  # a provider that cannot run here must not end the run, and is shown
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            rows.append(row(case, name, "refused", reason=reason))
+            rows.append(row(case, name, "refused", reason=reason_of(error)))
     for which in PASSES:
         times = latencies({name: passes[which] for name, passes in calls.items()}, rounds=rounds, seconds=seconds)
         floor_ms = device.floor_ms(case, which)

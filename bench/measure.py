@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -158,6 +159,8 @@ def _module_and_arguments() -> Iterable[str]:
 
 def _commit() -> str:
     root = Path(__file__).parent
+    if shutil.which("git") is None:
+        return "unknown"
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
     if head.returncode:
         return "unknown"
@@ -176,6 +179,11 @@ def record(file: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows:
             stream.write(json.dumps(row) + "\n")
     return rows
+
+
+def reason_of(error: Exception) -> str:
+    """The kind of error and its first line, for a row of what could not run."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def latency_fields(latency: Latency) -> dict[str, float]:

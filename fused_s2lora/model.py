@@ -81,7 +81,16 @@ class S2LoraModel(BaseTuner):
     # Gradients of the shared factors
 
     def _share_factors(self, module: nn.Module, inputs: Any) -> None:
-        """For the forward pass that begins: every trainable pair with one buffer for the gradients of all its uses."""
+        """For the forward pass that begins: every trainable pair with one buffer for the gradients of all its uses.
+
+        Raises:
+            RuntimeError: the model runs in `torch.nn.DataParallel`, whose copies would share the buffers and hooks.
+        """
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "S2-LoRA does not run in torch.nn.DataParallel: start one process for each GPU with torchrun or "
+                "accelerate launch, or show a single GPU with CUDA_VISIBLE_DEVICES"
+            )
         for pair in self.s2lora_factors.pairs():
             pair.in_use.clear()
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():

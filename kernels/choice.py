@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 
+from .device import multiplies_as_tf32
 from .strategy_record import REFERENCE, Record, Shape, StrategyFile, committed_table, record_from, section_of
 from .strategy_timing import THREAD, Candidate, time_candidates
 
@@ -42,13 +43,14 @@ _log = logging.getLogger(__name__)
 def default_strategy(shape: Shape, device: torch.device, names: Collection[str]) -> str:
     """The choice without timing, of those in `names`.
 
-    On a CUDA GPU `fused` for up to 1,024 rows, else `merged`. Elsewhere `reference` for up to 128 rows, and beyond by
-    memory traffic: `merged` reads W and writes it again once, in float32; `split` reads and writes y and dx.
-    Half-precision weights are not merged there.
+    On a CUDA GPU `fused` for up to 1,024 rows, else `merged`; float64 is always `merged`. Elsewhere `reference` for up
+    to 128 rows, and beyond by memory traffic: `merged` reads W and writes it again once, in float32; `split` reads and
+    writes y and dx. Half-precision weights are not merged there.
     """
     outputs, inputs, rows = shape.outputs, shape.inputs, shape.rows_bucket
     if device.type == "cuda":
-        order: tuple[str, ...] = ("fused", "merged") if rows <= MERGE_ROWS else ("merged",)
+        few = rows <= MERGE_ROWS and shape.dtype != torch.float64  # for which there is no Triton kernel
+        order: tuple[str, ...] = ("fused", "merged") if few else ("merged",)
     elif rows <= REFERENCE_ROWS:
         order = ()
     elif shape.weight_dtype.itemsize == 2 or rows * (inputs + outputs) < 2 * inputs * outputs:
@@ -179,8 +181,7 @@ def _allowed(what: str, value: str, candidates: Collection[str]) -> str:
 
 def _key(shape: Shape) -> str:
     """The shape and, as it decides which kernels run, whether PyTorch multiplies float32 as TF32."""
-    tf32 = shape.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return f"{shape.key} tf32" if tf32 else shape.key
+    return f"{shape.key} tf32" if multiplies_as_tf32(shape.dtype) else shape.key
 
 
 def _timing_is_safe() -> bool:

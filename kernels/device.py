@@ -49,9 +49,15 @@ def multiprocessors(x: Tensor) -> int:
     return _properties(x.get_device())["multiprocessor_count"] if x.is_cuda else _INTERPRETED_MULTIPROCESSORS
 
 
+def multiplies_as_tf32(dtype: torch.dtype) -> bool:
+    """Whether PyTorch may multiply matrices of `dtype` as TF32 on a GPU."""
+    # `allow_tf32` cannot be read once somebody, HF's Trainer for one, has set the newer `fp32_precision`.
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def precision(dtype: torch.dtype) -> str:
     """The `input_precision` of products: "tf32" where PyTorch's own may use it, else "ieee"."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if multiplies_as_tf32(dtype) else "ieee"
 
 
 @functools.cache

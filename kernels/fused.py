@@ -214,6 +214,8 @@ def _launch(
         return own_z if own_z.numel() == 0 else own_z.copy_(x @ down.to(x.dtype).mT)
     if z is None and want_z:
         z = own_z
+    coefficients = coefficients.contiguous()  # one scalar a weight arrives expanded
+    bias = None if bias is None else bias.contiguous()
     padded_rank = rank_block(rank)
     run = persistent_linear if _variant(variant, x, weight, y, padded_rank) == "persistent" else tile_linear
     run(

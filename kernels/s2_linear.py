@@ -26,7 +26,7 @@ BACKENDS = ("auto", *STRATEGIES, REFERENCE)
 
 
 _FIXED = 10  # arguments of `S2LinearFunction` before the weights
-_NO_SEED = torch.zeros(1, dtype=torch.int64)
+_NO_SEED = torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 class S2LinearFunction(torch.autograd.Function):
@@ -247,7 +247,7 @@ def _apply(
     """The operation by a strategy of `STRATEGIES`, for x [M, K] in the dtype of the products."""
     # Half-precision weights are rounded anew at every step, so that the mean is right; always alike for inference.
     drawn = strategy == "merged" and weights[0].dtype.itemsize == 2 and torch.is_grad_enabled()
-    seed = torch.randint(2**31, (1,)) if drawn else _NO_SEED
+    seed = torch.randint(2**31, (1,), device="cpu") if drawn else _NO_SEED
     return S2LinearFunction.apply(
         x, z, bias, down, up, strategy, seed, sink, shared, made_from, *weights, *coefficients
     )

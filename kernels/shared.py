@@ -19,21 +19,42 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class _PassWatch:
+    """Tells when another backward pass than the last is under way.
+
+    Sums that are then still there belong to a pass that never asked for them: it raised, or was told to make other
+    gradients alone.
+    """
+
+    def __init__(self) -> None:
+        self._last = -1
+
+    def is_another(self) -> bool:
+        """Whether the pass is not the one of the last call."""
+        last, self._last = self._last, torch._C._current_graph_task_id()
+        return last != self._last
+
+
 class FactorGradients:
     """The gradients of one pair, up B [N, r] and down A [r, K], in one backward pass: float32, zero until used."""
 
     def __init__(self, up: Tensor, down: Tensor) -> None:
         self._like = {"up": up, "down": down}
         self._sums: dict[str, Tensor] = {}
+        self._pass = _PassWatch()
 
     def buffer(self, name: str) -> Tensor:
         """The sum of `name` ("up" or "down") so far, to add to in place."""
+        if self._pass.is_another():
+            self._sums.clear()
         if name not in self._sums:
             self._sums[name] = torch.zeros_like(self._like[name], dtype=wide(self._like[name].dtype))
         return self._sums[name]
 
     def take(self, name: str, further: Tensor | None) -> Tensor | None:
         """The sum in the factor's dtype, with what autograd added up itself; the next pass begins at zero."""
+        if self._pass.is_another():
+            self._sums.clear()
         total = self._sums.pop(name, None)
         if total is None:
             return further
@@ -63,7 +84,10 @@ class SharedPair:
 
     def __init__(self, up: Tensor, down: Tensor) -> None:
         self.gradients = FactorGradients(up, down)
-        self.up, self.down = _GatherFunction.apply(up, down, self.gradients)
+        gathered_up, gathered_down = _GatherFunction.apply(up, down, self.gradients)
+        # Both outputs of a Function ask for gradients if one input does: a frozen factor stays what it is.
+        self.up = gathered_up if up.requires_grad else up
+        self.down = gathered_down if down.requires_grad else down
 
 
 class GradientSink:
@@ -94,9 +118,10 @@ class SharedInput:
 
     def __init__(self, rows: Tensor, down: Tensor, wants_dx: bool) -> None:
         self.rows, self.down, self.wants_dx = rows, down, wants_dx
-        self.dx: Tensor | None = None
         self._z: Tensor | None = None
+        self._dx: Tensor | None = None
         self._g: Tensor | None = None
+        self._pass = _PassWatch()
 
     @classmethod
     def of(cls, x: Tensor) -> "SharedInput | None":
@@ -114,15 +139,31 @@ class SharedInput:
     @property
     def g(self) -> Tensor:
         """Σ g ⊙ e so far, [M, r] in float32, to add to in place."""
+        self._forget_another_pass()
         if self._g is None:
             self._g = self.rows.new_zeros(len(self.rows), len(self.down), dtype=wide(self.rows.dtype))
         return self._g
 
+    @property
+    def dx(self) -> Tensor | None:
+        """The sum of dx so far, [M, K], to add to in place; None before the first."""
+        self._forget_another_pass()
+        return self._dx
+
+    @dx.setter
+    def dx(self, dx: Tensor | None) -> None:
+        self._dx = dx
+
     def take(self) -> tuple[Tensor | None, Tensor | None]:
         """The sums of dx and of g, which begin anew."""
-        dx, g = self.dx, self._g
-        self.dx = self._g = None
+        self._forget_another_pass()
+        dx, g = self._dx, self._g
+        self._dx = self._g = None
         return dx, g
+
+    def _forget_another_pass(self) -> None:
+        if self._pass.is_another():
+            self._dx = self._g = None
 
 
 _Z = "_s2lora_z"

@@ -405,3 +405,8 @@ def test_what_no_time_is_left_for_is_named(monkeypatch, tmp_path):
 
 def test_every_size_is_known_to_both_sections():
     assert {Case("qkv", size, 1).groups()[0].inputs for size in SIZES} == {row[0] for row in SIZES.values()}
+
+
+def test_results_need_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert measure.provenance()["commit"] == "unknown"

@@ -125,13 +125,14 @@ def write_json(file: Path, content: Any) -> None:
 def versions() -> dict[str, Any]:
     """Versions, commit of a source checkout, device and UTC time."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    head = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    commit = None
+    if shutil.which("git") is not None:
+        asked = ["git", "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        "commit": head.stdout.strip() or None,
+        "commit": commit,
         "device": device,
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -210,7 +210,7 @@ def _trained(model: WhisperForConditionalGeneration, run: RunFolder) -> nn.Modul
 
 def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqTrainingArguments:
     dtype = autocast_dtype(options.precision)
-    return Seq2SeqTrainingArguments(
+    arguments = Seq2SeqTrainingArguments(
         output_dir=str(run.checkpoints),
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.eval_batch_size,
@@ -242,6 +242,9 @@ def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqT
         data_seed=options.seed,
         report_to=["tensorboard"],
     )
+    # Several GPUs in one process would be nn.DataParallel; with torchrun each has a process of its own.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _train(

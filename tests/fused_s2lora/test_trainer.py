@@ -161,3 +161,11 @@ def test_paper_preset_trains_at_one_learning_rate(tiny_whisper):
     config = model.peft_config["default"]
     assert (config.sparsity_weight, config.norm_weight, config.r) == (0.05, 0.1, 8)
     assert S2LoraConfig.paper(norm_weight=0.0, r=4).norm_weight == 0.0
+
+
+def test_data_parallel_is_refused(tiny_whisper):
+    """Its copies of a model share hooks and buffers with the original."""
+    model = adapted(tiny_whisper)
+    model.get_base_model()._is_replica = True  # as `torch.nn.parallel.replicate` marks them
+    with pytest.raises(RuntimeError, match="torchrun"):
+        model(**batch())

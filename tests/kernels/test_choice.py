@@ -128,12 +128,13 @@ def test_tf32_is_timed_apart(make):
     timer = Timer()
     single = Shape(**{**SHAPE.__dict__, "dtype": torch.float32})
     make(timer).pick("auto", single, GPU, CANDIDATES)
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.fp32_precision
     try:
-        torch.backends.cuda.matmul.allow_tf32 = not before
+        # After this setting, which HF's Trainer makes too, `allow_tf32` can no longer be read.
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
         make(timer).pick("auto", single, GPU, CANDIDATES)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
     assert len(timer.asked) == 2
 
 
@@ -326,6 +327,8 @@ def test_default_rule():
     assert default_strategy(FEW_ROWS, GPU, NAMES) == "fused"
     assert default_strategy(FEW_ROWS, GPU, ("reference", "merged")) == "merged"
     assert default_strategy(FEW_ROWS, GPU, ("reference",)) == "reference"
+    double = Shape(**{**FEW_ROWS.__dict__, "dtype": torch.float64, "weight_dtype": torch.float64})
+    assert default_strategy(double, GPU, NAMES) == "merged"  # no Triton kernel has float64
 
 
 def test_a_gpu_that_is_not_here_is_not_timed(make):

@@ -185,6 +185,17 @@ def test_factors_of_any_strides_and_dtype(variant, factor_dtype):
     judge(spread, fused_linear(*spread, variant=variant))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_coefficients_and_bias_of_any_stride(variant):
+    """One scalar a weight comes as an expanded tensor, with nothing of ours behind it in memory."""
+    x, weight, bias, down, up, _ = Operands(65, 40, 48, 8, HALF).forward()
+    scalar = torch.full((9,), torch.nan, device=DEVICE)
+    scalar[0] = 0.5
+    spread = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)[:, 0]
+    operands = (x, weight, spread, down, up, scalar[:1].expand(8))
+    judge(operands, fused_linear(*operands, variant=variant))
+
+
 def test_tiles_take_any_strides():
     problem = Operands(65, 40, 48, 8, torch.float32)
     x, weight, bias, *factors = problem.forward()

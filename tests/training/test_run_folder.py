@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory, write_json
+from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory, versions, write_json
 from fused_s2lora.training.trainer import StepTimes
 
 
@@ -49,3 +49,8 @@ def test_the_time_of_a_step_is_the_middle_one(monkeypatch):
         times.on_step_end(None, None, None)
     assert times.durations_s == [3.0, 1.0, 1.5, 20.0, 1.0]
     assert times.median_s() == 1.5
+
+
+def test_versions_need_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert versions()["commit"] is None

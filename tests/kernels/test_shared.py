@@ -1,0 +1,130 @@
+"""Sums of gradients in shared buffers: whatever passes went before, a backward pass hands over its own."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fused_s2lora import s2_linear_reference
+from fused_s2lora.kernels import ops
+from fused_s2lora.kernels.s2_linear import s2_linear_group
+from fused_s2lora.kernels.shared import GradientSink, SharedPair, share_input
+
+NAMES = ("x", "down", "up", "e")
+
+
+class Problem:
+    """Two maps of one x with one pair, float64; gradients of `sum(y²)` by the reference."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"x": (20, 12), "down": (4, 12), "up": (16, 4), "e": (4,)}
+        self.trained = {
+            name: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+            for name, shape in shapes.items()
+        }
+        self.weights = torch.randn(2, 16, 12, generator=generator, dtype=torch.float64)
+        x, down, up, e = self.trained.values()
+        loss = sum(s2_linear_reference(x, weight, None, down, up, e).square().sum() for weight in self.weights)
+        self.exact = dict(zip(NAMES, torch.autograd.grad(loss, list(self.trained.values())), strict=True))
+
+    def loss(self, shared_input: bool) -> tuple[Tensor, Tensor]:
+        """The loss with a sink for the pair, and the first output."""
+        x, down, up, e = self.trained.values()
+        pair = SharedPair(up, down)
+        sink = GradientSink(pair.gradients, transposed=False)
+        if shared_input:
+            x = share_input(x, pair.down, sink)
+        ys = [
+            s2_linear_group(x, [weight], None, pair.down, pair.up, [e], sink=sink, backend="merged")[0]
+            for weight in self.weights
+        ]
+        return ys[0].square().sum() + ys[1].square().sum(), ys[0]
+
+    def check(self) -> None:
+        """Compares `.grad` of everything trained."""
+        for name, tensor in self.trained.items():
+            torch.testing.assert_close(tensor.grad, self.exact[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def ask_for_others(problem: Problem, loss: Tensor, y: Tensor) -> None:
+    torch.autograd.grad(loss, problem.trained["e"], retain_graph=True)
+
+
+def raise_midway(problem: Problem, loss: Tensor, y: Tensor) -> None:
+    def fail(gradient: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    handle = y.register_hook(fail)  # the other map's part of the pass may have run by then
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward(retain_graph=True)
+    handle.remove()
+
+
+@pytest.mark.parametrize("before", [ask_for_others, raise_midway])
+@pytest.mark.parametrize("shared_input", [False, True], ids=["its own input", "a shared input"])
+def test_a_pass_that_did_not_end_leaves_nothing(shared_input: bool, before: Callable):
+    problem = Problem()
+    loss, y = problem.loss(shared_input)
+    before(problem, loss, y)
+    for tensor in problem.trained.values():
+        tensor.grad = None
+    loss.backward()
+    problem.check()
+
+
+@pytest.mark.parametrize("frozen", ["down", "up"])
+def test_one_factor_frozen_under_checkpointing(frozen: str):
+    """The pair in use must ask for the gradients the pair itself asks for: its recomputation has the pair itself."""
+    problem = Problem()
+    problem.trained[frozen].requires_grad_(False)
+    x, down, up, e = problem.trained.values()
+    pair = SharedPair(up, down)
+    in_use: dict = {"down": pair.down, "up": pair.up, "sink": GradientSink(pair.gradients, transposed=False)}
+    assert (pair.down.requires_grad, pair.up.requires_grad) == (down.requires_grad, up.requires_grad)
+
+    def both(x: Tensor) -> Tensor:
+        factors = [in_use.get("down", down), in_use.get("up", up)]
+        ys = [
+            s2_linear_group(x, [w], None, *factors, [e], sink=in_use.get("sink"), backend="merged")[0]
+            for w in problem.weights
+        ]
+        in_use.clear()  # as at the end of a model's forward pass
+        return ys[0].square().sum() + ys[1].square().sum()
+
+    checkpoint(both, x, use_reentrant=False).backward()
+    del problem.trained[frozen]
+    problem.check()
+
+
+def test_kernels_run_on_the_gpu_of_their_operands(monkeypatch):
+    """Triton launches on the current GPU, which need not be theirs."""
+    current, seen = [0], []
+
+    class Elsewhere(torch.Tensor):
+        is_cuda = True
+
+        def get_device(self) -> int:
+            return 1
+
+    class On:
+        def __init__(self, tensor: Tensor) -> None:
+            self.index = tensor.get_device()
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_: object) -> None:
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device_of", On)
+    launch = ops._on_its_device(lambda first, scale: seen.append((current[0], scale)))
+    there = torch.zeros(2).as_subclass(Elsewhere)
+    launch(torch.zeros(2), scale=1)
+    launch(there, scale=2)
+    launch([there, there], 3)
+    assert seen == [(0, 1), (1, 2), (1, 3)]
+    assert current == [0]
