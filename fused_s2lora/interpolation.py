@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from .layer import S2LoraLinear
 
@@ -23,7 +24,8 @@ def interpolate(model: PeftModel, share: float) -> None:
         share: 1 leaves the adapter as it is, 0 is the original model.
 
     Raises:
-        ValueError: share is not between 0 and 1; or the model has no active adapter of these kinds.
+        ValueError: share is not between 0 and 1; the model has no active adapter of these kinds, or trains whole
+            modules beside it (`modules_to_save`), which are not scaled.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} is not between 0 and 1")
@@ -37,5 +39,7 @@ def interpolate(model: PeftModel, share: float) -> None:
             scaled += [module.lora_B[name].weight for name in module.active_adapters if name in module.lora_B]
     if not scaled:
         raise ValueError("the model has no active adapter of S2-LoRA, LoRA or AdaLoRA to be scaled")
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+        raise ValueError("modules_to_save and trained tokens cannot be interpolated; train without them")
     for tensor in scaled:
         tensor.mul_(share)

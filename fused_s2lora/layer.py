@@ -41,13 +41,14 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         self.s2lora_up, self.s2lora_down = pair.up, pair.down
         self._in_use = pair.in_use
         self.group: ProjectionGroup | None = None
-        self._frozen_ranks: dict[str, tuple[int, Tensor]] = {}
+        self._frozen_ranks: dict[str, tuple[Any, Tensor]] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: S2LoraConfig, inference_mode: bool = False) -> None:
         """Adds an adapter whose pair is already in the shared dictionaries; its coefficients start at zero."""
         self.configs[adapter_name] = config
+        self._frozen_ranks.pop(adapter_name, None)
         weight = self.base_linear.weight
         size = config.r if config.coefficient == "rank" else 1
         self.s2lora_coefficients[adapter_name] = nn.Parameter(
@@ -133,14 +134,18 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         return down[live], up[:, live], coefficients[live], None
 
     def ranks_alive_for_good(self, adapter_name: str) -> Tensor | None:
-        """Ranks with a coefficient that is not zero, where the coefficients do not change; None where they may."""
+        """Ranks with a coefficient that is not zero, where the coefficients are frozen; None where they are trained.
+
+        On a GPU they are looked up once; a write through `.data`, which PyTorch does not count, is not seen there.
+        """
         values = self.s2lora_coefficients[adapter_name]
-        if torch.compiler.is_compiling() or (values.requires_grad and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or values.requires_grad or values.is_inference():
             return None
-        version, live = self._frozen_ranks.get(adapter_name, (-1, values))
-        if version != values._version or live.device != values.device:
-            live = values.detach().expand(self.configs[adapter_name].r).nonzero().flatten()  # waits for a GPU, once
-            self._frozen_ranks[adapter_name] = values._version, live
+        key = (values._version, values.data_ptr())
+        known, live = self._frozen_ranks.get(adapter_name, (None, values))
+        if known != key or not values.is_cuda:
+            live = values.detach().expand(self.configs[adapter_name].r).nonzero().flatten()  # waits for a GPU
+            self._frozen_ranks[adapter_name] = key, live
         return live
 
     def _separate_paths(self, x: Tensor, names: list[str]) -> Tensor:

@@ -59,6 +59,11 @@ class S2LoraModel(BaseTuner):
                 f"target {current_key} is a {type(base).__name__}; S2-LoRA adapts nn.Linear only: "
                 "leave it out of target_modules or name it in exclude_modules"
             )
+        if not base.weight.is_floating_point():
+            raise ValueError(
+                f"target {current_key} is quantised ({base.weight.dtype}); S2-LoRA needs floating-point weights: load "
+                "the model without quantization_config, in bfloat16 if memory is short"
+            )
         place = place_of(current_key, base.out_features, base.in_features, peft_config)
         pair = self.s2lora_factors.pair(place, adapter_name, peft_config, base.weight)
         if isinstance(target, S2LoraLinear):

@@ -70,7 +70,10 @@ class ProjectionGroup:
         biases = [layer.base_linear.bias for layer in self.layers]
         if all(bias is None for bias in biases):
             return None
-        key = [(id(bias), bias._version, bias.device, bias.dtype) for bias in biases if bias is not None]
+        key = [
+            (id(bias), 0 if bias.is_inference() else bias._version, bias.device, bias.dtype)
+            for bias in biases if bias is not None
+        ]  # fmt: skip
         if self._bias[0] != key:
             like = next(bias for bias in biases if bias is not None)
             parts = [torch.zeros_like(like) if bias is None else bias.detach() for bias in biases]

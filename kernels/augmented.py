@@ -125,7 +125,7 @@ class AugmentedWeight:
 
 
 def _identity(weight: Tensor) -> tuple[torch.device, torch.dtype, int, int]:
-    return weight.device, weight.dtype, weight.untyped_storage()._cdata, weight._version
+    return weight.device, weight.dtype, weight.untyped_storage()._cdata, 0 if weight.is_inference() else weight._version
 
 
 def with_spare_columns(x: Tensor, down: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -21,6 +21,9 @@ Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first bad ut
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16: precision of the products.")]
 GroupBy = Annotated[list[str], typer.Option(help="Metadata column to break error rates down by, such as age. Repeat.")]
 Test = Annotated[list[str], typer.Option(help="Test set NAME=SOURCE@LANGUAGE, name and language optional. Repeat.")]
+Margin = Annotated[
+    int | None, typer.Option(help="Positions after the longest. [dim]default: the adapter's, else 64[/dim]")
+]
 EvalBatch = Annotated[int, typer.Option(help="Utterances decoded at once.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first so many utterances of each set, for a quick try.")]
 
@@ -161,11 +164,11 @@ def evaluate(
     output: Annotated[str, typer.Option(help="Folder for results.json and transcripts.")] = "runs/evaluation",
     model: Model = "packaged-base",
     adapter: Adapter = None,
-    language: Language = "en",
-    window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
-    margin: Annotated[
-        int | None, typer.Option(help="Positions after the longest. [dim]default: the adapter's[/dim]")
+    language: Annotated[
+        str | None, typer.Option(help="Language of sets without one. [dim]default: the adapter's, else en[/dim]")
     ] = None,
+    window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
+    margin: Margin = None,
     text_column: TextColumn = None,
     audio_column: AudioColumn = None,
     limit: Limit = None,
@@ -176,8 +179,10 @@ def evaluate(
 ) -> None:
     """Score a Whisper, with or without an adapter, on test sets."""
     from .evaluate import evaluate as run
+    from .models import remembered_speech
     from .train import named_sets
 
+    language = language or (remembered_speech(adapter).get("language") if adapter else None) or "en"
     tests = named_sets(test, language, text_column=text_column, audio_column=audio_column, limit=limit, strict=strict)
     run(
         tests,
@@ -201,6 +206,7 @@ def transcribe(
         str | None, typer.Option(help="Language. [dim]default: the adapter's, else detected[/dim]")
     ] = None,
     window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
+    margin: Margin = None,
     precision: Precision = "auto",
     eval_batch_size: EvalBatch = 8,
     strict: Strict = False,
@@ -215,6 +221,7 @@ def transcribe(
         adapter=adapter,
         language=language,
         window=window,
+        margin=margin,
         precision=precision,
         batch_size=eval_batch_size,
         strict=strict,
@@ -248,7 +255,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Folder of the demonstration.")] = "demo-run",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in --output and start anew.")] = False,
 ) -> None:
-    """Adapt Whisper-base to child-like speech in about ten minutes on two cores, and show what changed."""
+    """Adapt Whisper-base to child-like speech in five to ten minutes on two cores, and show what changed."""
     from .demo import demo as run
 
     run(data=data, test=test, output=output, fresh=fresh)

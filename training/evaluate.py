@@ -5,9 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .audio_window import AudioWindow
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
-from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device
+from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
 from .precision import autocast_dtype
 
 
@@ -36,10 +35,7 @@ def evaluate(
     for test in tests.values():
         check_language(whisper, test.language)
     trained = remembered_speech(adapter) if adapter else {}
-    chosen = AudioWindow(
-        window or trained.get("audio_window", "full"),
-        trained.get("audio_window_margin", 64) if margin is None else margin,
-    )
+    chosen = window_for(trained, window, margin)
     adapted = load_adapter(whisper, adapter) if adapter else whisper
     to_best_device(adapted)
     evaluation = evaluate_sets(

@@ -23,6 +23,7 @@ from .data import Speech
 from .errors import UserError
 from .features import LogMel
 from .metrics import ErrorRate, UtteranceErrors, score, summarize
+from .text import normalizer
 
 ALL = "all"
 MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding
@@ -50,6 +51,7 @@ class SetResult:
     words: list[UtteranceErrors]
     characters: list[UtteranceErrors]
     rates: dict[str, dict[str, ErrorRate]]  # group -> {"wer": ..., "cer": ...}
+    wordless: list[str]  # groups without a word to be counted, which have no rates
     skipped: int
     speech: Speech = field(repr=False)
 
@@ -67,8 +69,10 @@ class Evaluation:
             "label": self.label,
             "sets": {
                 result.name: {
+                    "source": result.speech.source,
                     "language": result.language,
                     "skipped": result.skipped,
+                    "groups_without_words": result.wordless,
                     "groups": {
                         group: {unit: asdict(rate) for unit, rate in rates.items()}
                         for group, rates in result.rates.items()
@@ -201,8 +205,12 @@ def evaluate_sets(
     and 18 or over.
 
     Raises:
-        UserError: a column of `group_by` is in none of the sets.
+        UserError: a column of `group_by` is in none of the sets, or a set has no word to be counted.
     """
+    for name, test in sets.items():
+        normalize = normalizer(test.language)
+        if not any(normalize(text) for text in test.speech.dataset["text"][:]):
+            raise UserError(f"test set {name} ({test.speech.source}): no transcript has a word left once normalised")
     for column in group_by:
         if not any(column in test.speech.dataset.column_names for test in sets.values()):
             known = sorted(
@@ -230,25 +238,35 @@ def evaluate_sets(
 
 
 def score_set(name: str, test: TestSet, hypotheses: list[str], group_by: Sequence[str] = ()) -> SetResult:
-    """Error rates of transcripts given in the set's order."""
+    """Error rates of transcripts given in the set's order, of every group with a word in its references."""
     references = test.speech.dataset["text"][:]
     words = score(references, hypotheses, language=test.language, unit="wer")
     characters = score(references, hypotheses, language=test.language, unit="cer")
-    rates = {}
+    rates, wordless = {}, []
     for group, members in _groups(test.speech, group_by).items():
         by_unit = {"wer": [words[i] for i in members], "cer": [characters[i] for i in members]}
-        rates[group] = {unit: summarize(utterances) for unit, utterances in by_unit.items()}
-    return SetResult(name, test.language, hypotheses, words, characters, rates, len(test.speech.skipped), test.speech)
+        if any(utterance.length for utterance in by_unit["wer"]):
+            rates[group] = {unit: summarize(utterances) for unit, utterances in by_unit.items()}
+        else:
+            wordless.append(group)
+    skipped = len(test.speech.skipped)
+    return SetResult(name, test.language, hypotheses, words, characters, rates, wordless, skipped, test.speech)
 
 
 def read_evaluation(
     folder: Path, label: str, sets: Mapping[str, TestSet], group_by: Sequence[str] = ()
 ) -> Evaluation | None:
-    """The evaluation `Evaluation.write` left in `folder`, scored again; None unless it has these sets' utterances."""
+    """The evaluation `Evaluation.write` left in `folder`, scored again.
+
+    None unless it has these sets, of the same sources, utterances and languages.
+    """
+    written = folder / "results.json"
+    found = json.loads(written.read_text(encoding="utf-8"))["sets"] if written.is_file() else {}
     results = []
     for name, test in sets.items():
         file = folder / f"{name}.tsv"
-        if not (folder / "results.json").is_file() or not file.is_file():
+        had = found.get(name, {})
+        if (had.get("source"), had.get("language")) != (test.speech.source, test.language) or not file.is_file():
             return None
         with file.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t"))

@@ -4,6 +4,7 @@ S2-LoRA and α-LoRA are this library's tuner, all else is PEFT's own, configured
 section 3), or for full fine-tuning and BitFit the model's own parameters.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +142,14 @@ def check(options: TrainOptions) -> None:
     method = METHODS[options.method]
     if method.config is not None:
         method.config(options, 100)
+    if options.exclude_modules is not None:
+        try:
+            re.compile(options.exclude_modules)
+        except re.error as error:
+            raise UserError(
+                f"--exclude-modules {options.exclude_modules!r} is no regular expression ({error}); "
+                "the whole name has to match, such as '.*decoder.*'"
+            ) from error
     if options.exclude_modules is not None and options.method != "s2lora":
         raise UserError(f"--exclude-modules goes with --method s2lora, not {options.method}; name --target-modules")
     if options.interpolation != 1 and not method.can_interpolate:

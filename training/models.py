@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -36,7 +37,13 @@ def load_base(
         if config.model_type != "whisper":
             raise UserError(f"{model}: a {config.model_type} model; give a Whisper, such as openai/whisper-small")
         processor = WhisperProcessor.from_pretrained(source)
-        return WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype), processor
+        whisper = WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        if not hasattr(whisper.generation_config, "is_multilingual"):
+            raise UserError(
+                f"{model}: its generation_config.json knows no languages and tasks, as in older fine-tunes; copy that "
+                "file from the Whisper it was trained from"
+            )
+        return whisper, processor
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -88,12 +95,20 @@ def remember_speech(adapter: Path, window: AudioWindow, language: str | None, ta
 
 
 def remembered_speech(adapter: str | Path) -> dict[str, Any]:
-    """What `remember_speech` wrote, for the keys that are there; nothing for an adapter of another tool or on the hub.
+    """What `remember_speech` wrote, for the keys that are there; nothing for an adapter of another tool.
+
+    Args:
+        adapter: a folder, or a hub id.
 
     Raises:
         UserError: adapter_config.json is not readable.
     """
     file = Path(adapter) / "adapter_config.json"
+    if not Path(adapter).is_dir():
+        try:
+            file = Path(hf_hub_download(str(adapter), file.name))
+        except (OSError, HFValidationError):
+            return {}  # `load_adapter` says what is wrong with it
     if not file.is_file():
         return {}
     try:
@@ -101,6 +116,15 @@ def remembered_speech(adapter: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as JSON ({error}); restore it or train again") from error
     return {key: config[key] for key in SPEECH_KEYS if key in config}
+
+
+def window_for(trained: dict[str, Any], mode: str | None, margin: int | None) -> AudioWindow:
+    """The window asked for; what is None is as the adapter was trained (`remembered_speech`), else the full window."""
+    chosen = AudioWindow()
+    return AudioWindow(
+        mode or trained.get("audio_window", chosen.mode),
+        trained.get("audio_window_margin", chosen.margin) if margin is None else margin,
+    )
 
 
 def check_language(model: WhisperForConditionalGeneration, language: str | None) -> str | None:

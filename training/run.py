@@ -48,11 +48,13 @@ class RunFolder:
         config = self.path / "config.json"
         wanted = asdict(options)
         try:
-            if fresh and config.is_file():
+            found = _run_options(config)
+            if fresh and found is not None:
                 shutil.rmtree(self.path)
+                found = None
             self.path.mkdir(parents=True, exist_ok=True)
-            if config.is_file():
-                _check_same(json.loads(config.read_text()), wanted, self.path)
+            if found is not None:
+                _check_same(found, wanted, self.path)
             elif any(not item.name.startswith(".") for item in self.path.iterdir()):
                 raise UserError(f"{self.path}: the folder holds other files; give an empty --output")
             write_json(config, wanted)
@@ -90,6 +92,17 @@ class RunFolder:
         """One line for each utterance that was left out, with the reason."""
         lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
         (self.path / "skipped.tsv").write_text("\n".join(lines) + "\n")
+
+
+def _run_options(config: Path) -> dict[str, Any] | None:
+    """The options of the run whose config.json this is; None where it is none, or a model's."""
+    if not config.is_file():
+        return None
+    try:
+        found = json.loads(config.read_text())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"data", "method"} <= found.keys() else None
 
 
 def changed_option(found: dict[str, Any], wanted: dict[str, Any], free: Iterable[str]) -> str | None:

@@ -48,14 +48,15 @@ def sentence_case(text: str) -> str:
 def normalizer(language: str | None) -> Callable[[str], str]:
     """Whisper's normaliser for the language: English with its spelling map, simplified characters for Chinese, basic.
 
-    For languages written without spaces, spaces are removed afterwards.
+    For languages written without spaces, spaces are removed afterwards. Combining marks are kept, unlike in Whisper's
+    own basic normaliser: they are the vowels of Hindi, Thai, Burmese and others.
     """
     if language == "en":
         return _english()
     if language in ("zh", "yue"):
         convert, basic = _to_simplified(), BasicTextNormalizer()
         return lambda text: basic(convert(text)).replace(" ", "")
-    basic = BasicTextNormalizer()
+    basic = BasicTextNormalizer(preserve_marks=True)
     if language in UNSPACED_LANGUAGES:
         return lambda text: basic(text).replace(" ", "")
     return basic

@@ -64,7 +64,10 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     language = check_language(model, options.language)
     processor.tokenizer.set_prefix_tokens(language=language, task=options.task if language else None)
     speech = drop_overlong(speech, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
-    _report_skipped(run, speech.skipped + [item for test in tests.values() for item in test.speech.skipped], console)
+    if dev is not None:
+        dev = drop_overlong(dev, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
+    everything = [speech, *([] if dev is None else [dev]), *(test.speech for test in tests.values())]
+    _report_skipped(run, [item for part in everything for item in part.skipped], console)
     to_best_device(model)
 
     evaluations = []
@@ -173,7 +176,10 @@ def named_sets(
     sets: dict[str, TestSet] = {}
     for specification in specifications:
         name, _, source = specification.rpartition("=")
-        source, _, own_language = source.partition("@")
+        path, at, own_language = source.rpartition("@")
+        if not at or "/" in own_language:  # a path with @ in it
+            path, own_language = source, ""
+        source = path
         name = name or Path(source).name
         if name in sets:
             raise UserError(f"two test sets are named {name!r}; name them with --test NAME=SOURCE")

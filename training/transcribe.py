@@ -8,11 +8,10 @@ from pathlib import Path
 from rich.progress import Progress
 
 from .audio import duration_s
-from .audio_window import AudioWindow
 from .data import MAX_AUDIO_S, Skipped
 from .errors import UserError
 from .evaluation import transcribe_speech
-from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device
+from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
 from .precision import autocast_dtype
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -34,6 +33,7 @@ def transcribe(
     language: str | None = None,
     task: str | None = None,
     window: str | None = None,
+    margin: int | None = None,
     precision: str = "auto",
     batch_size: int = 8,
     strict: bool = False,
@@ -41,8 +41,8 @@ def transcribe(
 ) -> tuple[list[Transcript], list[Skipped]]:
     """Transcribes audio files and all audio in folders, each file at most 30 s; returns transcripts and skipped files.
 
-    Language, task and window default to those the adapter was trained with; without an adapter the language is detected
-    and the window is full. `output` also writes a TSV of file and text.
+    Language, task, window and its margin default to those the adapter was trained with; without an adapter the language
+    is detected and the window is full. `output` also writes a TSV of file and text.
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `output` not writable.
@@ -52,6 +52,7 @@ def transcribe(
     whisper, processor = load_base(model)
     trained = remembered_speech(adapter) if adapter else {}
     code = check_language(whisper, language or trained.get("language"))
+    chosen = window_for(trained, window, margin)
     adapted = load_adapter(whisper, adapter) if adapter else whisper
     to_best_device(adapted)
     with Progress(transient=True) as bars:
@@ -60,7 +61,7 @@ def transcribe(
             adapted,
             processor,
             entries,
-            window=AudioWindow(window or trained.get("audio_window", "full"), trained.get("audio_window_margin", 64)),
+            window=chosen,
             language=code,
             task=task or trained.get("task", "transcribe"),
             batch_size=batch_size,
@@ -91,6 +92,8 @@ def _usable(files: Sequence[Path], strict: bool) -> tuple[list[dict], list[Skipp
         entry = {"path": str(file), "bytes": None}
         try:
             seconds = duration_s(entry)
+            if seconds == 0:
+                raise UserError(f"{file}: no audio in it; leave it out")
             if seconds > MAX_AUDIO_S:
                 raise UserError(f"{file}: {seconds:.1f} s of audio, Whisper takes {MAX_AUDIO_S:.0f} s; split it")
             entries.append(entry)

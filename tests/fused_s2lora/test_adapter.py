@@ -389,6 +389,13 @@ def test_any_model_with_linear_layers():
         get_peft_model(nn.Sequential(nn.Conv1d(2, 2, 1)), S2LoraConfig(target_modules=["0"]))
 
 
+def test_a_quantised_weight_is_refused():
+    linear = nn.Linear(4, 4)
+    linear.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)  # as in 4 bits
+    with pytest.raises(ValueError, match="target 0 is quantised"):
+        get_peft_model(nn.Sequential(linear), S2LoraConfig(target_modules=["0"]))
+
+
 def test_plain_layer_learns_and_merges():
     torch.manual_seed(0)
     linear = nn.Linear(12, 9)

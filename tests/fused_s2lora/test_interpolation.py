@@ -68,3 +68,9 @@ def test_other_adapters_are_refused(tiny_whisper):
     model = get_peft_model(tiny_whisper(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="no active adapter"):
         interpolate(model, 0.5)
+
+
+def test_whole_modules_trained_beside_the_adapter_are_refused(tiny_whisper):
+    model = get_peft_model(tiny_whisper(), S2LoraConfig(modules_to_save=["layer_norm"]))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        interpolate(model, 0.5)

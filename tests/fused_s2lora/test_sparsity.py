@@ -7,7 +7,7 @@ from torch import nn
 
 from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, s2_linear
 from fused_s2lora import layer as layer_module
-from tests.fused_s2lora.adapters import adapted, logits
+from tests.fused_s2lora.adapters import adapted, batch, logits
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_live_ranks_are_compacted_where_it_saves_a_block(ranks_seen, live, compu
     x = torch.randn(5, 24)
     expected = layer(x).detach()
     ranks_seen.clear()
-    with torch.no_grad():
-        y = layer(x)
+    frozen(layer)
+    y = layer(x)
     torch.testing.assert_close(y, expected)
     assert ranks_seen == [computed]
 
@@ -80,6 +80,7 @@ def test_factors_still_learn_behind_compacted_ranks():
 
 def test_a_coefficient_that_wakes_is_noticed(ranks_seen):
     _, layer = one_layer(r=8, live=0)
+    frozen(layer)
     x = torch.randn(5, 24)
     with torch.no_grad():
         before = layer(x)
@@ -95,6 +96,8 @@ def test_dead_weights_of_a_fused_attention(tiny_whisper):
         for name, layer in model.named_modules():
             if isinstance(layer, S2LoraLinear) and name.endswith(("q_proj", "k_proj")):
                 layer.s2lora_coefficients["default"].zero_()
+            if isinstance(layer, S2LoraLinear):
+                frozen(layer)
     expected = logits(model)
     fuse_whisper(model)
     torch.testing.assert_close(logits(model), expected)
@@ -115,3 +118,42 @@ def test_frozen_factors_keep_z_and_not_x(backend):
     assert (64, 4) in kept(down, up, coefficients)
     assert (64, 24) in kept(down.requires_grad_(), up, coefficients)
     assert {(64, 24), (64, 4)}.isdisjoint(kept(down.detach(), up, coefficients.detach()))
+
+
+def test_an_adapter_loaded_under_a_name_used_before_is_noticed(ranks_seen):
+    model, layer = one_layer(r=8, live=0)
+    frozen(layer)
+    x = torch.randn(5, 24)
+    layer(x)
+    model.add_adapter("other", S2LoraConfig(r=8, target_modules=["0"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", S2LoraConfig(r=8, target_modules=["0"]))
+    model.set_adapter("default")
+    with torch.no_grad():
+        layer.s2lora_coefficients["default"].data.fill_(0.3)
+    frozen(layer)
+    layer(x)
+    assert ranks_seen == [8]
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen, on a CPU"])
+def test_values_written_past_pytorch_s_count_are_noticed(ranks_seen, trained):
+    """As tools that average weights or shard them write: through `.data`."""
+    _, layer = one_layer(r=8, live=0)
+    if not trained:
+        frozen(layer)
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        before = layer(x)
+        layer.s2lora_coefficients["default"].data.fill_(0.3)
+        assert not torch.allclose(layer(x), before)
+    assert ranks_seen[-1] == 8
+
+
+def test_an_adapter_made_in_inference_mode_works(tiny_whisper):
+    expected = logits(adapted(tiny_whisper))
+    with torch.inference_mode():
+        model = adapted(tiny_whisper)
+        fuse_whisper(model)
+        torch.testing.assert_close(model(**batch()).logits, expected)

@@ -18,11 +18,13 @@ from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
 from fused_s2lora import S2LoraConfig
+from fused_s2lora.training import models
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
+from fused_s2lora.training.evaluation import read_evaluation
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_adapter, load_base, remembered_speech
 from fused_s2lora.training.options import TrainOptions
@@ -115,6 +117,46 @@ def test_finished_run_is_not_done_again(finished, options, speech, monkeypatch):
     monkeypatch.setattr(train_module, "evaluate_sets", lambda *args, **kwargs: pytest.fail("scored again"))
     evaluations = train(options(finished, test=[f"same={speech}"], group_by=["speaker"]), console=QUIET)
     assert list(evaluations[1].sets[0].rates) == ["all", "speaker s0", "speaker s1", "speaker s2"]
+
+
+def test_results_of_another_source_or_language_are_not_taken_over(finished, speech, tmp_path):
+    def kept(name: str) -> bool:
+        sets = named_sets([name], "en")
+        return read_evaluation(finished / "after", "after", sets, ()) is not None
+
+    other = write_folder(tmp_path / "noisy")  # the same file names
+    assert kept(f"same={speech}")
+    assert not kept(f"same={other}")
+    assert not kept(f"same={speech}@de")
+    assert not kept(f"another={speech}")
+
+
+def test_a_group_without_words_does_not_lose_the_evaluation(tmp_path, tiny_folder, short_decoding):
+    folder = write_folder(tmp_path / "speech", ("WE CALL IT BEAR", "UM HMM", "THE SUN IS UP"))
+    console = Console(record=True, width=200)
+    (result,) = evaluate(
+        named_sets([f"t={folder}"], "en"), tmp_path / "out", model=str(tiny_folder), precision="fp32",
+        group_by=["speaker"], console=console,
+    ).sets  # fmt: skip
+    assert list(result.rates) == ["all", "speaker s0", "speaker s2"]
+    assert result.wordless == ["speaker s1"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["sets"]["t"]["groups_without_words"] == ["speaker s1"]
+    nothing = write_folder(tmp_path / "nothing", ("UM", "HMM"))
+    with pytest.raises(UserError, match="no transcript has a word left"):
+        evaluate(named_sets([f"t={nothing}"], "en"), tmp_path / "no", model=str(tiny_folder), console=QUIET)
+
+
+def test_overlong_development_transcripts_are_skipped(options, tmp_path):
+    dev = write_folder(tmp_path / "dev", ("GO HOME NOW", "AGAIN AND " * 300))
+    train(options(tmp_path / "run", dev=str(dev), max_steps=2), console=QUIET)
+    assert "Whisper takes 448; split it" in (tmp_path / "run" / "skipped.tsv").read_text()
+
+
+def test_test_sets_in_a_path_with_an_at_sign(tmp_path):
+    folder = write_folder(tmp_path / "me@home" / "speech", TEXTS[:2])
+    sets = named_sets([f"a={folder}", f"b={folder}@de"], "en")
+    assert [test.language for test in sets.values()] == ["en", "de"]
 
 
 def test_losses_fall_and_every_method_trains(options, tmp_path):
@@ -264,6 +306,7 @@ def test_command_line_from_end_to_end(tiny_folder, speech, tmp_path, monkeypatch
     adapter = ["--adapter", str(run / "adapter")]
     for command in (
         ["evaluate", *common, *adapter, "--test", f"t={speech}", "--output", str(tmp_path / "e"), "--group-by", "age"],
+        ["transcribe", *common, *adapter, "--margin", "8", str(speech / "u0.flac")],
         ["transcribe", *common, *adapter, str(speech / "u0.flac")],
         ["merge", "--model", str(tiny_folder), str(run / "adapter"), str(tmp_path / "m")],
     ):
@@ -271,6 +314,22 @@ def test_command_line_from_end_to_end(tiny_folder, speech, tmp_path, monkeypatch
         assert result.exit_code == 0, command
     assert "decode it with" in result.output
     assert WhisperForConditionalGeneration.from_pretrained(tmp_path / "m").generation_config.language == "en"
+
+
+def test_an_adapter_says_its_language(finished, tiny_folder, speech, tmp_path, short_decoding, monkeypatch):
+    """From a folder, and from the hub, whose download stands here for it."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished / "adapter", adapter)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"language": "sw"}))
+    arguments = ["--model", str(tiny_folder), "--precision", "fp32", "--test", f"t={speech}"]
+    for given, expected in (([], "sw"), (["--language", "de"], "de")):
+        command = ["evaluate", *arguments, *given, "--adapter", str(adapter), "--output", str(tmp_path / expected)]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+        written = json.loads((tmp_path / expected / "results.json").read_text())
+        assert written["sets"]["t"]["language"] == expected
+    monkeypatch.setattr(models, "hf_hub_download", lambda repository, name: str(adapter / name))
+    assert remembered_speech("user/adapter")["language"] == "sw"
 
 
 def s2lora(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -316,6 +375,7 @@ def test_every_option_has_help(command):
         ({"lr": 0.0}, "--lr is 0.0"),
         ({"interpolation": 1.5}, "--interpolation is 1.5; give a share above 0, at most 1"),
         ({"method": "bitfit", "interpolation": 0.5}, "--interpolation goes with --method s2lora, .*, not bitfit"),
+        ({"exclude_modules": "*decoder*"}, r"--exclude-modules '\*decoder\*' is no regular expression"),
         ({"method": "lora", "exclude_modules": "x"}, "--exclude-modules goes with --method s2lora, not lora"),
         ({"method": "magic"}, "--method 'magic' is not one of s2lora, lora"),
         ({"preset": "best"}, "--preset 'best'"),
@@ -347,6 +407,10 @@ def test_bad_models(tiny_folder, tmp_path):
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="damaged: not to be had as a Whisper model"):
         load_base(str(tmp_path / "damaged"))
+    shutil.copytree(tiny_folder, tmp_path / "old")
+    (tmp_path / "old" / "generation_config.json").unlink()
+    with pytest.raises(UserError, match=r"its generation_config\.json knows no languages"):
+        load_base(str(tmp_path / "old"))
 
 
 def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
@@ -381,6 +445,12 @@ def test_run_folder_of_other_options_or_files(options, finished, speech, tmp_pat
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
         train(options(tmp_path), console=QUIET)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "whisper"}')
+    with pytest.raises(UserError, match="holds other files"):
+        train(options(model), fresh=True, console=QUIET)
+    assert (model / "config.json").is_file()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the run there"):
         train(options(tmp_path / "file"), console=QUIET)
@@ -389,10 +459,11 @@ def test_run_folder_of_other_options_or_files(options, finished, speech, tmp_pat
 def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
     soundfile.write(tmp_path / "good.wav", tone(0.4), 16_000)
     soundfile.write(tmp_path / "long.wav", tone(31.0, 8000), 8000)
+    soundfile.write(tmp_path / "nothing.wav", tone(0.0), 16_000)
     (tmp_path / "bad.mp3").write_bytes(b"no audio")
     transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en")
     assert [transcript.file.name for transcript in transcripts] == ["good.wav"]
-    assert sorted(Path(item.utterance).name for item in skipped) == ["bad.mp3", "long.wav"]
+    assert sorted(Path(item.utterance).name for item in skipped) == ["bad.mp3", "long.wav", "nothing.wav"]
     with pytest.raises(UserError, match=r"bad\.mp3: not readable as audio"):
         transcribe([tmp_path], model=str(tiny_folder), strict=True)
     with pytest.raises(UserError, match="none of the 1 audio files is usable"):

@@ -42,6 +42,13 @@ def test_normalizers():
     assert normalizer(None)("Hallo, Welt!").split() == ["hallo", "welt"]
 
 
+def test_vowel_signs_are_part_of_a_word():
+    hindi = normalizer("hi")
+    assert hindi("वह लड़की है।").split() != hindi("वह लड़का है।").split()  # a girl is no boy
+    assert len(hindi("हिन्दी").split()) == 1
+    assert normalizer("th")("ไม่ได้") != normalizer("th")("ไมได")
+
+
 def test_languages():
     assert language_code("English") == language_code("en") == "en"
     assert language_code("mandarin") == "zh"
