@@ -1,6 +1,6 @@
 # make demo | test | test-slow | lint | bench | clean. Needs Python >= 3.11 with venv, pip and make; all else goes into .venv.
 #   PYTHON=python3.12      the Python that .venv is made with
-#   DATA=FOLDER TEST=FOLDER   make demo with your own recordings
+#   DATA=FOLDER TEST=FOLDER   make demo with your own recordings, into demo-run/own
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	$(BIN)/s2lora demo $(if $(DATA),--data "$(DATA)") $(if $(TEST),--test "$(TEST)")
+	$(BIN)/s2lora demo $(if $(DATA),--data "$(DATA)" --output demo-run/own) $(if $(TEST),--test "$(TEST)")
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.demo
-	$(BIN)/python -m bench.step
+	$(BIN)/python -m bench.run
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -94,7 +94,7 @@ def train(
     spec_augment: Annotated[bool, typer.Option("--spec-augment", help="Mask time and mel bands at random.")] = False,
     early_stopping: Annotated[int, typer.Option(help="Stop after so many checks without gain; 0: never.")] = 0,
     window: Annotated[
-        str, typer.Option(help="full: 30 s always. trim: the batch's longest utterance, about 4 × faster on 3 s ones.")
+        str, typer.Option(help="full: 30 s always. trim: the batch's longest utterance, several times faster on short ones.")
     ] = "full",
     margin: Annotated[int, typer.Option(help="Positions of 20 ms after the longest utterance, for trim.")] = 64,
     full_share: Annotated[float, typer.Option(help="Share of batches with the full window, for trim.")] = 0.0,
