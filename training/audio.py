@@ -32,15 +32,27 @@ def read_audio(entry: dict[str, Any]) -> np.ndarray:
 
 
 def duration_s(entry: dict[str, Any]) -> float:
-    """Length in seconds, from the header alone.
+    """Length in seconds, from the header, after a look at the end of a FLAC (0.3 ms), the one format whose header still
+    promises samples that a cut-off file cannot be read without.
 
     Raises:
-        UserError: as `read_audio`.
+        UserError: as `read_audio`, or a FLAC that is cut off.
     """
     try:
-        return soundfile.info(_source(entry)).duration
+        with soundfile.SoundFile(_source(entry)) as file:
+            if file.format == "FLAC" and file.frames > 0 and not _has_last_sample(file):
+                raise UserError(f"{entry.get('path') or 'audio in the data set'}: its audio is cut off before the end")
+            return file.frames / file.samplerate
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(unreadable(entry, error)) from error
+
+
+def _has_last_sample(file: soundfile.SoundFile) -> bool:
+    try:
+        file.seek(file.frames - 1)
+        return len(file.read(1)) == 1
+    except soundfile.LibsndfileError:
+        return False
 
 
 def unreadable(entry: dict[str, Any], error: Exception) -> str:

@@ -20,7 +20,10 @@ AudioColumn = Annotated[str | None, typer.Option(help="Column with audio. [dim]d
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first bad utterance instead of skipping it.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16: precision of the products.")]
 GroupBy = Annotated[list[str], typer.Option(help="Metadata column to break error rates down by, such as age. Repeat.")]
-Test = Annotated[list[str], typer.Option(help="Test set NAME=SOURCE@LANGUAGE, name and language optional. Repeat.")]
+Test = Annotated[
+    list[str],
+    typer.Option(help="Test set NAME=SOURCE@LANGUAGE, name and language optional. Hub id: split test. Repeat."),
+]
 Margin = Annotated[
     int | None, typer.Option(help="Positions after the longest. [dim]default: the adapter's, else 64[/dim]")
 ]
@@ -36,12 +39,18 @@ def _s2lora() -> None:
 @app.command()
 def train(
     data: Annotated[
-        list[str], typer.Option(help="Training speech: audiofolder, .csv/.tsv/.jsonl manifest, or hub id. Repeat.")
+        list[str],
+        typer.Option(
+            help="Training speech: audiofolder, .csv/.tsv/.jsonl manifest, or hub id ORG/SET, ORG/SET:SPLIT or "
+            "ORG/SET:CONFIG:SPLIT. Repeat."
+        ),
     ],
     output: Annotated[str, typer.Option(help="Folder of this run.")] = "runs/s2lora",
     model: Model = "packaged-base",
     test: Test = [],  # noqa: B006
-    dev: Annotated[str | None, typer.Option(help="Development speech, to keep the best checkpoint.")] = None,
+    dev: Annotated[
+        str | None, typer.Option(help="Development speech, to keep the best checkpoint. Hub id: split validation.")
+    ] = None,
     dev_share: Annotated[float, typer.Option(help="Or this share of the training data, whole speakers.")] = 0.0,
     language: Language = "en",
     task: Task = "transcribe",
@@ -94,7 +103,8 @@ def train(
     spec_augment: Annotated[bool, typer.Option("--spec-augment", help="Mask time and mel bands at random.")] = False,
     early_stopping: Annotated[int, typer.Option(help="Stop after so many checks without gain; 0: never.")] = 0,
     window: Annotated[
-        str, typer.Option(help="full: 30 s always. trim: the batch's longest utterance, several times faster on short ones.")
+        str,
+        typer.Option(help="full: 30 s always. trim: the batch's longest utterance, several times faster if short."),
     ] = "full",
     margin: Annotated[int, typer.Option(help="Positions of 20 ms after the longest utterance, for trim.")] = 64,
     full_share: Annotated[float, typer.Option(help="Share of batches with the full window, for trim.")] = 0.0,
@@ -160,7 +170,7 @@ def report(
 
 @app.command()
 def evaluate(
-    test: Annotated[list[str], typer.Option(help="Test set NAME=SOURCE@LANGUAGE, name and language optional. Repeat.")],
+    test: Test,
     output: Annotated[str, typer.Option(help="Folder for results.json and transcripts.")] = "runs/evaluation",
     model: Model = "packaged-base",
     adapter: Adapter = None,

@@ -16,7 +16,15 @@ from .text import is_unpunctuated_capitals, sentence_case
 MAX_AUDIO_S = 30.0
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
 _AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_filepath", "file")
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+_FORMATS: dict[str, dict[str, Any]] = {".csv": {}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+_OWN_FEATURES = {
+    "utterance": datasets.Value("string"),
+    "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")},
+    "text": datasets.Value("string"),
+    "duration_s": datasets.Value("float64"),
+}
+_EXCESS = "fields beyond the columns"  # under this key a row says what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,9 @@ class Skipped:
 
 @dataclass
 class Speech:
-    """Checked speech. Columns of `dataset`: audio (path or bytes, undecoded), text (as published), target (what a model
-    is trained to write), duration_s, utterance, and every further column of the source."""
+    """Checked speech. Columns of `dataset`: utterance (the audio's path as the source gives it), audio (path or bytes,
+    undecoded), text (as published), target (what a model is trained to write), duration_s, and every further column of
+    the source not named like one of these, as text, None where a row lacks it."""
 
     dataset: datasets.Dataset
     source: str
@@ -43,7 +52,7 @@ class Speech:
 def load_speech(
     source: str | Path,
     *,
-    split: str | None = None,
+    split: str = "train",
     text_column: str | None = None,
     audio_column: str | None = None,
     limit: int | None = None,
@@ -54,8 +63,9 @@ def load_speech(
     """Speech from an `audiofolder` (metadata.csv or .jsonl), a .csv/.tsv/.jsonl manifest, or a hub data set id.
 
     Args:
-        source: folder, file or hub id. Relative audio paths are relative to the manifest.
-        split: for a hub data set, default "train".
+        source: folder, file or hub id (ORG/SET, ORG/SET:SPLIT or ORG/SET:CONFIG:SPLIT). Relative audio paths are
+            relative to the manifest. A .tsv is read without quoting.
+        split: of a hub id that names none.
         text_column, audio_column: default the first of the usual names that is there.
         limit: only the first so many utterances.
         keep_case: leave transcripts in capitals without punctuation as they are, instead of sentence case.
@@ -63,13 +73,14 @@ def load_speech(
         progress: show a bar while files are checked.
 
     Raises:
-        UserError: no such source, no transcripts, an unknown column, nothing usable, or a bad utterance with `strict`.
+        UserError: no such source or split, no transcripts, an unknown column, nothing usable, or a bad utterance with
+            `strict`.
     """
     source = str(source)
     path = Path(source)
     if path.is_dir():
         rows = _read_table(_metadata_file(path))
-    elif path.suffix in (*_DELIMITERS, ".jsonl", ".json") and (path.is_file() or path.parent.is_dir()):
+    elif path.suffix in (*_FORMATS, ".jsonl", ".json") and (path.is_file() or path.parent.is_dir()):
         rows = _read_table(path)
     elif path.exists():
         raise UserError(f"{source}: not a folder with metadata.csv, nor a .csv, .tsv or .jsonl manifest")
@@ -77,26 +88,29 @@ def load_speech(
         rows = _read_hub(source, split, audio_column)
     if not rows:
         raise UserError(f"{source}: the data set is empty; it needs at least one utterance with its transcript")
-    text_column = _column(rows[0], text_column, _TEXT_COLUMNS, "transcripts", "text_column", source)
-    audio_column = _column(rows[0], audio_column, _AUDIO_COLUMNS, "audio", "audio_column", source)
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != _EXCESS))
+    text_column = _column(columns, text_column, _TEXT_COLUMNS, "transcripts", "text_column", source)
+    audio_column = _column(columns, audio_column, _AUDIO_COLUMNS, "audio", "audio_column", source)
+    further = [name for name in columns if name not in (text_column, audio_column, "target", *_OWN_FEATURES)]
     rows = rows[:limit]
     kept: list[dict[str, Any]] = []
     skipped: list[Skipped] = []
     base = path if path.is_dir() else path.parent
-    for row in track(
-        rows, description=f"checking {path.name}", disable=not progress or len(rows) < 200, transient=True
+    for index, row in enumerate(
+        track(rows, description=f"checking {path.name}", disable=not progress or len(rows) < 200, transient=True)
     ):
-        entry = _audio_entry(row.pop(audio_column), base)
-        utterance = Path(entry["path"] or f"{len(kept) + len(skipped)}").name
-        text = row.pop(text_column)
+        entry = _audio_entry(row.get(audio_column), base)
+        utterance = _utterance(row.get(audio_column), base) or str(index)
         try:
-            duration = _checked_duration(entry, text)
+            text = _checked_text(utterance, row, text_column)
+            duration = _checked_duration(utterance, entry)
         except UserError as error:
             if strict:
                 raise
             skipped.append(Skipped(utterance, str(error)))
             continue
-        kept.append({"utterance": utterance, "audio": entry, "text": text.strip(), "duration_s": duration, **row})
+        own = {"utterance": utterance, "audio": entry, "text": text, "duration_s": duration}
+        kept.append(own | {name: None if row.get(name) is None else str(row[name]) for name in further})
     if not kept:
         raise UserError(
             f"{source}: none of its {len(rows)} utterances is usable; the first problem: {skipped[0].reason}"
@@ -104,7 +118,20 @@ def load_speech(
     recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
     for row in kept:
         row["target"] = sentence_case(row["text"]) if recase else row["text"]
-    return Speech(datasets.Dataset.from_list(kept), source, skipped)
+    strings = {name: datasets.Value("string") for name in (*further, "target")}
+    return Speech(datasets.Dataset.from_list(kept, datasets.Features(_OWN_FEATURES | strings)), source, skipped)
+
+
+def speakers(speech: Speech) -> tuple[str, list[str]]:
+    """What belongs together when a part is held out, "speaker" or "utterance", and its name for each utterance.
+
+    Speakers are in a column speaker, speaker_id or client_id; an utterance of unknown speaker counts for itself.
+    """
+    utterances = speech.dataset["utterance"][:]
+    columns = [speech.dataset[name][:] for name in _SPEAKER_COLUMNS if name in speech.dataset.column_names]
+    if not columns:
+        return "utterance", utterances
+    return "speaker", [next(filter(None, row)) for row in zip(*columns, utterances, strict=True)]
 
 
 def drop_overlong(speech: Speech, tokenizer: Any, max_tokens: int, strict: bool = False) -> Speech:
@@ -140,21 +167,32 @@ def _metadata_file(folder: Path) -> Path:
 def _read_table(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            if file.suffix in _DELIMITERS:
-                return list(csv.DictReader(stream, delimiter=_DELIMITERS[file.suffix]))
-            return [json.loads(line) for line in stream if line.strip()]
+            if file.suffix in _FORMATS:
+                reader = csv.DictReader(stream, restkey=_EXCESS, **_FORMATS[file.suffix])
+                remedy = "quote the transcript" if file.suffix == ".csv" else "take the tab out of the transcript"
+                excess = "line {} has more fields than columns: " + remedy
+                return [row | {_EXCESS: excess.format(reader.line_num)} if _EXCESS in row else row for row in reader]
+            rows = [json.loads(line) for line in stream if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such manifest") from error
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise UserError(f"{file}: not readable as a table ({error})") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file}: not readable as a table (each line has to be a JSON object)")
+    return rows
 
 
-def _read_hub(source: str, split: str | None, audio_column: str | None) -> list[dict[str, Any]]:
+def _read_hub(source: str, split: str, audio_column: str | None) -> list[dict[str, Any]]:
+    name, *further = source.split(":", 2)
+    split = further.pop() if further else split
     try:
-        dataset = datasets.load_dataset(source, split=split or "train")
-    except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, no such split
+        splits = datasets.load_dataset(name, *further)  # it prepares all of them whichever is asked for
+    except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, no such configuration
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source}: no such folder or file, and not to be had from the hub ({reason})") from error
+    if split not in splits:
+        raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}; name one as {name}:SPLIT")
+    dataset = splits[split]
     column = audio_column or next((name for name in _AUDIO_COLUMNS if name in dataset.column_names), None)
     if column in dataset.column_names and isinstance(dataset.features[column], datasets.Audio):
         dataset = dataset.cast_column(column, datasets.Audio(decode=False))
@@ -162,16 +200,16 @@ def _read_hub(source: str, split: str | None, audio_column: str | None) -> list[
 
 
 def _column(
-    row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], what: str, argument: str, source: str
+    columns: list[str], wanted: str | None, usual: tuple[str, ...], what: str, argument: str, source: str
 ) -> str:
     if wanted is not None:
-        if wanted not in row:
-            raise UserError(f"{source}: no column {wanted!r} ({argument}); it has {', '.join(row)}")
+        if wanted not in columns:
+            raise UserError(f"{source}: no column {wanted!r} ({argument}); it has {', '.join(columns)}")
         return wanted
-    found = next((name for name in usual if name in row), None)
+    found = next((name for name in usual if name in columns), None)
     if found is None:
         raise UserError(
-            f"{source}: no column with {what}; it has {', '.join(row)}; name it with --{argument.replace('_', '-')}"
+            f"{source}: no column with {what}; it has {', '.join(columns)}; name it with --{argument.replace('_', '-')}"
         )
     return found
 
@@ -179,16 +217,38 @@ def _column(
 def _audio_entry(value: Any, base: Path) -> dict[str, Any]:
     if isinstance(value, dict):
         return {"path": value.get("path"), "bytes": value.get("bytes")}
-    return {"path": str(base / (value or "")), "bytes": None}
+    return {"path": str(base / str(value)) if value else None, "bytes": None}
 
 
-def _checked_duration(entry: dict[str, Any], text: Any) -> float:
-    name = Path(entry["path"] or "utterance").name
+def _utterance(value: Any, base: Path) -> str | None:
+    """The audio's path with forward slashes, as the table gives it, an absolute one below `base` relative to it."""
+    given = value.get("path") if isinstance(value, dict) else value
+    if not given:
+        return None
+    path = Path(str(given))
+    if path.is_absolute() and path.is_relative_to(base.absolute()):
+        path = path.relative_to(base.absolute())
+    return path.as_posix()
+
+
+def _checked_text(utterance: str, row: dict[str, Any], column: str) -> str:
+    if _EXCESS in row:
+        raise UserError(f"{utterance}: {row[_EXCESS]}")
+    text = row.get(column)
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{name}: its transcript is empty")
+        raise UserError(f"{utterance}: its transcript is empty")
+    text = text.strip()
+    if any(character in text for character in "\n\r\t"):
+        raise UserError(f"{utterance}: its transcript has a line break or a tab in it; is a quotation mark left open?")
+    return text
+
+
+def _checked_duration(utterance: str, entry: dict[str, Any]) -> float:
+    if entry["path"] is None and entry["bytes"] is None:
+        raise UserError(f"{utterance}: no audio is given for it")
     duration = duration_s(entry)
     if duration == 0:
-        raise UserError(f"{name}: the audio is empty")
+        raise UserError(f"{utterance}: the audio is empty")
     if duration > MAX_AUDIO_S:
-        raise UserError(f"{name}: {duration:.1f} s of audio, Whisper takes {MAX_AUDIO_S:.0f} s; split it")
+        raise UserError(f"{utterance}: {duration:.1f} s of audio, Whisper takes {MAX_AUDIO_S:.0f} s; split it")
     return duration

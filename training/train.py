@@ -25,7 +25,7 @@ from fused_s2lora import S2LoraCallback, interpolate
 
 from .audio_window import AudioWindow
 from .collate import SpeechCollator
-from .data import Skipped, Speech, drop_overlong, load_speech
+from .data import Skipped, Speech, drop_overlong, load_speech, speakers
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, results_table
 from .methods import adapt, learning_rate
@@ -123,7 +123,7 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
     if options.utterances is not None:
         speech = _drawn(speech, options.utterances, options.seed)
     if options.dev is not None:
-        return speech, load_speech(options.dev, **reading)
+        return speech, load_speech(options.dev, split="validation", **reading)
     if options.dev_share == 0:
         return speech, None
     return _hold_out(speech, options.dev_share, options.seed)
@@ -132,8 +132,7 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
 def _joined(sources: Sequence[Speech]) -> Speech:
     if len(sources) == 1:
         return sources[0]
-    shared = [name for name in sources[0].dataset.column_names if all(name in s.dataset.column_names for s in sources)]
-    dataset = datasets.concatenate_datasets([source.dataset.select_columns(shared) for source in sources])
+    dataset = datasets.concatenate_datasets([source.dataset for source in sources])
     skipped = [item for source in sources for item in source.skipped]
     return Speech(dataset, " + ".join(source.source for source in sources), skipped)
 
@@ -146,8 +145,7 @@ def _drawn(speech: Speech, utterances: int, seed: int) -> Speech:
 
 
 def _hold_out(speech: Speech, share: float, seed: int) -> tuple[Speech, Speech]:
-    unit = "speaker" if "speaker" in speech.dataset.column_names else "utterance"
-    values = speech.dataset[unit][:]
+    unit, values = speakers(speech)
     names = sorted(set(values))
     np.random.default_rng(seed).shuffle(names)
     held = set(names[: round(share * len(names))])
@@ -177,13 +175,15 @@ def named_sets(
     for specification in specifications:
         name, _, source = specification.rpartition("=")
         path, at, own_language = source.rpartition("@")
-        if not at or "/" in own_language:  # a path with @ in it
+        if not at or "/" in own_language or Path(source).exists():  # a path with @ in it
             path, own_language = source, ""
         source = path
         name = name or Path(source).name
         if name in sets:
             raise UserError(f"two test sets are named {name!r}; name them with --test NAME=SOURCE")
-        speech = load_speech(source, text_column=text_column, audio_column=audio_column, limit=limit, strict=strict)
+        speech = load_speech(
+            source, split="test", text_column=text_column, audio_column=audio_column, limit=limit, strict=strict
+        )
         sets[name] = TestSet(speech, language_code(own_language or language))
     return sets
 

@@ -1,6 +1,5 @@
 """Audio files to text."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +107,8 @@ def _usable(files: Sequence[Path], strict: bool) -> tuple[list[dict], list[Skipp
 
 def _write(file: Path, transcripts: Sequence[Transcript]) -> None:
     try:
-        with file.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, delimiter="\t")
-            writer.writerow(["file", "text"])
-            writer.writerows([transcript.file, transcript.text] for transcript in transcripts)
+        # Not quoted, as `load_speech` reads a .tsv.
+        lines = ["file\ttext", *(f"{one.file}\t{' '.join(one.text.split())}" for one in transcripts)]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror}); give another --output") from error

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from fused_s2lora.training.audio import read_audio
-from fused_s2lora.training.data import Speech, drop_overlong, load_speech
+from fused_s2lora.training.data import Speech, drop_overlong, load_speech, speakers
 from fused_s2lora.training.errors import UserError
 from tests.training.speech import TEXTS, tone, write_folder
 
@@ -55,18 +55,160 @@ def test_manifests(tmp_path, kind):
     )
 
 
+def write_lines(folder, name, *lines):
+    """A manifest of two recordings, one.wav and two.wav."""
+    folder.mkdir(exist_ok=True)
+    for recording in ("one.wav", "two.wav"):
+        soundfile.write(folder / recording, tone(0.5), 16_000)
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / name
+
+
+def test_columns_of_our_names_do_not_replace_ours(tmp_path):
+    row = {
+        "path": "one.wav",
+        "sentence": "Right.",
+        "duration_s": "x",
+        "target": "wrong",
+        "utterance": "?",
+        "audio": "-",
+    }
+    manifest = write_lines(tmp_path, "list.jsonl", *(json.dumps(row | {"text": text}) for text in ("wrong", None)))
+    speech = load_speech(manifest, text_column="sentence", audio_column="path")
+    for row in speech.dataset:
+        assert (row["text"], row["target"], row["utterance"], row["duration_s"]) == ("Right.", "Right.", "one.wav", 0.5)
+        assert row["audio"]["path"] == str(tmp_path / "one.wav")
+    assert sorted(speech.dataset.column_names) == ["audio", "duration_s", "target", "text", "utterance"]
+    assert not speech.skipped
+
+
+def test_utterances_in_folders_of_speakers_differ(tmp_path):
+    manifest = write_lines(tmp_path, "list.csv", "path,text", "a/sx1.wav,A", "./b/sx1.wav,B", f"{tmp_path}/one.wav,C")
+    for speaker in "ab":
+        (tmp_path / speaker).mkdir()
+        soundfile.write(tmp_path / speaker / "sx1.wav", tone(0.5), 16_000)
+    assert load_speech(manifest).dataset["utterance"][:] == ["a/sx1.wav", "b/sx1.wav", "one.wav"]
+    (tmp_path / "b" / "sx1.wav").write_bytes(b"no audio")
+    assert [item.utterance for item in load_speech(manifest).skipped] == ["b/sx1.wav"]
+
+
+def test_malformed_tables(tmp_path):
+    manifest = write_lines(
+        tmp_path,
+        "list.csv",
+        "path,text",
+        "one.wav,Yes, please.",
+        'two.wav,"Yes, please."',
+        'one.wav,"and',
+        'two.wav,so"',
+    )
+    speech = load_speech(manifest)
+    assert speech.dataset["text"][:] == ["Yes, please."]
+    assert [item.reason for item in speech.skipped] == [
+        "one.wav: line 2 has more fields than columns: quote the transcript",
+        "one.wav: its transcript has a line break or a tab in it; is a quotation mark left open?",
+    ]
+    with pytest.raises(UserError, match=r"one\.wav: line 2 has more fields than columns: quote the transcript"):
+        load_speech(manifest, strict=True)
+    lines = ("path\ttext", 'one.wav\t"No," she said', 'two.wav\t"Open', "one.wav\ttab\there")
+    speech = load_speech(write_lines(tmp_path, "list.tsv", *lines))
+    assert speech.dataset["text"][:] == ['"No," she said', '"Open']
+    assert speech.skipped[0].reason == (
+        "one.wav: line 4 has more fields than columns: take the tab out of the transcript"
+    )
+    rows = [{"path": "one.wav", "text": text} for text in ("a\tb", "a\nb", " fine\n")]
+    speech = load_speech(write_lines(tmp_path, "list.jsonl", *map(json.dumps, rows)))
+    assert speech.dataset["text"][:] == ["fine"]
+
+
+def test_lines_of_different_keys_and_types(tmp_path):
+    rows = [
+        {"path": "one.wav", "age": 7},
+        {"path": "one.wav", "text": "A.", "age": 7},
+        {"path": "two.wav", "text": "B.", "age": "eight", "gender": None},
+        {"text": "C.", "age": 7.5},
+    ]
+    speech = load_speech(write_lines(tmp_path, "list.jsonl", *map(json.dumps, rows)))
+    assert speech.dataset["age"][:] == ["7", "eight"]
+    assert speech.dataset["gender"][:] == [None, None]
+    assert [item.reason for item in speech.skipped] == [
+        "one.wav: its transcript is empty",
+        "3: no audio is given for it",
+    ]
+    with pytest.raises(UserError, match="each line has to be a JSON object"):
+        load_speech(write_lines(tmp_path, "list.jsonl", "[1, 2]"))
+
+
+def test_sources_of_different_columns_can_be_joined(tmp_path, monkeypatch):
+    table = load_speech(write_lines(tmp_path, "list.csv", "path,text,age", "one.wav,A.,7")).dataset
+    content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": None}
+    hub = datasets.Dataset.from_list([{"audio": content, "text": "B.", "age": 8, "gender": "f"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=hub))
+    joined = datasets.concatenate_datasets([table, load_speech("someone/speech").dataset])
+    assert joined["age"][:] == ["7", "8"]
+    assert joined["gender"][:] == [None, "f"]
+    assert [len(read_audio(entry)) for entry in joined["audio"][:]] == [8000, 8000]
+
+
+@pytest.mark.parametrize("column", ["speaker", "speaker_id", "client_id"])
+def test_speakers_are_known_by_several_columns(tmp_path, column):
+    lines = (f"path,text,{column}", "one.wav,A.,s1", "two.wav,B.,", "one.wav,C.,s1")
+    speech = load_speech(write_lines(tmp_path, "list.csv", *lines))
+    assert speakers(speech) == ("speaker", ["s1", "two.wav", "s1"])
+    speech.dataset = speech.dataset.remove_columns(column)
+    assert speakers(speech) == ("utterance", ["one.wav", "two.wav", "one.wav"])
+
+
+def test_cut_off_audio_is_found_before_it_is_decoded(tmp_path):
+    folder = write_folder(tmp_path, seconds=3.0)
+    whole = (folder / "u1.flac").read_bytes()
+    for share in (0.3, 0.6, 0.99):
+        (folder / "u1.flac").write_bytes(whole[: round(share * len(whole))])
+        (skipped,) = load_speech(folder).skipped
+        assert skipped.reason == f"{folder}/u1.flac: its audio is cut off before the end"
+    with pytest.raises(UserError, match=r"u1\.flac: not readable as audio"):
+        read_audio({"path": str(folder / "u1.flac"), "bytes": None})
+
+
 def test_hub_path_reads_a_saved_data_set(tmp_path):
     """`datasets.load_dataset` is the hub's path; a folder of parquet files named like an id takes the same one."""
     soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
     content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": "one.wav"}
-    rows = datasets.Dataset.from_list([{"audio": content, "text": "Hello."}])
     (tmp_path / "set").mkdir()
-    rows.to_parquet(str(tmp_path / "set" / "train.parquet"))
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_list([{"audio": content, "text": f"For {split}."}])
+        rows.to_parquet(str(tmp_path / "set" / f"{split}.parquet"))
     from fused_s2lora.training.data import _read_hub
 
-    read = _read_hub(str(tmp_path / "set"), None, None)
-    assert read[0]["text"] == "Hello."
+    read = _read_hub(str(tmp_path / "set"), "train", None)
+    assert read[0]["text"] == "For train."
     assert len(read_audio(read[0]["audio"])) == 8000
+    assert _read_hub(f"{tmp_path}/set:test", "train", None)[0]["text"] == "For test."
+    assert _read_hub(f"{tmp_path}/set:default:test", "train", None)[0]["text"] == "For test."
+    with pytest.raises(UserError, match=r"set: no split 'validation'; it has train, test; name one as .*/set:SPLIT$"):
+        _read_hub(str(tmp_path / "set"), "validation", None)
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "split"),
+    [
+        ("org/ds", ("org/ds",), "validation"),
+        ("org/ds:test", ("org/ds",), "test"),
+        ("org/ds:sw_ke:train", ("org/ds", "sw_ke"), "train"),
+    ],
+)
+def test_splits_and_configurations_of_the_hub(tmp_path, monkeypatch, source, names, split):
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    asked = []
+
+    def load_dataset(*given):
+        asked.append(given)
+        rows = {name: [{"path": str(tmp_path / "one.wav"), "text": name}] for name in ("train", "validation", "test")}
+        return datasets.DatasetDict({name: datasets.Dataset.from_list(row) for name, row in rows.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_speech(source, split="validation").dataset["text"][:] == [split]
+    assert asked == [names]
 
 
 def test_bad_utterances_are_skipped_and_counted_or_stop(tmp_path):
