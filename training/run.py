@@ -1,6 +1,7 @@
 """A run's folder: what was asked, with what versions, what came of it, and where to go on after a kill."""
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -157,6 +158,8 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # or what an earlier run of this process freed would count
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
