@@ -251,6 +251,7 @@ REPRODUCTION = Path(__file__).parents[2] / "docs" / "reproduction"
 def test_what_git_keeps_of_a_comparison_is_enough(compared, tmp_path, monkeypatch):
     """A clone shows every table, figure and page, and runs nothing again."""
     kept, clone = tmp_path / "kept", tmp_path / "clone"
+    write_report(compared / "out")  # as `s2lora compare` does
     shutil.copytree(compared / "out", kept / "whisper-base")
     shutil.copy(REPRODUCTION / ".gitignore", kept)
     subprocess.run(["git", "init", "--quiet", kept], check=True)
