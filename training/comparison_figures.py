@@ -117,7 +117,8 @@ def _panels(
     lines = [line for line in lines if line.cells[0]["results"]]
     if len(lines) < 2 or not columns:
         return None
-    figure, grid = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3.2), squeeze=False)
+    height = max(3.2, 0.16 * len({series_of(line) for line in lines}))  # of a panel, and of the names beside them
+    figure, grid = plt.subplots(1, len(columns), figsize=(4 * len(columns), height), squeeze=False)
     for axes, column in zip(grid[0], columns, strict=True):
         series: dict[str, list[tuple[float, list[float]]]] = {}
         for line in lines:
