@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory
+from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory, source_commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -158,16 +157,13 @@ def _module_and_arguments() -> Iterable[str]:
 
 
 def _commit() -> str:
-    root = Path(__file__).parent
-    if shutil.which("git") is None:
-        return "unknown"
-    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
-    if head.returncode:
+    head = source_commit()
+    if head is None:
         return "unknown"
     # Results themselves, written as a run goes, are no change of what is measured.
     status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":!results"]
-    changed = subprocess.run(status, cwd=root, capture_output=True, text=True)
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    changed = subprocess.run(status, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return head + ("+changes" if changed.stdout.strip() else "")
 
 
 def record(file: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

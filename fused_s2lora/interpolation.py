@@ -31,6 +31,8 @@ def interpolate(model: PeftModel, share: float) -> None:
         raise ValueError(f"share={share} is not between 0 and 1")
     scaled: list[Any] = []
     for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError("modules_to_save and trained tokens cannot be interpolated; train without them")
         if isinstance(module, S2LoraLinear):
             scaled += [module.s2lora_coefficients[name] for name in module.names_at_work()]
         elif isinstance(module, AdaLoraLayer):
@@ -39,7 +41,5 @@ def interpolate(model: PeftModel, share: float) -> None:
             scaled += [module.lora_B[name].weight for name in module.active_adapters if name in module.lora_B]
     if not scaled:
         raise ValueError("the model has no active adapter of S2-LoRA, LoRA or AdaLoRA to be scaled")
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
-        raise ValueError("modules_to_save and trained tokens cannot be interpolated; train without them")
     for tensor in scaled:
         tensor.mul_(share)

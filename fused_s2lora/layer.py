@@ -143,8 +143,10 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             return None
         key = (values._version, values.data_ptr())
         known, live = self._frozen_ranks.get(adapter_name, (None, values))
-        if known != key or not values.is_cuda:
-            live = values.detach().expand(self.configs[adapter_name].r).nonzero().flatten()  # waits for a GPU
+        if known == key:
+            return live
+        live = values.detach().expand(self.configs[adapter_name].r).nonzero().flatten()
+        if values.is_cuda:  # which the line above waited for
             self._frozen_ranks[adapter_name] = key, live
         return live
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels.s2_linear import s2_linear_group
-from .kernels.shared import known_z
+from .kernels.shared import known_z, write_count
 
 if TYPE_CHECKING:
     from .layer import S2LoraLinear
@@ -70,10 +70,7 @@ class ProjectionGroup:
         biases = [layer.base_linear.bias for layer in self.layers]
         if all(bias is None for bias in biases):
             return None
-        key = [
-            (id(bias), 0 if bias.is_inference() else bias._version, bias.device, bias.dtype)
-            for bias in biases if bias is not None
-        ]  # fmt: skip
+        key = [(id(bias), write_count(bias), bias.device, bias.dtype) for bias in biases if bias is not None]
         if self._bias[0] != key:
             like = next(bias for bias in biases if bias is not None)
             parts = [torch.zeros_like(like) if bias is None else bias.detach() for bias in biases]

@@ -20,6 +20,7 @@ from .activation import activation_project, add_low_rank_
 from .configs import SPARE_BLOCK_N, rank_block
 from .ops import kernel_op
 from .producers import split_spare
+from .shared import write_count
 from .variants import Variant
 
 
@@ -125,7 +126,7 @@ class AugmentedWeight:
 
 
 def _identity(weight: Tensor) -> tuple[torch.device, torch.dtype, int, int]:
-    return weight.device, weight.dtype, weight.untyped_storage()._cdata, 0 if weight.is_inference() else weight._version
+    return weight.device, weight.dtype, weight.untyped_storage()._cdata, write_count(weight)
 
 
 def with_spare_columns(x: Tensor, down: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

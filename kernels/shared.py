@@ -19,20 +19,28 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class _PassWatch:
-    """Tells when another backward pass than the last is under way.
+def write_count(tensor: Tensor) -> int:
+    """How often the tensor was written to, as far as PyTorch counts: not for tensors made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
-    Sums that are then still there belong to a pass that never asked for them: it raised, or was told to make other
-    gradients alone.
+
+class _PassSums:
+    """Sums of one backward pass, by name.
+
+    What is still there when another pass begins belongs to one that never asked for it: it raised, or was told to make
+    other gradients alone.
     """
 
     def __init__(self) -> None:
-        self._last = -1
+        self._sums: dict[str, Tensor] = {}
+        self._pass = -1
 
-    def is_another(self) -> bool:
-        """Whether the pass is not the one of the last call."""
-        last, self._last = self._last, torch._C._current_graph_task_id()
-        return last != self._last
+    def so_far(self) -> dict[str, Tensor]:
+        """The sums of the pass under way; empty where it is another than at the last call."""
+        last, self._pass = self._pass, torch._C._current_graph_task_id()
+        if last != self._pass:
+            self._sums.clear()
+        return self._sums
 
 
 class FactorGradients:
@@ -40,22 +48,18 @@ class FactorGradients:
 
     def __init__(self, up: Tensor, down: Tensor) -> None:
         self._like = {"up": up, "down": down}
-        self._sums: dict[str, Tensor] = {}
-        self._pass = _PassWatch()
+        self._sums = _PassSums()
 
     def buffer(self, name: str) -> Tensor:
         """The sum of `name` ("up" or "down") so far, to add to in place."""
-        if self._pass.is_another():
-            self._sums.clear()
-        if name not in self._sums:
-            self._sums[name] = torch.zeros_like(self._like[name], dtype=wide(self._like[name].dtype))
-        return self._sums[name]
+        sums = self._sums.so_far()
+        if name not in sums:
+            sums[name] = torch.zeros_like(self._like[name], dtype=wide(self._like[name].dtype))
+        return sums[name]
 
     def take(self, name: str, further: Tensor | None) -> Tensor | None:
         """The sum in the factor's dtype, with what autograd added up itself; the next pass begins at zero."""
-        if self._pass.is_another():
-            self._sums.clear()
-        total = self._sums.pop(name, None)
+        total = self._sums.so_far().pop(name, None)
         if total is None:
             return further
         total = total.to(self._like[name].dtype)
@@ -119,9 +123,7 @@ class SharedInput:
     def __init__(self, rows: Tensor, down: Tensor, wants_dx: bool) -> None:
         self.rows, self.down, self.wants_dx = rows, down, wants_dx
         self._z: Tensor | None = None
-        self._dx: Tensor | None = None
-        self._g: Tensor | None = None
-        self._pass = _PassWatch()
+        self._sums = _PassSums()
 
     @classmethod
     def of(cls, x: Tensor) -> "SharedInput | None":
@@ -139,31 +141,24 @@ class SharedInput:
     @property
     def g(self) -> Tensor:
         """Σ g ⊙ e so far, [M, r] in float32, to add to in place."""
-        self._forget_another_pass()
-        if self._g is None:
-            self._g = self.rows.new_zeros(len(self.rows), len(self.down), dtype=wide(self.rows.dtype))
-        return self._g
+        sums = self._sums.so_far()
+        if "g" not in sums:
+            sums["g"] = self.rows.new_zeros(len(self.rows), len(self.down), dtype=wide(self.rows.dtype))
+        return sums["g"]
 
     @property
     def dx(self) -> Tensor | None:
         """The sum of dx so far, [M, K], to add to in place; None before the first."""
-        self._forget_another_pass()
-        return self._dx
+        return self._sums.so_far().get("dx")
 
     @dx.setter
-    def dx(self, dx: Tensor | None) -> None:
-        self._dx = dx
+    def dx(self, dx: Tensor) -> None:
+        self._sums.so_far()["dx"] = dx
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
         """The sums of dx and of g, which begin anew."""
-        self._forget_another_pass()
-        dx, g = self._dx, self._g
-        self._dx = self._g = None
-        return dx, g
-
-    def _forget_another_pass(self) -> None:
-        if self._pass.is_another():
-            self._dx = self._g = None
+        sums = self._sums.so_far()
+        return sums.pop("dx", None), sums.pop("g", None)
 
 
 _Z = "_s2lora_z"

@@ -103,7 +103,7 @@ def load_speech(
         utterance = _utterance(row.get(audio_column), base) or str(index)
         try:
             text = _checked_text(utterance, row, text_column)
-            duration = _checked_duration(utterance, entry)
+            duration = checked_duration(utterance, entry)
         except UserError as error:
             if strict:
                 raise
@@ -243,7 +243,12 @@ def _checked_text(utterance: str, row: dict[str, Any], column: str) -> str:
     return text
 
 
-def _checked_duration(utterance: str, entry: dict[str, Any]) -> float:
+def checked_duration(utterance: str, entry: dict[str, Any]) -> float:
+    """Length in seconds of an audio entry ("path" or "bytes") that Whisper can take whole.
+
+    Raises:
+        UserError: no audio, unreadable, empty, or more than 30 s, said of `utterance`.
+    """
     if entry["path"] is None and entry["bytes"] is None:
         raise UserError(f"{utterance}: no audio is given for it")
     duration = duration_s(entry)

@@ -143,6 +143,8 @@ def check(options: TrainOptions) -> None:
     if method.config is not None:
         method.config(options, 100)
     if options.exclude_modules is not None:
+        if options.method != "s2lora":
+            raise UserError(f"--exclude-modules goes with --method s2lora, not {options.method}; name --target-modules")
         try:
             re.compile(options.exclude_modules)
         except re.error as error:
@@ -150,8 +152,6 @@ def check(options: TrainOptions) -> None:
                 f"--exclude-modules {options.exclude_modules!r} is no regular expression ({error}); "
                 "the whole name has to match, such as '.*decoder.*'"
             ) from error
-    if options.exclude_modules is not None and options.method != "s2lora":
-        raise UserError(f"--exclude-modules goes with --method s2lora, not {options.method}; name --target-modules")
     if options.interpolation != 1 and not method.can_interpolate:
         able = ", ".join(name for name, one in METHODS.items() if one.can_interpolate)
         raise UserError(f"--interpolation goes with --method {able}, not {options.method}")

@@ -136,17 +136,21 @@ def write_json(file: Path, content: Any) -> None:
     unfinished.replace(file)
 
 
+def source_commit() -> str | None:
+    """The commit of this source checkout, 12 digits; None where it is none, or git is not installed."""
+    if shutil.which("git") is None:
+        return None
+    asked = ["git", "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+
+
 def versions() -> dict[str, Any]:
     """Versions, commit of a source checkout, device and UTC time."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    commit = None
-    if shutil.which("git") is not None:
-        asked = ["git", "rev-parse", "--short=12", "HEAD"]
-        commit = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        "commit": commit,
+        "commit": source_commit(),
         "device": device,
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from .audio import duration_s
-from .data import MAX_AUDIO_S, Skipped
+from .data import Skipped, checked_duration
 from .errors import UserError
 from .evaluation import transcribe_speech
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
@@ -90,11 +89,7 @@ def _usable(files: Sequence[Path], strict: bool) -> tuple[list[dict], list[Skipp
     for file in files:
         entry = {"path": str(file), "bytes": None}
         try:
-            seconds = duration_s(entry)
-            if seconds == 0:
-                raise UserError(f"{file}: no audio in it; leave it out")
-            if seconds > MAX_AUDIO_S:
-                raise UserError(f"{file}: {seconds:.1f} s of audio, Whisper takes {MAX_AUDIO_S:.0f} s; split it")
+            checked_duration(str(file), entry)
             entries.append(entry)
         except UserError as error:
             if strict:

@@ -74,7 +74,7 @@ def test_a_fault_in_a_group_shows(tiny_whisper):
     model = in_float64(tiny_whisper)
     fuse_whisper(model)
     with (
-        mock.patch.object(shared_module.SharedInput, "take", lambda self: (None, self._g)),
+        mock.patch.object(shared_module.SharedInput, "take", lambda self: (None, self.g)),
         pytest.raises(AssertionError),
     ):
         assert_same(step(model), oracle)
