@@ -19,7 +19,7 @@ from bench.counter import Count, count
 from bench.layer import passes, row
 from bench.providers import providers
 from bench.roofline import DATA_SHEETS
-from bench.step import METHODS, Step, StepCase, step_row
+from bench.step import METHODS, Step, StepCase, on_a_gpu, step_row
 from fused_s2lora.kernels import device as kernels_device
 from fused_s2lora.kernels import s2_linear
 from fused_s2lora.kernels.strategies import STRATEGIES
@@ -50,7 +50,7 @@ def count_step(case: StepCase, methods: Iterable[str] = METHODS) -> list[dict[st
     `state_mib` is what AdamW keeps, by its definition: two float32 numbers for each trainable one.
     """
     rows = []
-    for method in methods:
+    for method in on_a_gpu(methods):
         step = Step(method, case, "cpu", initialised=False)
         trainable = sum(parameter.numel() for parameter in step.trainable)
         state = {"trainable": trainable, "state_mib": round(2 * 4 * trainable / 2**20, 2)}

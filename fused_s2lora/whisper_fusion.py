@@ -3,21 +3,28 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.whisper.modeling_whisper import (
     WhisperAttention,
     WhisperDecoder,
     WhisperDecoderLayer,
     WhisperEncoderLayer,
+    WhisperPreTrainedModel,
 )
 
+from .kernels import device
+from .kernels.attention import attention
 from .kernels.shared import share_input
 from .layer import S2LoraLinear
 from .projecting import ProjectingGelu, ProjectingLayerNorm, let_norm_be, let_norm_project
 from .projection_group import ProjectionGroup
 
 _HANDLE = "_s2lora_fusion_handle"
+_ATTENTION = "sdpa_in_blocks"  # the name under which transformers knows `_attention_forward`
 
 
 def fuse_whisper(model: nn.Module) -> int:
@@ -25,9 +32,10 @@ def fuse_whisper(model: nn.Module) -> int:
 
     q, k and v of a self-attention become one operation: one z, one pass over x for dA. Cross-attention's k and v are
     one operation in each decoder layer, and all decoder layers read the encoder's output as one shared input: cast
-    once, one z, one dA, dx added up in place. On a GPU, LayerNorms and GELU write z of what reads them. Parameters,
-    their names and what is saved stay as they are; generate(), gradient checkpointing and disabling, merging or
-    switching adapters work as before. `unfuse_whisper` undoes it.
+    once, one z, one dA, dx added up in place. On a GPU, LayerNorms and GELU write z of what reads them; on a CPU,
+    attention in bfloat16 is computed in blocks where the model's attention is PyTorch's ("sdpa"). Parameters, their
+    names and what is saved stay as they are; generate(), gradient checkpointing and disabling, merging or switching
+    adapters work as before. `unfuse_whisper` undoes it.
 
     Args:
         model: a `WhisperForConditionalGeneration` with an S2-LoRA adapter, or the `PeftModel` around it.
@@ -47,9 +55,9 @@ def fuse_whisper(model: nn.Module) -> int:
     decoders: list[Any] = [module for module in model.modules() if isinstance(module, WhisperDecoder)]
     cross_attentions = [layer.encoder_attn for decoder in decoders for layer in decoder.layers]
     groups = []
-    for attention in attentions:
-        if attention not in cross_attentions:
-            groups += _grouped(attention.q_proj, attention.k_proj, attention.v_proj)
+    for one in attentions:
+        if one not in cross_attentions:
+            groups += _grouped(one.q_proj, one.k_proj, one.v_proj)
     for decoder in decoders:
         crossing = [
             group for layer in decoder.layers
@@ -62,7 +70,30 @@ def fuse_whisper(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, WhisperEncoderLayer | WhisperDecoderLayer):
             _let_producers_project(module)
+    for whisper in _whispers_with("sdpa", model):
+        whisper.set_attn_implementation(_ATTENTION)
     return len(groups)
+
+
+def _whispers_with(implementation: str, model: nn.Module) -> list[WhisperPreTrainedModel]:
+    """The Whisper models, each with those in it, whose attention is that of transformers' name `implementation`."""
+    whispers = [module for module in model.modules() if isinstance(module, WhisperPreTrainedModel)]
+    return [whisper for whisper in whispers if whisper.config._attn_implementation == implementation]
+
+
+def _attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa", or where that is faster and no score is masked, scaled or dropped, `attention`."""
+    masked = attention_mask is not None or (module.is_causal and query.shape[2] > 1)
+    plain = kwargs.get("scaling") == 1 and not kwargs.get("dropout") and not masked
+    if not plain or not device.attends_in_blocks(query):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attention(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attention_forward)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 def _let_producers_project(layer: Any) -> None:
@@ -80,6 +111,8 @@ def _let_producers_project(layer: Any) -> None:
 
 def unfuse_whisper(model: nn.Module) -> None:
     """Takes back what `fuse_whisper` did; without effect on a model that is not fused."""
+    for whisper in _whispers_with(_ATTENTION, model):
+        whisper.set_attn_implementation("sdpa")
     for module in model.modules():
         if isinstance(module, S2LoraLinear):
             module.group = None

@@ -33,6 +33,16 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda and triton_is_usable(x)[0]
 
 
+def attends_in_blocks(q: Tensor) -> bool:
+    """Whether `attention.attention` was found faster than PyTorch's own for q: bfloat16, a CPU that multiplies it.
+
+    Not with AMX, for which PyTorch's kernel has a path of its own that was not compared, and not under torch.compile.
+    """
+    if runs_triton(q) or q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
 def capability(x: Tensor) -> tuple[int, int] | None:
     """CUDA compute capability of x's device; None where there is none: on a CPU and on AMD."""
     # PyTorch numbers AMD's gfx942 (9, 4), which would read as Hopper.

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, unfuse_whisper
+from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, unfuse_whisper, whisper_fusion
 from fused_s2lora.kernels import device
 from fused_s2lora.kernels import s2_linear as s2_linear_module
 from fused_s2lora.kernels import shared as shared_module
@@ -225,6 +226,49 @@ def test_what_cannot_be_fused_is_computed_apart(tiny_whisper):
     dropout = adapted(tiny_whisper, dropout=0.5).train()
     fuse_whisper(dropout)
     step(dropout, torch.float32)
+
+
+def test_attention_in_blocks_is_the_reference_in_every_gradient(tiny_whisper, monkeypatch):
+    oracle = step(in_float64(tiny_whisper))
+    model = in_float64(tiny_whisper)
+    calls = []
+    attention = whisper_fusion.attention
+    monkeypatch.setattr(whisper_fusion, "attention", lambda *qkv: calls.append(qkv[0].shape) or attention(*qkv))
+    fuse_whisper(model)
+    assert_same(step(model), oracle)
+    assert not calls  # float64 is PyTorch's
+    monkeypatch.setattr(device, "attends_in_blocks", lambda q: True)
+    assert_same(step(model), oracle)
+    assert len(calls) == 2 + 2  # two encoder layers and two cross-attentions: the decoder's own attention is masked
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(step(model), oracle)
+    calls.clear()
+    for module in model.modules():
+        if isinstance(module, WhisperAttention):
+            module.dropout = 0.5
+    step(model)
+    assert not calls
+    unfuse_whisper(model)
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+
+
+def test_attention_in_blocks_generates_the_same(tiny_whisper, monkeypatch):
+    model = adapted(tiny_whisper)
+    features = batch()["input_features"]
+    options = {"max_new_tokens": 8, "num_beams": 2}
+    plain = model.generate(features, **options)
+    fuse_whisper(model)
+    monkeypatch.setattr(device, "attends_in_blocks", lambda q: True)
+    assert torch.equal(model.generate(features, **options), plain)
+
+
+def test_an_attention_that_was_chosen_is_left_alone(tiny_whisper):
+    model = adapted(tiny_whisper)
+    model.get_base_model().set_attn_implementation("eager")
+    fuse_whisper(model)
+    assert model.get_base_model().config._attn_implementation == "eager"
+    unfuse_whisper(model)
+    assert model.get_base_model().config._attn_implementation == "eager"
 
 
 def test_models_that_cannot_be_fused_are_named(tiny_whisper):
