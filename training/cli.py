@@ -94,6 +94,16 @@ def train(
     interpolation: Annotated[
         float, typer.Option(help="Share of the update kept after training; at 0.6 less of other speech is forgotten.")
     ] = 1.0,
+    keep_share: Annotated[
+        float,
+        typer.Option(
+            help="Share of the utterances trained on a second time, as the unadapted model hears them in another "
+            "language, so that those languages are kept; 0: none."
+        ),
+    ] = 0.25,
+    keep_languages: Annotated[
+        list[str], typer.Option(help="Languages to keep. Repeat. [dim]default: Whisper's eight largest[/dim]")
+    ] = [],  # noqa: B006
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1 for --epochs.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Utterances a batch.")] = 4,

@@ -24,6 +24,7 @@ _OWN_FEATURES = {
     "text": datasets.Value("string"),
     "duration_s": datasets.Value("float64"),
 }
+_TARGET = ("target", "target_language")
 _EXCESS = "fields beyond the columns"  # under this key a row says what is wrong with it
 
 
@@ -39,7 +40,8 @@ class Skipped:
 class Speech:
     """Checked speech. Columns of `dataset`: utterance (the audio's path as the source gives it), audio (path or bytes,
     undecoded), text (as published), target (what a model is trained to write), duration_s, and every further column of
-    the source not named like one of these, as text, None where a row lacks it."""
+    the source not named like one of these, as text, None where a row lacks it. Where `target` is in another language
+    than the speech, target_language has its code."""
 
     dataset: datasets.Dataset
     source: str
@@ -91,7 +93,7 @@ def load_speech(
     columns = list(dict.fromkeys(name for row in rows for name in row if name != _EXCESS))
     text_column = _column(columns, text_column, _TEXT_COLUMNS, "transcripts", "text_column", source)
     audio_column = _column(columns, audio_column, _AUDIO_COLUMNS, "audio", "audio_column", source)
-    further = [name for name in columns if name not in (text_column, audio_column, "target", *_OWN_FEATURES)]
+    further = [name for name in columns if name not in (text_column, audio_column, *_TARGET, *_OWN_FEATURES)]
     rows = rows[:limit]
     kept: list[dict[str, Any]] = []
     skipped: list[Skipped] = []

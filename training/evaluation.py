@@ -101,13 +101,16 @@ def transcribe_speech(
     task: str = "transcribe",
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
+    max_new_tokens: int | None = None,
+    unfinished: str | None = None,
     on_batch: Callable[[int], None] = lambda utterances: None,
 ) -> list[str]:
     """Greedy transcripts of audio entries ("path" or "bytes"), in their order; each at most 30 s.
 
     Utterances are batched by length, and each batch has the window of its longest. `language` is ignored by
-    English-only models; None lets the model detect it. `dtype` runs the model under autocast. `on_batch` is told how
-    many utterances were done.
+    English-only models; None lets the model detect it. `dtype` runs the model under autocast. Decoding stops at
+    `max_new_tokens`, by default `MAX_NEW_TOKENS`; what had not come to its end there is what there is of it, or
+    `unfinished` if given. `on_batch` is told how many utterances were done.
 
     Raises:
         UserError: an audio file cannot be read, or is longer than 30 s.
@@ -119,6 +122,7 @@ def transcribe_speech(
     model = _for_decoding(model, dtype)
     device = next(model.parameters()).device
     log_mel = LogMel(processor.feature_extractor).to(device)
+    limit = max_new_tokens or MAX_NEW_TOKENS
     order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
     texts = [""] * len(waveforms)
     model.eval()
@@ -127,10 +131,12 @@ def transcribe_speech(
         padded = torch.nn.utils.rnn.pad_sequence([waveforms[index] for index in batch], batch_first=True)
         mel_frames = window.mel_frames(padded.shape[1])
         features = log_mel(padded.to(device), mel_frames)
-        tokens = _generate(model, features, mel_frames, language, task, dtype)
+        tokens = _generate(model, features, mel_frames, language, task, dtype, limit)
         decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for index, text in zip(batch, decoded, strict=True):
-            texts[index] = text.strip()
+        # What ended has no end token left, but padding up to the longest of the batch, or is the longest itself.
+        ended = (tokens[:, -1] == processor.tokenizer.pad_token_id) | (tokens.shape[1] < limit)
+        for index, text, whole in zip(batch, decoded, ended.tolist(), strict=True):
+            texts[index] = text.strip() if whole or unfinished is None else unfinished
         on_batch(len(batch))
     return texts
 
@@ -169,6 +175,7 @@ def _generate(
     language: str | None,
     task: str,
     dtype: torch.dtype | None,
+    max_new_tokens: int,
 ) -> torch.Tensor:
     multilingual = model.generation_config.is_multilingual
     prompt = {"language": language, "task": task} if multilingual else {}
@@ -181,7 +188,7 @@ def _generate(
             attention_mask=torch.ones(features.shape[0], mel_frames, dtype=torch.long, device=features.device),
             num_beams=1,
             do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             **prompt,
         )
 

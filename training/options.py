@@ -46,6 +46,8 @@ class TrainOptions:
     lr: float | None = None
     coefficient_lr_ratio: float | None = None
     interpolation: float = 1.0
+    keep_share: float = 0.25
+    keep_languages: list[str] = field(default_factory=list)  # none: `LARGEST_LANGUAGES`
 
     epochs: float = 1.0
     max_steps: int = -1
@@ -73,7 +75,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if not self.data:
             raise UserError("no training data: name a folder, manifest or hub id with --data")
-        language_code(self.language)
+        codes = [language_code(one) for one in (self.language, *self.keep_languages)]
         self.audio_window()
         if self.task not in ("transcribe", "translate"):
             raise UserError(f"--task {self.task!r} is not one of transcribe, translate")
@@ -86,9 +88,11 @@ class TrainOptions:
             raise UserError(f"--epochs is {self.epochs}; give a positive number, or --max-steps")
         if self.utterances is not None and self.utterances < 1:
             raise UserError(f"--utterances is {self.utterances}; give at least 1")
-        for name in ("dev_share", "full_share"):
+        for name in ("dev_share", "full_share", "keep_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a share from 0 up to 1")
+        if self.keep_languages and len(set(codes)) == 1:
+            raise UserError("--keep-languages names the language of the speech alone; name others, or --keep-share 0")
         if self.dev is not None and self.dev_share > 0:
             raise UserError("--dev and --dev-share exclude each other; give one of them")
         if self.early_stopping and self.dev is None and not self.dev_share:

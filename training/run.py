@@ -35,7 +35,8 @@ class RunFolder:
     """The folder of one training run.
 
     `config.json` options, `command.txt`, `versions.json`, `checkpoints/`, `adapter/` or `model/`, `before/` and
-    `after/` with results.json and transcripts, `results.json` of both, `summary.json` times and memory, `skipped.tsv`.
+    `after/` with results.json and transcripts, `results.json` of both, `summary.json` times and memory, `skipped.tsv`,
+    `other_languages.json` what the unadapted model heard in them.
 
     Raises:
         UserError: the folder cannot be written, or holds a run with other options.
@@ -46,6 +47,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
+        self.other_languages = self.path / "other_languages.json"
         config = self.path / "config.json"
         wanted = asdict(options)
         try:

@@ -31,6 +31,7 @@ from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, res
 from .methods import adapt, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, to_best_device
 from .options import TrainOptions
+from .other_languages import LARGEST_LANGUAGES, with_answers
 from .precision import autocast_dtype
 from .rank_maps import rank_maps
 from .run import RunFolder, peak_memory_mib, reset_peak_memory, versions, write_json
@@ -66,6 +67,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     speech = drop_overlong(speech, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
     if dev is not None:
         dev = drop_overlong(dev, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
+    utterances = len(speech)
     everything = [speech, *([] if dev is None else [dev]), *(test.speech for test in tests.values())]
     _report_skipped(run, [item for part in everything for item in part.skipped], console)
     to_best_device(model)
@@ -89,9 +91,15 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         adapted = _trained(model, run)
         console.print(f"{run.path}: already trained, read from {run.trained}")
     else:
+        speech, asked = _keeping_languages(options, run, speech, model, processor, language)
+        if asked:
+            console.print(
+                f"{asked} utterances were also heard in other languages; the {len(speech) - utterances} answers that "
+                f"came to an end are trained on too, to keep those languages: {run.other_languages}"
+            )
         set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
         adapted = adapt(model, options, steps=_steps(options, len(speech)))
-        _train(options, run, adapted, processor, speech, dev)
+        _train(options, run, adapted, processor, speech, dev, utterances)
         if isinstance(adapted, PeftModel):
             remember_speech(run.adapter, options.audio_window(), language, options.task)
     if tests:
@@ -199,6 +207,31 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trainable in counts.values() if trainable), sum(size for size, _ in counts.values())
 
 
+def _keeping_languages(
+    options: TrainOptions,
+    run: RunFolder,
+    speech: Speech,
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    language: str | None,
+) -> tuple[Speech, int]:
+    """The speech with answers in other languages, and how many were asked for: none of a model of one language."""
+    if not options.keep_share or language is None or options.task != "transcribe":
+        return speech, 0
+    wanted = [check_language(model, name) for name in options.keep_languages or LARGEST_LANGUAGES]
+    return with_answers(
+        speech,
+        model,
+        processor,
+        share=options.keep_share,
+        languages=[code for code in wanted if code is not None and code != language],
+        file=run.other_languages,
+        seed=options.seed,
+        batch_size=options.eval_batch_size,
+        dtype=autocast_dtype(options.precision),
+    )
+
+
 def _steps(options: TrainOptions, utterances: int) -> int:
     """Optimizer steps of the whole run, as the Trainer counts them."""
     if options.max_steps > 0:
@@ -260,8 +293,12 @@ def _train(
     processor: WhisperProcessor,
     speech: Speech,
     dev: Speech | None,
+    utterances: int,
 ) -> None:
-    """Trains to the end, from the last checkpoint if there is one, and writes adapter, summary and rank pattern."""
+    """Trains to the end, from the last checkpoint if there is one, and writes adapter, summary and rank pattern.
+
+    Of `speech` the first `utterances` are the user's own.
+    """
     wrapped = isinstance(model, PeftModel)
     whisper: Any = model.get_base_model() if wrapped else model
     whisper.config.use_cache = False
@@ -314,7 +351,8 @@ def _train(
             "peak_memory_mib": round(peak_memory_mib()),
             "trainable_parameters": trainable,
             "parameters": total,
-            "utterances": len(speech),
+            "utterances": utterances,
+            "answers_in_other_languages": len(speech) - utterances,
             # A run may be scored later and elsewhere than it was trained.
             **{name: value for name, value in versions().items() if name in ("commit", "device", "utc")},
         },
