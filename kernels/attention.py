@@ -48,8 +48,9 @@ class _AttentionFunction(torch.autograd.Function):
         q, k, v = (_by_head(operand) for operand in (q, k, v))
         ctx.save_for_backward(q, k, v)
         o = torch.empty_like(q)
-        for heads in _blocks(q, k):
-            torch.bmm(_probabilities(q[heads], k[heads]), v[heads], out=o[heads])
+        for heads, (scores, p) in _blocks(q, k, buffers=2):
+            _probabilities(q[heads], k[heads], scores, p)
+            torch.bmm(p, v[heads], out=o[heads])
         return o.view(shape)
 
     @staticmethod
@@ -59,10 +60,11 @@ class _AttentionFunction(torch.autograd.Function):
         leading = do.shape[:2]
         do = _by_head(do)
         dq, dk, dv = (torch.empty_like(operand) for operand in (q, k, v))
-        for heads in _blocks(q, k):
-            p = _probabilities(q[heads], k[heads])  # [heads, T, S]
+        for heads, (scores, p, ds) in _blocks(q, k, buffers=3):
+            _probabilities(q[heads], k[heads], scores, p)
             torch.bmm(p.mT, do[heads], out=dv[heads])
-            ds = torch._softmax_backward_data(do[heads] @ v[heads].mT, p, -1, p.dtype)
+            dp = torch.bmm(do[heads], v[heads].mT, out=scores)
+            torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=ds)
             torch.bmm(ds, k[heads], out=dq[heads])
             torch.bmm(ds.mT, q[heads], out=dk[heads])
         dq, dk, dv = (gradient.unflatten(0, leading) for gradient in (dq, dk, dv))
@@ -74,12 +76,19 @@ def _by_head(operand: Tensor) -> Tensor:
     return operand.reshape(-1, *operand.shape[2:]).contiguous()
 
 
-def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    return torch.softmax(q @ k.mT, dim=-1)
+def _probabilities(q: Tensor, k: Tensor, scores: Tensor, p: Tensor) -> None:
+    """P of some heads into `p`; `scores` is overwritten too."""
+    torch.bmm(q, k.mT, out=scores)
+    torch.softmax(scores, dim=-1, out=p)
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Slices of heads whose scores fit the cache together, at least one head each."""
-    scores = q.shape[1] * k.shape[1]
-    step = max(1, torch.get_num_threads() * _SCORES_A_THREAD // max(1, scores))
-    return (slice(first, first + step) for first in range(0, len(q), step))
+def _blocks(q: Tensor, k: Tensor, *, buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of heads whose scores fit the cache together, at least one head each, and buffers of their shape."""
+    rows, columns = q.shape[1], k.shape[1]
+    at_once = max(1, torch.get_num_threads() * _SCORES_A_THREAD // max(1, rows * columns))
+    count = -(-len(q) // at_once)
+    at_once = -(-len(q) // max(1, count))  # as even as can be
+    scratch = [q.new_empty(at_once, rows, columns) for _ in range(buffers)]
+    for first in range(0, len(q), max(1, at_once)):
+        heads = slice(first, min(first + at_once, len(q)))
+        yield heads, [buffer[: heads.stop - first] for buffer in scratch]
