@@ -249,6 +249,9 @@ def transcribe(
     )
     for transcript in transcripts:
         typer.echo(f"{transcript.file}\t{transcript.text}")
+    for transcript in transcripts:
+        if not transcript.ended:
+            typer.echo(f"cut off: {transcript.file}: its transcript has more tokens than are decoded", err=True)
     for item in skipped:
         typer.echo(f"skipped: {item.reason}", err=True)
 

@@ -41,6 +41,14 @@ class TestSet:
     __test__ = False  # not a pytest class
 
 
+@dataclass(frozen=True)
+class Heard:
+    """A transcript, and whether it came to its end before the most tokens that are decoded."""
+
+    text: str
+    ended: bool
+
+
 @dataclass
 class SetResult:
     """One scored set: transcripts in the set's own order, errors by utterance, rates by group."""
@@ -53,6 +61,7 @@ class SetResult:
     rates: dict[str, dict[str, ErrorRate]]  # group -> {"wer": ..., "cer": ...}
     wordless: list[str]  # groups without a word to be counted, which have no rates
     skipped: int
+    cut_off: list[bool]  # transcripts that had not come to their end after `MAX_NEW_TOKENS`
     speech: Speech = field(repr=False)
 
 
@@ -72,6 +81,7 @@ class Evaluation:
                     "source": result.speech.source,
                     "language": result.language,
                     "skipped": result.skipped,
+                    "cut_off": sum(result.cut_off),
                     "groups_without_words": result.wordless,
                     "groups": {
                         group: {unit: asdict(rate) for unit, rate in rates.items()}
@@ -102,15 +112,13 @@ def transcribe_speech(
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     max_new_tokens: int | None = None,
-    unfinished: str | None = None,
     on_batch: Callable[[int], None] = lambda utterances: None,
-) -> list[str]:
+) -> list[Heard]:
     """Greedy transcripts of audio entries ("path" or "bytes"), in their order; each at most 30 s.
 
     Utterances are batched by length, and each batch has the window of its longest. `language` is ignored by
     English-only models; None lets the model detect it. `dtype` runs the model under autocast. Decoding stops at
-    `max_new_tokens`, by default `MAX_NEW_TOKENS`; what had not come to its end there is what there is of it, or
-    `unfinished` if given. `on_batch` is told how many utterances were done.
+    `max_new_tokens`, by default `MAX_NEW_TOKENS`. `on_batch` is told how many utterances were done.
 
     Raises:
         UserError: an audio file cannot be read, or is longer than 30 s.
@@ -124,7 +132,7 @@ def transcribe_speech(
     log_mel = LogMel(processor.feature_extractor).to(device)
     limit = max_new_tokens or MAX_NEW_TOKENS
     order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
-    texts = [""] * len(waveforms)
+    heard: dict[int, Heard] = {}
     model.eval()
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -136,9 +144,9 @@ def transcribe_speech(
         # What ended has no end token left, but padding up to the longest of the batch, or is the longest itself.
         ended = (tokens[:, -1] == processor.tokenizer.pad_token_id) | (tokens.shape[1] < limit)
         for index, text, whole in zip(batch, decoded, ended.tolist(), strict=True):
-            texts[index] = text.strip() if whole or unfinished is None else unfinished
+            heard[index] = Heard(text.strip(), whole)
         on_batch(len(batch))
-    return texts
+    return [heard[index] for index in range(len(waveforms))]
 
 
 def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -229,7 +237,7 @@ def evaluate_sets(
     with Progress(*columns, disable=not progress) as bars:
         for name, test in sets.items():
             bar = bars.add_task(f"{label}: {name}", total=len(test.speech))
-            hypotheses = transcribe_speech(
+            heard = transcribe_speech(
                 model,
                 processor,
                 test.speech.dataset["audio"][:],
@@ -240,12 +248,13 @@ def evaluate_sets(
                 dtype=dtype,
                 on_batch=lambda done, bar=bar: bars.advance(bar, done),  # type: ignore[misc]
             )
-            results.append(score_set(name, test, hypotheses, group_by))
+            results.append(score_set(name, test, heard, group_by))
     return Evaluation(label, results)
 
 
-def score_set(name: str, test: TestSet, hypotheses: list[str], group_by: Sequence[str] = ()) -> SetResult:
+def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequence[str] = ()) -> SetResult:
     """Error rates of transcripts given in the set's order, of every group with a word in its references."""
+    hypotheses, cut_off = [one.text for one in heard], [not one.ended for one in heard]
     references = test.speech.dataset["text"][:]
     words = score(references, hypotheses, language=test.language, unit="wer")
     characters = score(references, hypotheses, language=test.language, unit="cer")
@@ -257,7 +266,7 @@ def score_set(name: str, test: TestSet, hypotheses: list[str], group_by: Sequenc
         else:
             wordless.append(group)
     skipped = len(test.speech.skipped)
-    return SetResult(name, test.language, hypotheses, words, characters, rates, wordless, skipped, test.speech)
+    return SetResult(name, test.language, hypotheses, words, characters, rates, wordless, skipped, cut_off, test.speech)
 
 
 def read_evaluation(
@@ -279,7 +288,9 @@ def read_evaluation(
             rows = list(csv.DictReader(stream, delimiter="\t"))
         if [row["utterance"] for row in rows] != test.speech.dataset["utterance"][:]:
             return None
-        results.append(score_set(name, test, [row["hypothesis"] for row in rows], group_by))
+        # Written before there was the column: not known to be cut off.
+        heard = [Heard(row["hypothesis"], row.get("cut_off", "0") == "0") for row in rows]
+        results.append(score_set(name, test, heard, group_by))
     return Evaluation(label, results)
 
 
@@ -331,6 +342,14 @@ def results_table(evaluations: Sequence[Evaluation], title: str = "") -> Table:
             name = first.name if group == ALL else ""
             table.add_row(name, group, str(first.rates[group]["wer"].utterances), *cells, end_section=False)
         table.add_section()
+    cut_off = [
+        f"{evaluation.label}, {result.name}: {sum(result.cut_off)}"
+        for evaluation in evaluations
+        for result in evaluation.sets
+        if any(result.cut_off)
+    ]
+    if cut_off:
+        table.caption = f"transcripts without an end after {MAX_NEW_TOKENS} tokens: {'; '.join(cut_off)}"
     return table
 
 
@@ -340,16 +359,17 @@ def _write_utterances(file: Path, result: SetResult) -> None:
     metadata = [name for name in dataset.column_names if name not in _OWN_COLUMNS]
     header = ["utterance", *metadata, "reference", "hypothesis", "normalized_reference", "normalized_hypothesis"]
     counts = ("substitutions", "deletions", "insertions", "length")
-    header += [f"word_{name}" for name in counts] + [f"character_{name}" for name in counts]
+    header += [f"word_{name}" for name in counts] + [f"character_{name}" for name in counts] + ["cut_off"]
     rows = dataset.remove_columns("audio")
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t")
         writer.writerow(header)
-        for row, hypothesis, words, characters in zip(
-            rows, result.hypotheses, result.words, result.characters, strict=True
+        for row, hypothesis, words, characters, cut_off in zip(
+            rows, result.hypotheses, result.words, result.characters, result.cut_off, strict=True
         ):
             writer.writerow(
                 [row["utterance"], *(row[name] for name in metadata), row["text"], hypothesis]
                 + [words.reference, words.hypothesis]
                 + [getattr(errors, name) for errors in (words, characters) for name in counts]
+                + [int(cut_off)]
             )

@@ -19,7 +19,7 @@ from transformers import WhisperProcessor
 
 from .audio_window import AudioWindow
 from .data import Speech
-from .evaluation import transcribe_speech
+from .evaluation import Heard, transcribe_speech
 from .run import write_json
 
 # Those Whisper was trained on for longest, after English (arXiv 2212.04356, appendix E).
@@ -74,7 +74,7 @@ def _ask(
 ) -> list[dict[str, Any]]:
     """Answers with row, utterance, language and text, in the order of `asked`."""
     audio, utterances = speech.dataset["audio"], speech.dataset["utterance"]
-    texts: dict[int, str] = {}
+    heard: dict[int, Heard] = {}
     with Progress(transient=True) as bars:
         bar = bars.add_task("hearing other languages", total=len(asked))
         for language in dict.fromkeys(language for _, language in asked):
@@ -88,12 +88,11 @@ def _ask(
                 batch_size=batch_size,
                 dtype=dtype,
                 max_new_tokens=MAX_ANSWER_TOKENS,
-                unfinished="",
                 on_batch=lambda done: bars.advance(bar, done),
             )
-            texts |= dict(zip(rows, answers, strict=True))
+            heard |= dict(zip(rows, answers, strict=True))
     return [
-        {"row": row, "utterance": utterances[row], "language": language, "text": texts[row]}
+        {"row": row, "utterance": utterances[row], "language": language, "text": heard[row].text}
         for row, language in asked
-        if texts[row]
+        if heard[row].text and heard[row].ended
     ]

@@ -17,10 +17,11 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 @dataclass(frozen=True)
 class Transcript:
-    """One file and what was heard in it."""
+    """One file and what was heard in it; `ended` unless decoding stopped before the transcript's end."""
 
     file: Path
     text: str
+    ended: bool = True
 
 
 def transcribe(
@@ -55,7 +56,7 @@ def transcribe(
     to_best_device(adapted)
     with Progress(transient=True) as bars:
         bar = bars.add_task("transcribing", total=len(entries))
-        texts = transcribe_speech(
+        heard = transcribe_speech(
             adapted,
             processor,
             entries,
@@ -66,7 +67,9 @@ def transcribe(
             dtype=autocast_dtype(precision),
             on_batch=lambda done: bars.advance(bar, done),
         )
-    transcripts = [Transcript(Path(entry["path"]), text) for entry, text in zip(entries, texts, strict=True)]
+    transcripts = [
+        Transcript(Path(entry["path"]), one.text, one.ended) for entry, one in zip(entries, heard, strict=True)
+    ]
     if output is not None:
         _write(Path(output), transcripts)
     return transcripts, skipped

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
+from safetensors.torch import load_file
 
 TEXTS = ("WE CALL IT BEAR", "I SEE A CAT", "THE SUN IS UP", "GO HOME NOW", "WHERE IS MY HAT", "IT IS RED")
 
@@ -29,3 +31,8 @@ def write_folder(folder: Path, texts: Sequence[str] = TEXTS, *, seconds: float =
             soundfile.write(folder / name, tone(seconds + 0.1 * index, pitch=200 + 30 * index), 16_000)
             writer.writerow([name, text, f"s{index % 3}", 6 + 3 * (index % 3)])
     return folder
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's adapter."""
+    return load_file(run / "adapter" / "adapter_model.safetensors")

@@ -7,7 +7,7 @@ from fused_s2lora.training import demo as demo_module
 from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.demo import demo
 from fused_s2lora.training.errors import UserError
-from fused_s2lora.training.evaluation import Evaluation, TestSet, score_set
+from fused_s2lora.training.evaluation import Evaluation, Heard, TestSet, score_set
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.synthesis import TEST_CHILDREN, TEST_PATTERNS, TRAINING_CHILDREN, sentences, write_speech
 
@@ -22,7 +22,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainOptions]:
         speech = load_speech(options.test[0].removeprefix("test="), progress=False)
         texts = speech.dataset["text"][:]
         heard = {"before": [" ".join(text.split()[::2]) for text in texts], options.method: texts}
-        return [Evaluation(label, [score_set("test", TestSet(speech, "en"), said)]) for label, said in heard.items()]
+        return [
+            Evaluation(label, [score_set("test", TestSet(speech, "en"), [Heard(text, True) for text in said])])
+            for label, said in heard.items()
+        ]
 
     monkeypatch.setattr(demo_module, "train", train)
     return asked

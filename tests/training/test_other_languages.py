@@ -3,18 +3,16 @@
 import json
 
 import pytest
-import torch
 from rich.console import Console
 from transformers import WhisperTokenizer
 
-from fused_s2lora.training import evaluation, other_languages
+from fused_s2lora.training import other_languages
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.collate import SpeechCollator
 from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.errors import UserError
-from fused_s2lora.training.evaluation import transcribe_speech
-from fused_s2lora.training.models import load_base
+from fused_s2lora.training.evaluation import Heard
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.other_languages import LARGEST_LANGUAGES, with_answers
 from tests.training.speech import TEXTS, write_folder
@@ -27,9 +25,9 @@ def heard(monkeypatch):
     """What was asked, as (language, utterances, tokens at most, window), and answers that name their language."""
     asked = []
 
-    def answer(model, processor, audio, *, window, language, max_new_tokens, unfinished, **_):
+    def answer(model, processor, audio, *, window, language, max_new_tokens, **_):
         asked.append((language, len(audio), max_new_tokens, window.mode))
-        return [unfinished if language == "ko" else f"{language}: {entry['path'][-4:]}" for entry in audio]
+        return [Heard(f"{language}: {entry['path'][-4:]}", language != "ko") for entry in audio]
 
     monkeypatch.setattr(other_languages, "transcribe_speech", answer)
     return asked
@@ -76,21 +74,6 @@ def test_an_answer_is_trained_on_under_its_own_language(tmp_path, heard, package
     texts = [tokenizer.decode([token for token in row if token != -100]) for row in labels.tolist()]
     assert all(text.startswith("<|en|><|transcribe|><|notimestamps|>") for text in texts[:6])
     assert texts[6].startswith("<|zh|><|transcribe|><|notimestamps|>zh: flac<|endoftext|>")
-
-
-def test_transcripts_without_an_end(tiny_folder, tmp_path, monkeypatch):
-    model, processor = load_base(str(tiny_folder))
-    audio = load_speech(write_folder(tmp_path)).dataset["audio"][:]
-    pad = processor.tokenizer.pad_token_id
-    words = processor.tokenizer("cat").input_ids[-2:-1] * 4
-    batches = iter([[words, [*words[:2], pad, pad]], [words[:3], [*words[:2], pad]], [words[:3], words[:3]]])
-    monkeypatch.setattr(evaluation, "_generate", lambda *_: torch.tensor(next(batches)))
-    options = {"window": AudioWindow("trim"), "language": "en", "max_new_tokens": 4, "batch_size": 2}
-    texts = transcribe_speech(model, processor, audio, unfinished="none", **options)
-    assert texts[0] == "none"
-    assert "none" not in texts[1:]
-    batches = iter([[words, words]] * 3)
-    assert "none" not in transcribe_speech(model, processor, audio, **options)
 
 
 @pytest.fixture

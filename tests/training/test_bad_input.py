@@ -1,0 +1,152 @@
+"""Bad input ends in one sentence that names it and the way out."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import save_file
+
+from fused_s2lora.training.cli import app
+from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.models import load_adapter, load_base, remembered_speech
+from fused_s2lora.training.train import train
+from tests.training.comparisons import QUIET
+from tests.training.speech import adapter_of
+
+
+def s2lora(*arguments, **environment) -> subprocess.CompletedProcess:
+    code = "from fused_s2lora.training.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+def test_bad_input_is_one_sentence_and_status_2(tmp_path):
+    result = s2lora("train", "--data", tmp_path / "nowhere", "--output", tmp_path / "run")
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
+    assert line.startswith(f"error: {tmp_path}/nowhere: no such folder or file")
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "transcribe", "merge", "demo"])
+def test_every_option_has_help(command):
+    import typer
+
+    click_command = typer.main.get_command(app).commands[command]
+    assert click_command.help
+    for parameter in click_command.params:
+        assert getattr(parameter, "help", None), f"{command} {parameter.name}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": []}, "no training data"),
+        ({"language": "klingon"}, "language 'klingon'"),
+        ({"task": "sing"}, "--task 'sing'"),
+        ({"precision": "int8"}, "--precision 'int8'"),
+        ({"rank": 0}, "--rank is 0; give at least 1"),
+        ({"window": "short"}, "audio window 'short'"),
+        ({"full_share": 1.5}, "--full-share is 1.5"),
+        ({"dev": "a", "dev_share": 0.1}, "exclude each other"),
+        ({"early_stopping": 2}, "needs a development set"),
+        ({"lr": 0.0}, "--lr is 0.0"),
+        ({"interpolation": 1.5}, "--interpolation is 1.5; give a share above 0, at most 1"),
+        ({"method": "bitfit", "interpolation": 0.5}, "--interpolation goes with --method s2lora, .*, not bitfit"),
+        ({"exclude_modules": "*decoder*"}, r"--exclude-modules '\*decoder\*' is no regular expression"),
+        ({"method": "lora", "exclude_modules": "x"}, "--exclude-modules goes with --method s2lora, not lora"),
+        ({"method": "magic"}, "--method 'magic' is not one of s2lora, lora"),
+        ({"preset": "best"}, "--preset 'best'"),
+        ({"sharing": "some"}, "sharing='some'"),
+        ({"target_modules": ["missing"]}, "--target-modules: .*missing"),
+        ({"rank": 300}, "r=300 is not between 1 and 256"),
+        ({"group_by": ["town"], "test": ["SPEECH"]}, "no test set has a column 'town' to group by; there is age"),
+        ({"test": ["a=SPEECH", "a=SPEECH"]}, "two test sets are named 'a'"),
+        ({"dev_share": 0.01}, r"too few to hold out 1%"),
+        ({"model": "NOWHERE"}, "not to be had as a Whisper model"),
+        ({"text_column": "words"}, "no column 'words'"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, tones, tmp_path, fields, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "test" in fields:
+        fields = fields | {"test": [name.replace("SPEECH", str(tones)) for name in fields["test"]]}
+    with pytest.raises(UserError, match=message):
+        train(options(tmp_path / "run", **fields), console=QUIET)
+
+
+def test_bad_models(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="a bert model; give a Whisper"):
+        load_base(str(tmp_path / "bert"))
+    shutil.copytree(tiny_folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged: not to be had as a Whisper model"):
+        load_base(str(tmp_path / "damaged"))
+    shutil.copytree(tiny_folder, tmp_path / "old")
+    (tmp_path / "old" / "generation_config.json").unlink()
+    with pytest.raises(UserError, match=r"its generation_config\.json knows no languages"):
+        load_base(str(tmp_path / "old"))
+
+
+def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
+    model, _ = load_base(str(tiny_folder))
+    with pytest.raises(UserError, match=r"no adapter_config\.json in it; give the `adapter` folder"):
+        load_adapter(model, finished)
+    with pytest.raises(UserError, match=r"cannot be put on this model.*does not fit this model"):
+        load_adapter(tiny_whisper(d_model=48, encoder_ffn_dim=96, decoder_ffn_dim=96), finished / "adapter")
+    for name in ("rank", "damaged", "missing", "config"):
+        shutil.copytree(finished / "adapter", tmp_path / name)
+    config = json.loads((tmp_path / "rank" / "adapter_config.json").read_text())
+    (tmp_path / "rank" / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
+    with pytest.raises(UserError, match=r"is \(8,\) in the file and \(4,\) here"):
+        load_adapter(load_base(str(tiny_folder))[0], tmp_path / "rank")
+    file = tmp_path / "damaged" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged"):
+        load_adapter(load_base(str(tiny_folder))[0], tmp_path / "damaged")
+    tensors = adapter_of(finished)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, tmp_path / "missing" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="it lacks"):
+        load_adapter(load_base(str(tiny_folder))[0], tmp_path / "missing")
+    (tmp_path / "config" / "adapter_config.json").write_text("{not json")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        remembered_speech(tmp_path / "config")
+
+
+def test_run_folder_of_other_options_or_files(options, finished, tones, tmp_path):
+    with pytest.raises(UserError, match=r"holds a run with epochs = 2\.0, not 3\.0; give another --output, or --fresh"):
+        train(options(finished, epochs=3.0), console=QUIET)
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        train(options(tmp_path), console=QUIET)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "whisper"}')
+    with pytest.raises(UserError, match="holds other files"):
+        train(options(model), fresh=True, console=QUIET)
+    assert (model / "config.json").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the run there"):
+        train(options(tmp_path / "file"), console=QUIET)
+
+
+def test_english_only_model_takes_english_only(tiny_folder, tmp_path, options):
+    shutil.copytree(tiny_folder, tmp_path / "en")
+    config = json.loads((tmp_path / "en" / "generation_config.json").read_text())
+    config["is_multilingual"] = False
+    (tmp_path / "en" / "generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="'zh' on an English-only model"):
+        train(options(tmp_path / "run", model=str(tmp_path / "en"), language="zh"), console=QUIET)
+    train(options(tmp_path / "ok", model=str(tmp_path / "en"), max_steps=1), console=QUIET)
+    assert (tmp_path / "ok" / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,151 @@
+"""Scoring, transcribing and merging what a run left, on a tiny Whisper."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fused_s2lora.training import evaluation as evaluation_module
+from fused_s2lora.training import models
+from fused_s2lora.training.audio_window import AudioWindow
+from fused_s2lora.training.cli import app
+from fused_s2lora.training.data import load_speech
+from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.evaluate import evaluate
+from fused_s2lora.training.evaluation import read_evaluation, results_table, transcribe_speech
+from fused_s2lora.training.merge import merge
+from fused_s2lora.training.models import load_base, remembered_speech
+from fused_s2lora.training.train import named_sets
+from fused_s2lora.training.transcribe import transcribe
+from tests.training.comparisons import QUIET
+from tests.training.speech import TEXTS, tone, write_folder
+
+
+def test_transcripts_without_an_end_are_told(tiny_folder, tones, tmp_path, monkeypatch):
+    model, processor = load_base(str(tiny_folder))
+    audio = load_speech(tones).dataset["audio"][:]
+    pad = processor.tokenizer.pad_token_id
+    words = processor.tokenizer("cat").input_ids[-2:-1] * 4
+    batches = [[words, [*words[:2], pad, pad]], [words[:3], [*words[:2], pad]], [words[:3], words[:3]]]
+    left = iter(batches)
+    monkeypatch.setattr(evaluation_module, "_generate", lambda *_: torch.tensor(next(left)))
+    heard = transcribe_speech(
+        model, processor, audio, window=AudioWindow("trim"), language="en", max_new_tokens=4, batch_size=2
+    )
+    assert [one.ended for one in heard] == [False, True, True, True, True, True]
+
+    monkeypatch.setattr(evaluation_module, "MAX_NEW_TOKENS", 4)
+    left = iter(batches)
+    sets = named_sets([f"same={tones}"], "en")
+    options = {"model": str(tiny_folder), "precision": "fp32", "batch_size": 2}
+    evaluation = evaluate(sets, tmp_path / "out", **options, console=QUIET)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["same"]["cut_off"] == 1
+    table = results_table([evaluation])
+    assert table.caption == "transcripts without an end after 4 tokens: zero-shot, same: 1"
+    read = read_evaluation(tmp_path / "out", "zero-shot", sets)
+    assert read.sets[0].cut_off == evaluation.sets[0].cut_off == [True] + [False] * 5
+    left = iter([[words], *batches])
+    command = ["transcribe", "--model", str(tiny_folder), "--language", "en", str(tones / "u0.flac")]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert f"cut off: {tones / 'u0.flac'}" in result.output
+
+
+def test_results_of_another_source_or_language_are_not_taken_over(finished, tones, tmp_path):
+    def kept(name: str) -> bool:
+        sets = named_sets([name], "en")
+        return read_evaluation(finished / "after", "after", sets, ()) is not None
+
+    other = write_folder(tmp_path / "noisy")  # the same file names
+    assert kept(f"same={tones}")
+    assert not kept(f"same={other}")
+    assert not kept(f"same={tones}@de")
+    assert not kept(f"another={tones}")
+
+
+def test_a_group_without_words_does_not_lose_the_evaluation(tmp_path, tiny_folder, short_decoding):
+    folder = write_folder(tmp_path / "speech", ("WE CALL IT BEAR", "UM HMM", "THE SUN IS UP"))
+    console = Console(record=True, width=200)
+    (result,) = evaluate(
+        named_sets([f"t={folder}"], "en"), tmp_path / "out", model=str(tiny_folder), precision="fp32",
+        group_by=["speaker"], console=console,
+    ).sets  # fmt: skip
+    assert list(result.rates) == ["all", "speaker s0", "speaker s2"]
+    assert result.wordless == ["speaker s1"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["sets"]["t"]["groups_without_words"] == ["speaker s1"]
+    nothing = write_folder(tmp_path / "nothing", ("UM", "HMM"))
+    with pytest.raises(UserError, match="no transcript has a word left"):
+        evaluate(named_sets([f"t={nothing}"], "en"), tmp_path / "no", model=str(tiny_folder), console=QUIET)
+
+
+def test_test_sets_in_a_path_with_an_at_sign(tmp_path):
+    folder = write_folder(tmp_path / "me@home" / "speech", TEXTS[:2])
+    sets = named_sets([f"a={folder}", f"b={folder}@de"], "en")
+    assert [test.language for test in sets.values()] == ["en", "de"]
+
+
+def test_evaluate_transcribe_and_merge_use_what_training_used(
+    finished, tiny_folder, tones, tmp_path, monkeypatch, short_decoding
+):
+    windows = []
+    real = AudioWindow.mel_frames
+    monkeypatch.setattr(AudioWindow, "mel_frames", lambda self, n: windows.append(self.mode) or real(self, n))
+    adapter = str(finished / "adapter")
+    sets = named_sets([f"same={tones}"], "en")
+    evaluation = evaluate(
+        sets, tmp_path / "out", model=str(tiny_folder), adapter=adapter, precision="fp32", console=QUIET
+    )
+    expected = [line.split("\t") for line in (finished / "after" / "same.tsv").read_text().splitlines()[1:]]
+    assert "trim" in windows
+    assert evaluation.sets[0].hypotheses == [row[5] for row in expected]
+    transcripts, skipped = transcribe(
+        [tones], model=str(tiny_folder), adapter=adapter, precision="fp32", output=tmp_path / "texts.tsv"
+    )
+    assert [transcript.text for transcript in transcripts] == evaluation.sets[0].hypotheses
+    assert not skipped
+    assert len((tmp_path / "texts.tsv").read_text().splitlines()) == 1 + len(TEXTS)
+    assert merge(adapter, tmp_path / "merged", model=str(tiny_folder))["audio_window"] == "trim"
+    merged = evaluate(
+        sets, tmp_path / "again", model=str(tmp_path / "merged"), window="trim", precision="fp32", console=QUIET
+    )
+    assert merged.sets[0].hypotheses == evaluation.sets[0].hypotheses
+    with pytest.raises(UserError, match="exists already"):
+        merge(adapter, tmp_path / "merged", model=str(tiny_folder))
+
+
+def test_an_adapter_says_its_language(finished, tiny_folder, tones, tmp_path, short_decoding, monkeypatch):
+    """From a folder, and from the hub, whose download stands here for it."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished / "adapter", adapter)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"language": "sw"}))
+    arguments = ["--model", str(tiny_folder), "--precision", "fp32", "--test", f"t={tones}"]
+    for given, expected in (([], "sw"), (["--language", "de"], "de")):
+        command = ["evaluate", *arguments, *given, "--adapter", str(adapter), "--output", str(tmp_path / expected)]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+        written = json.loads((tmp_path / expected / "results.json").read_text())
+        assert written["sets"]["t"]["language"] == expected
+    monkeypatch.setattr(models, "hf_hub_download", lambda repository, name: str(adapter / name))
+    assert remembered_speech("user/adapter")["language"] == "sw"
+
+
+def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
+    soundfile.write(tmp_path / "good.wav", tone(0.4), 16_000)
+    soundfile.write(tmp_path / "long.wav", tone(31.0, 8000), 8000)
+    soundfile.write(tmp_path / "nothing.wav", tone(0.0), 16_000)
+    (tmp_path / "bad.mp3").write_bytes(b"no audio")
+    transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en")
+    assert [transcript.file.name for transcript in transcripts] == ["good.wav"]
+    assert sorted(Path(item.utterance).name for item in skipped) == ["bad.mp3", "long.wav", "nothing.wav"]
+    with pytest.raises(UserError, match=r"bad\.mp3: not readable as audio"):
+        transcribe([tmp_path], model=str(tiny_folder), strict=True)
+    with pytest.raises(UserError, match="none of the 1 audio files is usable"):
+        transcribe([tmp_path / "bad.mp3"], model=str(tiny_folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no audio in"):
+        transcribe([tmp_path / "empty"], model=str(tiny_folder))
