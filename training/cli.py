@@ -98,7 +98,7 @@ def train(
         float,
         typer.Option(
             help="Share of the utterances trained on a second time, as the unadapted model hears them in another "
-            "language, so that those languages are kept; 0: none."
+            "language, so that those languages are kept; 0: none. Not with --task translate."
         ),
     ] = 0.25,
     keep_languages: Annotated[

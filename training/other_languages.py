@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.progress import Progress
 from torch import nn
 from transformers import WhisperProcessor
@@ -45,17 +46,21 @@ def with_answers(
     The added rows have the answer as `target` and its language as `target_language`. Utterances and their languages are
     drawn by `seed`; the model hears 30 s, as it was trained to. An answer without text or without an end within
     `MAX_ANSWER_TOKENS` is left out. Answers are written to `file` and read from there when it exists, so that a run
-    that goes on trains on the same. Of several processes the main one asks and the others read.
+    that goes on trains on the same. Several processes share the asking.
 
     Returns:
         The speech, and how many utterances were asked about.
     """
     drawn = np.random.default_rng(seed).permutation(len(speech))[: round(share * len(speech))]
     asked = [(int(row), languages[turn % len(languages)]) for turn, row in enumerate(drawn)]
-    with PartialState().main_process_first():
-        if not file.is_file():
-            write_json(file, _ask(speech, model, processor, asked, batch_size, dtype))
-        answers: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if not file.is_file():
+        mine = asked[state.process_index :: state.num_processes]
+        everyones = gather_object(_ask(speech, model, processor, mine, batch_size, dtype))
+        if state.is_main_process:
+            write_json(file, sorted(everyones, key=lambda answer: answer["row"]))
+        state.wait_for_everyone()
+    answers: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     if not answers:
         return speech, len(asked)
     again = speech.dataset.select([answer["row"] for answer in answers]).remove_columns("target")
@@ -72,7 +77,7 @@ def _ask(
     batch_size: int,
     dtype: torch.dtype | None,
 ) -> list[dict[str, Any]]:
-    """Answers with row, utterance, language and text, in the order of `asked`."""
+    """Answers with row, utterance, language and text."""
     audio, utterances = speech.dataset["audio"], speech.dataset["utterance"]
     heard: dict[int, Heard] = {}
     with Progress(transient=True) as bars:
