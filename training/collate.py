@@ -1,26 +1,31 @@
 """Utterances to batches: waveforms padded to the longest, labels, and the window the batch is given."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import WhisperTokenizer
 
 from .audio import read_audio
 from .audio_window import AudioWindow
 
 IGNORED = -100
+ANSWER_TOKENS = 4  # of an answer in another language than the speech
 
 
 class SpeechCollator:
-    """Rows of `Speech.dataset` -> {"waveforms": [B, samples], "mel_frames": int, "labels": [B, tokens]}.
+    """Rows of `Speech.dataset` -> "waveforms" [B, samples], "mel_frames", "decoder_input_ids" and "labels" [B, tokens].
 
     Waveforms are float32, 16 kHz, padded with zeros to the longest of the batch and no further; features are made from
-    them on the training device. Labels follow the tokenizer's prefix (set language and task on it before), with the
-    language of the row's `target_language` where it has one, without the start token, which Whisper puts there itself,
-    and with -100 after their end.
+    them on the training device. The decoder reads the tokenizer's prefix (set language and task on it before) and the
+    target, and is to write each of their tokens but the first, and the end; labels are -100 after it.
+
+    Rows of `with_answers` have their `target_language` in the prefix, and no labels but for task and time stamps: which
+    language it is is not to be learnt from this speech. What is to be written after the prefix is in
+    "answer_tokens" and "answer_probabilities" [B, ANSWER_TOKENS, candidates], with zeros for other rows, where a row of
+    the batch has them; "answer_start" is the position that writes the first.
 
     A trimmed batch is given the full window with probability `full_share`, decided by the batch's own text and `seed`,
     so that a resumed run decides alike.
@@ -41,16 +46,47 @@ class SpeechCollator:
         return {
             "waveforms": torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
             "mel_frames": window.mel_frames(longest),
-            "labels": self.labels([row["target"] for row in rows], [row.get("target_language") for row in rows]),
+            **self.tokens(rows),
         }
 
-    def labels(self, targets: Sequence[str], languages: Sequence[str | None]) -> Tensor:
-        """Token ids [B, tokens] without the start token, padded with -100; None is the tokenizer's own language."""
-        ids = [torch.tensor(tokens[1:]) for tokens in self.tokenizer(list(targets)).input_ids]
-        for tokens, language in zip(ids, languages, strict=True):
-            if language is not None:
-                tokens[0] = torch.tensor(self.tokenizer.convert_tokens_to_ids(f"<|{language}|>"))
-        return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=IGNORED)
+    def tokens(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the decoder reads and what it is to write next, both [B, tokens], and the answers if there are any."""
+        read, write = [], []
+        prefix = len(self.tokenizer.prefix_tokens)
+        for row in rows:
+            language = row.get("target_language")
+            ids = self.ids(row["target"], language)
+            kept = ids[1:] if language is None else [IGNORED, *ids[2:prefix]] + [IGNORED] * (len(ids) - prefix)
+            read.append(torch.tensor(ids[:-1]))
+            write.append(torch.tensor(kept))
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        batch = {
+            "decoder_input_ids": pad(read, padding_value=self.tokenizer.pad_token_id),
+            "labels": pad(write, padding_value=IGNORED),
+        }
+        return batch | self._answers(rows, prefix - 1)
+
+    def ids(self, target: str, language: str | None) -> list[int]:
+        """Prefix, target and end; of a target in another `language`, the prefix of that and its first tokens only."""
+        ids = self.tokenizer(target).input_ids
+        if language is not None:
+            ids[1] = self.tokenizer.convert_tokens_to_ids(f"<|{language}|>")
+            del ids[len(self.tokenizer.prefix_tokens) + ANSWER_TOKENS :]
+        return ids
+
+    @staticmethod
+    def _answers(rows: Sequence[dict[str, Any]], start: int) -> dict[str, Any]:
+        answered = {index: row for index, row in enumerate(rows) if row.get("target_language") is not None}
+        if not answered:
+            return {}
+        candidates = max(len(row["answer_tokens"][0]) for row in answered.values())
+        tokens = torch.zeros(len(rows), ANSWER_TOKENS, candidates, dtype=torch.long)
+        probabilities = torch.zeros(len(rows), ANSWER_TOKENS, candidates)
+        for index, row in answered.items():
+            count = len(row["answer_tokens"])
+            tokens[index, :count] = torch.tensor(row["answer_tokens"])
+            probabilities[index, :count] = torch.tensor(row["answer_probabilities"])
+        return {"answer_tokens": tokens, "answer_probabilities": probabilities, "answer_start": start}
 
     def _gets_full_window(self, rows: Sequence[dict[str, Any]]) -> bool:
         if self.full_share <= 0:

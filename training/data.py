@@ -41,7 +41,7 @@ class Speech:
     """Checked speech. Columns of `dataset`: utterance (the audio's path as the source gives it), audio (path or bytes,
     undecoded), text (as published), target (what a model is trained to write), duration_s, and every further column of
     the source not named like one of these, as text, None where a row lacks it. Where `target` is in another language
-    than the speech, target_language has its code."""
+    than the speech, target_language has that one's code."""
 
     dataset: datasets.Dataset
     source: str

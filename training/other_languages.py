@@ -1,10 +1,12 @@
-"""Keeping other languages: training also on what the unadapted model hears when it is asked in one of them.
+"""Keeping other languages: training also on how the unadapted model answers when it is asked in one of them.
 
 Adapted to one language, Whisper soon answers every prompt in it. So a share of the utterances is trained on a second
-time, under the prompt of another language, and the transcript is the model's own answer from before the training: after
-Li and Hoiem, "Learning without forgetting" (arXiv 1606.09282), with transcripts in place of output distributions.
+time under the prompt of another language, towards the distributions of the first tokens that the model itself gave
+there before the training: Li and Hoiem's "Learning without forgetting" (arXiv 1606.09282) for the language of a prompt.
+The first tokens decide it; the rest of such an answer is no transcript of anything.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,23 @@ from rich.progress import Progress
 from torch import nn
 from transformers import WhisperProcessor
 
+from .audio import read_audio
 from .audio_window import AudioWindow
+from .collate import ANSWER_TOKENS, SpeechCollator
 from .data import Speech
-from .evaluation import Heard, transcribe_speech
+from .evaluation import transcribe_speech
+from .features import LogMel
 from .run import write_json
 
 # Those Whisper was trained on for longest, after English (arXiv 2212.04356, appendix E).
 LARGEST_LANGUAGES = ("zh", "de", "es", "ru", "fr", "pt", "ko", "ja")
-# An answer to an utterance of children or learners has some 10 tokens; one that is not at its end here never will be.
-MAX_ANSWER_TOKENS = 64
+# What is decoded of an answer. Fewer are trained on, so that a character cut in two is not among them.
+MAX_ANSWER_TOKENS = 4 * ANSWER_TOKENS
+_CANDIDATES = 20  # of a token, the most probable
+_COLUMNS = {
+    "target": "text", "target_language": "language", "answer_tokens": "tokens",
+    "answer_probabilities": "probabilities",
+}  # fmt: skip
 
 
 def with_answers(
@@ -43,10 +53,11 @@ def with_answers(
 ) -> tuple[Speech, int]:
     """The speech, and after it a share of its utterances again, each with the model's answer in one of `languages`.
 
-    The added rows have the answer as `target` and its language as `target_language`. Utterances and their languages are
-    drawn by `seed`; the model hears 30 s, as it was trained to. An answer without text or without an end within
-    `MAX_ANSWER_TOKENS` is left out. Answers are written to `file` and read from there when it exists, so that a run
-    that goes on trains on the same. Several processes share the asking.
+    The added rows have the answer as `target`, its language as `target_language`, and for each of its first tokens the
+    most probable ones and their probabilities, in `answer_tokens` and `answer_probabilities`. Utterances and their
+    languages are drawn by `seed`; the model hears 30 s, as it was trained to. An answer without text is left out.
+    Answers are written to `file` and read from there when it exists, so that a run that goes on trains on the same.
+    Several processes share the asking.
 
     Returns:
         The speech, and how many utterances were asked about.
@@ -64,8 +75,8 @@ def with_answers(
     if not answers:
         return speech, len(asked)
     again = speech.dataset.select([answer["row"] for answer in answers]).remove_columns("target")
-    again = again.add_column("target", [answer["text"] for answer in answers])
-    again = again.add_column("target_language", [answer["language"] for answer in answers])
+    for column, name in _COLUMNS.items():
+        again = again.add_column(column, [answer[name] for answer in answers])
     return Speech(datasets.concatenate_datasets([speech.dataset, again]), speech.source, speech.skipped), len(asked)
 
 
@@ -77,27 +88,63 @@ def _ask(
     batch_size: int,
     dtype: torch.dtype | None,
 ) -> list[dict[str, Any]]:
-    """Answers with row, utterance, language and text."""
-    audio, utterances = speech.dataset["audio"], speech.dataset["utterance"]
-    heard: dict[int, Heard] = {}
+    """Answers with row, utterance, language, text, tokens and probabilities."""
+    answers: list[dict[str, Any]] = []
     with Progress(transient=True) as bars:
-        bar = bars.add_task("hearing other languages", total=len(asked))
+        bar = bars.add_task("asking in other languages", total=len(asked))
         for language in dict.fromkeys(language for _, language in asked):
             rows = [row for row, its_language in asked if its_language == language]
-            answers = transcribe_speech(
+            audio = speech.dataset.select(rows)["audio"][:]
+            heard = transcribe_speech(
                 model,
                 processor,
-                [audio[row] for row in rows],
+                audio,
                 window=AudioWindow(),
                 language=language,
                 batch_size=batch_size,
                 dtype=dtype,
                 max_new_tokens=MAX_ANSWER_TOKENS,
-                on_batch=lambda done: bars.advance(bar, done),
             )
-            heard |= dict(zip(rows, answers, strict=True))
-    return [
-        {"row": row, "utterance": utterances[row], "language": language, "text": heard[row].text}
-        for row, language in asked
-        if heard[row].text and heard[row].ended
-    ]
+            texts = [one.text for one in heard]
+            for first in range(0, len(rows), batch_size):
+                batch = slice(first, first + batch_size)
+                found = _distributions(model, processor, audio[batch], texts[batch], language, dtype)
+                for row, text, (tokens, probabilities) in zip(rows[batch], texts[batch], found, strict=True):
+                    utterance = speech.dataset[row]["utterance"]
+                    answer = {"row": row, "utterance": utterance, "language": language, "text": text}
+                    answers.append(answer | {"tokens": tokens, "probabilities": probabilities})
+                bars.advance(bar, len(found))
+    return [answer for answer in answers if answer["text"]]
+
+
+@torch.inference_mode()
+def _distributions(
+    model: nn.Module,
+    processor: WhisperProcessor,
+    audio: list[dict[str, Any]],
+    texts: list[str],
+    language: str,
+    dtype: torch.dtype | None,
+) -> list[tuple[list[list[int]], list[list[float]]]]:
+    """For each text the most probable tokens at each of its first ones, and their probabilities, which add up to 1."""
+    collate = SpeechCollator(processor.tokenizer, AudioWindow())
+    device = next(model.parameters()).device
+    waveforms = [torch.from_numpy(read_audio(entry)) for entry in audio]
+    padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device)
+    features = LogMel(processor.feature_extractor).to(device)(padded, AudioWindow().mel_frames(padded.shape[1]))
+    ids = [torch.tensor(collate.ids(text, language)) for text in texts]
+    read = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+    cast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+    model.eval()
+    with cast:
+        weights = next(model.parameters()).dtype
+        logits = model(input_features=features.to(weights), decoder_input_ids=read[:, :-1].to(device)).logits
+    prefix = len(processor.tokenizer.prefix_tokens)
+    best = logits[:, prefix - 1 :].float().softmax(dim=-1).topk(_CANDIDATES)
+    shares = best.values / best.values.sum(dim=-1, keepdim=True)
+    found = []
+    for index, one in enumerate(ids):
+        count = len(one) - prefix
+        rounded = [[round(share, 5) for share in token] for token in shares[index, :count].tolist()]
+        found.append((best.indices[index, :count].tolist(), rounded))
+    return found

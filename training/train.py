@@ -94,8 +94,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         speech, asked = _keeping_languages(options, run, speech, model, processor, language)
         if asked:
             console.print(
-                f"{asked} utterances were also heard in other languages; the {len(speech) - utterances} answers that "
-                f"came to an end are trained on too, to keep those languages: {run.other_languages}"
+                f"{len(speech) - utterances} of {asked} utterances that were also heard in other languages are trained "
+                f"on in those too, to keep them: {run.other_languages}"
             )
         set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
         adapted = adapt(model, options, steps=_steps(options, len(speech)))

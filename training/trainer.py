@@ -13,6 +13,7 @@ from transformers import TrainingArguments as Arguments
 from fused_s2lora import S2LoraModel, parameter_groups
 
 from .audio_window import window_of
+from .collate import IGNORED
 from .errors import DivergedError
 from .features import LogMel
 
@@ -21,7 +22,7 @@ class SpeechTrainer(Seq2SeqTrainer):
     """Batches of `SpeechCollator` in, log-mel features made on the training device, cross-entropy out.
 
     The optimizer has the groups of `parameter_groups`. The logged `loss` is what is minimised; `cross_entropy`,
-    `sparsity` and `norm` are its parts.
+    `other_languages`, `sparsity` and `norm` are its parts.
 
     Raises:
         DivergedError: the loss stops being finite, naming the step.
@@ -53,28 +54,35 @@ class SpeechTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean cross-entropy per token plus the adapter's penalties in training."""
+        """Mean cross-entropy per token plus, in training, the adapter's penalties and what keeps other languages."""
         whisper = self.accelerator.unwrap_model(model)
         features = self.log_mel(inputs["waveforms"], inputs["mel_frames"])
         # AdaLoRA's orthogonality term is added by PEFT's tuner, which PeftModel passes by for a model like Whisper.
         tuner = getattr(model, "base_model", None)
         called = tuner if model.training and isinstance(tuner, AdaLoraModel) else model
         with window_of(whisper, inputs["mel_frames"]):
-            outputs = called(input_features=features.to(whisper.dtype), labels=inputs["labels"])
-        loss = outputs.loss
+            outputs = called(
+                input_features=features.to(whisper.dtype),
+                decoder_input_ids=inputs["decoder_input_ids"],
+                labels=inputs["labels"],
+            )
+        loss, answers = outputs.loss, torch.zeros((), device=outputs.loss.device)
+        if "answer_tokens" in inputs:
+            answers = _answer_loss(outputs.logits, inputs)
+            loss = loss + answers
         if model.training:
             if not torch.isfinite(loss):
                 raise DivergedError(
                     f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr, or raise --warmup; "
                     "the last checkpoint is unharmed"
                 )
-            self._note_parts(whisper, loss.detach())
+            self._note_parts(whisper, loss.detach(), answers.detach())
         return (loss, outputs) if return_outputs else loss
 
-    def _note_parts(self, whisper: nn.Module, loss: Tensor) -> None:
+    def _note_parts(self, whisper: nn.Module, loss: Tensor, answers: Tensor) -> None:
         tuner = getattr(whisper, "base_model", None)
         penalties = tuner.last_penalties if isinstance(tuner, S2LoraModel) else {}
-        parts = {"cross_entropy": loss - sum(penalties.values()), **penalties}
+        parts = {"cross_entropy": loss - answers - sum(penalties.values()), "other_languages": answers, **penalties}
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + value
         self._part_steps += 1
@@ -85,6 +93,19 @@ class SpeechTrainer(Seq2SeqTrainer):
             logs |= {name: round(float(total) / self._part_steps, 5) for name, total in self._parts.items()}
             self._parts, self._part_steps = {}, 0
         super().log(logs, start_time)
+
+
+def _answer_loss(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Cross-entropy of the answers' distributions, summed, over the number of tokens the whole batch is to write.
+
+    So a token of an answer weighs as much as one of a transcript, whose mean is taken over those alone.
+    """
+    tokens, wanted = inputs["answer_tokens"], inputs["answer_probabilities"]
+    start = inputs["answer_start"]
+    written = logits[:, start : start + tokens.shape[1]].float().log_softmax(dim=-1)
+    tokens, wanted = tokens[:, : written.shape[1]], wanted[:, : written.shape[1]]
+    count = (inputs["labels"] != IGNORED).sum() + (wanted.sum(dim=-1) > 0).sum()
+    return -(wanted * written.gather(-1, tokens)).sum() / count
 
 
 class AdaLoraCallback(TrainerCallback):

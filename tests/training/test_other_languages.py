@@ -7,16 +7,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
-from transformers import WhisperTokenizer
 
-from fused_s2lora.training import other_languages
+from fused_s2lora.training import other_languages, trainer
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.audio_window import AudioWindow
-from fused_s2lora.training.collate import SpeechCollator
+from fused_s2lora.training.collate import ANSWER_TOKENS, IGNORED, SpeechCollator
 from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluation import Heard
+from fused_s2lora.training.features import LogMel
+from fused_s2lora.training.models import load_base
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.other_languages import LARGEST_LANGUAGES, with_answers
 from tests.training.speech import TEXTS, write_folder
@@ -31,9 +33,12 @@ def heard(monkeypatch):
 
     def answer(model, processor, audio, *, window, language, max_new_tokens, **_):
         asked.append((language, len(audio), max_new_tokens, window.mode))
-        return [Heard(f"{language}: {entry['path'][-4:]}", language != "ko") for entry in audio]
+        return [Heard("" if language == "ko" else f"{language} {entry['path'][-4:]}", False) for entry in audio]
 
     monkeypatch.setattr(other_languages, "transcribe_speech", answer)
+    monkeypatch.setattr(
+        other_languages, "_distributions", lambda *operands: [([[7, 8]], [[0.75, 0.25]])] * len(operands[2])
+    )
     return asked
 
 
@@ -46,8 +51,10 @@ def test_a_share_is_asked_in_each_language_in_turn(tmp_path, heard):
     assert more.dataset["target"][:12] == speech.dataset["target"][:]
     assert more.dataset["target_language"][:12] == [None] * 12
     added = more.dataset.select(range(12, len(more)))
-    assert sorted(added["target_language"]) == ["de", "de", "zh", "zh"]  # Korean never came to an end
+    assert sorted(added["target_language"]) == ["de", "de", "zh", "zh"]  # nothing was heard in Korean
     assert all(row["target"].startswith(row["target_language"]) for row in added)
+    assert added["answer_tokens"][:] == [[[7, 8]]] * 4
+    assert added["answer_probabilities"][:] == [[[0.75, 0.25]]] * 4
     assert set(added["utterance"]) < set(speech.dataset["utterance"])
     assert len(set(added["utterance"])) == 4
     answers = json.loads(file.read_text())
@@ -68,7 +75,7 @@ def test_several_processes_share_the_asking(tmp_path):
     code = """
 import os, sys
 from pathlib import Path
-from fused_s2lora.training import other_languages
+from fused_s2lora.training import other_languages, trainer
 from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.evaluation import Heard
 
@@ -78,6 +85,7 @@ def answer(model, processor, audio, *, language, **_):
     return [Heard(language, True) for _ in audio]
 
 other_languages.transcribe_speech = answer
+other_languages._distributions = lambda *operands: [([[7]], [[1.0]])] * len(operands[2])
 folder = Path(sys.argv[1])
 more, count = other_languages.with_answers(
     load_speech(folder / "speech"), None, None, share=0.5, languages=["de", "zh"], file=folder / "answers.json"
@@ -109,15 +117,73 @@ def test_no_answer_no_row(tmp_path, heard):
     assert json.loads((tmp_path / "answers.json").read_text()) == []
 
 
-def test_an_answer_is_trained_on_under_its_own_language(tmp_path, heard, packaged_base):
-    tokenizer = WhisperTokenizer.from_pretrained(packaged_base)
-    tokenizer.set_prefix_tokens(language="en", task="transcribe")
+@pytest.fixture(scope="module")
+def base(packaged_base):
+    """Whisper-base and its processor, set to English."""
+    model, processor = load_base(str(packaged_base))
+    processor.tokenizer.set_prefix_tokens(language="en", task="transcribe")
+    return model, processor
+
+
+@pytest.fixture
+def answered(base, tmp_path, monkeypatch):
+    """Six utterances, and two of them again with a long and a short answer in other languages."""
+    answers = iter(["请问我一个人,我是一个人", "好"])
+    monkeypatch.setattr(other_languages, "transcribe_speech", lambda *_, **__: [Heard(next(answers), False)])
     speech = load_speech(write_folder(tmp_path / "speech"))
-    more, _ = with_answers(speech, None, None, share=0.2, languages=["zh"], file=tmp_path / "answers.json")
-    labels = SpeechCollator(tokenizer, AudioWindow())(list(more.dataset))["labels"]
-    texts = [tokenizer.decode([token for token in row if token != -100]) for row in labels.tolist()]
-    assert all(text.startswith("<|en|><|transcribe|><|notimestamps|>") for text in texts[:6])
-    assert texts[6].startswith("<|zh|><|transcribe|><|notimestamps|>zh: flac<|endoftext|>")
+    more, _ = with_answers(speech, *base, share=0.3, languages=["zh", "ja"], file=tmp_path / "answers.json")
+    assert len(more) == 8
+    return more
+
+
+def test_how_an_answer_begins_is_trained_on_under_its_own_language(base, answered):
+    tokenizer = base[1].tokenizer
+    start, time_stamps = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|notimestamps|>"])
+    batch = SpeechCollator(tokenizer, AudioWindow())(list(answered.dataset))
+    assert batch["decoder_input_ids"].shape == batch["labels"].shape
+    for read, write in zip(batch["decoder_input_ids"][:6].tolist(), batch["labels"][:6].tolist(), strict=True):
+        written = [token for token in write if token != IGNORED]
+        assert tokenizer.decode(written).startswith("<|en|><|transcribe|><|notimestamps|>")
+        assert tokenizer.decode(written).endswith("<|endoftext|>")
+        assert read[: len(written)] == [start, *written[:-1]]
+    assert not batch["answer_probabilities"][:6].any()
+    expected = {"请问我一个人,我是一个人": ("zh", "请问我一个"), "好": ("ja", "好<|endoftext|>")}
+    for index in (6, 7):
+        language, beginning = expected.pop(answered.dataset[index]["target"])
+        read, write = batch["decoder_input_ids"][index], batch["labels"][index]
+        assert tokenizer.decode(read[:4]) == f"<|startoftranscript|><|{language}|><|transcribe|><|notimestamps|>"
+        # Which language it is, and the answer itself, is not to be learnt as if it were right.
+        assert write[write != IGNORED].tolist() == [read[2], time_stamps]
+        count = len(tokenizer(beginning, add_special_tokens=False).input_ids)
+        assert torch.equal(batch["answer_probabilities"][index].sum(-1) > 0.99, torch.arange(ANSWER_TOKENS) < count)
+        assert read[batch["answer_start"]] == time_stamps
+        assert (
+            tokenizer.decode([*read[4 : 3 + count].tolist()]) == beginning.removesuffix("<|endoftext|>")[: count - 1]
+            or count == 4
+        )
+
+
+def test_answers_are_the_models_own_distributions(base, answered):
+    """The loss of the unadapted model is the entropy of its answers, and its gradient there is none."""
+    model, processor = base
+    tokenizer = processor.tokenizer
+    batch = SpeechCollator(tokenizer, AudioWindow())(list(answered.dataset.select([6, 7])))
+    features = LogMel(processor.feature_extractor)(batch["waveforms"], batch["mel_frames"])
+    with torch.no_grad():
+        logits = model(input_features=features, decoder_input_ids=batch["decoder_input_ids"]).logits
+    wanted = batch["answer_probabilities"]
+    tokens = (batch["labels"] != IGNORED).sum() + (wanted.sum(-1) > 0).sum()
+    entropy = -torch.special.xlogy(wanted, wanted).sum() / tokens
+    loss = trainer._answer_loss(logits, batch)
+    left_out = (0.3 * (wanted.sum(-1) > 0)).sum() / tokens  # of candidates beyond the most probable
+    assert entropy - 1e-3 <= loss <= entropy + left_out
+    start = batch["answer_start"]
+    written = logits[:, start : start + ANSWER_TOKENS].log_softmax(-1).gather(-1, batch["answer_tokens"])
+    shares = (written - written.logsumexp(-1, keepdim=True)).exp()
+    asked = wanted.sum(-1) > 0
+    torch.testing.assert_close(shares[asked], wanted[asked], rtol=1e-3, atol=1e-4)
+    worse = trainer._answer_loss(logits.roll(1, 1), batch)
+    assert worse > loss + 1
 
 
 @pytest.fixture
