@@ -97,10 +97,10 @@ def train(
     keep_share: Annotated[
         float,
         typer.Option(
-            help="Share of the utterances trained on a second time, as the unadapted model hears them in another "
-            "language, so that those languages are kept; 0: none. Not with --task translate."
+            help="Share of the utterances trained on a second time under prompts of other languages, towards how the "
+            "unadapted model begins to answer there, so that those languages are kept. Not with --task translate."
         ),
-    ] = 0.25,
+    ] = 0.0,
     keep_languages: Annotated[
         list[str], typer.Option(help="Languages to keep. Repeat. [dim]default: Whisper's eight largest[/dim]")
     ] = [],  # noqa: B006

@@ -46,7 +46,7 @@ class TrainOptions:
     lr: float | None = None
     coefficient_lr_ratio: float | None = None
     interpolation: float = 1.0
-    keep_share: float = 0.25
+    keep_share: float = 0.0
     keep_languages: list[str] = field(default_factory=list)  # none: `LARGEST_LANGUAGES`
 
     epochs: float = 1.0

@@ -157,14 +157,10 @@ def test_how_an_answer_begins_is_trained_on_under_its_own_language(base, answere
         count = len(tokenizer(beginning, add_special_tokens=False).input_ids)
         assert torch.equal(batch["answer_probabilities"][index].sum(-1) > 0.99, torch.arange(ANSWER_TOKENS) < count)
         assert read[batch["answer_start"]] == time_stamps
-        assert (
-            tokenizer.decode([*read[4 : 3 + count].tolist()]) == beginning.removesuffix("<|endoftext|>")[: count - 1]
-            or count == 4
-        )
 
 
 def test_answers_are_the_models_own_distributions(base, answered):
-    """The loss of the unadapted model is the entropy of its answers, and its gradient there is none."""
+    """The loss of the unadapted model is the entropy of its answers, and what lies beyond the candidates."""
     model, processor = base
     tokenizer = processor.tokenizer
     batch = SpeechCollator(tokenizer, AudioWindow())(list(answered.dataset.select([6, 7])))
@@ -175,12 +171,12 @@ def test_answers_are_the_models_own_distributions(base, answered):
     tokens = (batch["labels"] != IGNORED).sum() + (wanted.sum(-1) > 0).sum()
     entropy = -torch.special.xlogy(wanted, wanted).sum() / tokens
     loss = trainer._answer_loss(logits, batch)
-    left_out = (0.3 * (wanted.sum(-1) > 0)).sum() / tokens  # of candidates beyond the most probable
-    assert entropy - 1e-3 <= loss <= entropy + left_out
     start = batch["answer_start"]
     written = logits[:, start : start + ANSWER_TOKENS].log_softmax(-1).gather(-1, batch["answer_tokens"])
-    shares = (written - written.logsumexp(-1, keepdim=True)).exp()
     asked = wanted.sum(-1) > 0
+    left_out = written.logsumexp(-1)[asked].sum() / tokens  # of the model's share beyond the candidates
+    torch.testing.assert_close(loss, entropy - left_out, rtol=1e-3, atol=1e-3)
+    shares = (written - written.logsumexp(-1, keepdim=True)).exp()
     torch.testing.assert_close(shares[asked], wanted[asked], rtol=1e-3, atol=1e-4)
     worse = trainer._answer_loss(logits.roll(1, 1), batch)
     assert worse > loss + 1
