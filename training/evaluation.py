@@ -1,6 +1,5 @@
 """Greedy transcription of test sets and their error rates, overall and by group."""
 
-import contextlib
 import copy
 import csv
 import json
@@ -23,6 +22,7 @@ from .data import Speech
 from .errors import UserError
 from .features import LogMel
 from .metrics import ErrorRate, UtteranceErrors, score, summarize
+from .precision import autocast
 from .text import normalizer
 
 ALL = "all"
@@ -187,10 +187,8 @@ def _generate(
 ) -> torch.Tensor:
     multilingual = model.generation_config.is_multilingual
     prompt = {"language": language, "task": task} if multilingual else {}
-    device = features.device.type
     weight_dtype = next(model.parameters()).dtype
-    cast = torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext()
-    with window_of(model, mel_frames), cast:
+    with window_of(model, mel_frames), autocast(features.device, dtype):
         return model.generate(
             input_features=features.to(weight_dtype),
             attention_mask=torch.ones(features.shape[0], mel_frames, dtype=torch.long, device=features.device),

@@ -6,8 +6,8 @@ there before the training: Li and Hoiem's "Learning without forgetting" (arXiv 1
 The first tokens decide it; the rest of such an answer is no transcript of anything.
 """
 
-import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .collate import ANSWER_TOKENS, SpeechCollator
 from .data import Speech
 from .evaluation import transcribe_speech
 from .features import LogMel
+from .precision import autocast
 from .run import write_json
 
 # Those Whisper was trained on for longest, after English (arXiv 2212.04356, appendix E).
@@ -89,6 +90,7 @@ def _ask(
     dtype: torch.dtype | None,
 ) -> list[dict[str, Any]]:
     """Answers with row, utterance, language, text, tokens and probabilities."""
+    utterances = speech.dataset["utterance"]
     answers: list[dict[str, Any]] = []
     with Progress(transient=True) as bars:
         bar = bars.add_task("asking in other languages", total=len(asked))
@@ -106,14 +108,19 @@ def _ask(
                 max_new_tokens=MAX_ANSWER_TOKENS,
             )
             texts = [one.text for one in heard]
-            for first in range(0, len(rows), batch_size):
-                batch = slice(first, first + batch_size)
-                found = _distributions(model, processor, audio[batch], texts[batch], language, dtype)
-                for row, text, (tokens, probabilities) in zip(rows[batch], texts[batch], found, strict=True):
-                    utterance = speech.dataset[row]["utterance"]
-                    answer = {"row": row, "utterance": utterance, "language": language, "text": text}
-                    answers.append(answer | {"tokens": tokens, "probabilities": probabilities})
-                bars.advance(bar, len(found))
+            found = _distributions(
+                model,
+                processor,
+                audio,
+                texts,
+                language,
+                batch_size=batch_size,
+                dtype=dtype,
+                on_batch=lambda done: bars.advance(bar, done),
+            )
+            for row, text, (tokens, probabilities) in zip(rows, texts, found, strict=True):
+                answer = {"row": row, "utterance": utterances[row], "language": language, "text": text}
+                answers.append(answer | {"tokens": tokens, "probabilities": probabilities})
     return [answer for answer in answers if answer["text"]]
 
 
@@ -124,27 +131,32 @@ def _distributions(
     audio: list[dict[str, Any]],
     texts: list[str],
     language: str,
+    *,
+    batch_size: int,
     dtype: torch.dtype | None,
+    on_batch: Callable[[int], None],
 ) -> list[tuple[list[list[int]], list[list[float]]]]:
     """For each text the most probable tokens at each of its first ones, and their probabilities, which add up to 1."""
     collate = SpeechCollator(processor.tokenizer, AudioWindow())
-    device = next(model.parameters()).device
-    waveforms = [torch.from_numpy(read_audio(entry)) for entry in audio]
-    padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device)
-    features = LogMel(processor.feature_extractor).to(device)(padded, AudioWindow().mel_frames(padded.shape[1]))
-    ids = [torch.tensor(collate.ids(text, language)) for text in texts]
-    read = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
-    cast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
-    model.eval()
-    with cast:
-        weights = next(model.parameters()).dtype
-        logits = model(input_features=features.to(weights), decoder_input_ids=read[:, :-1].to(device)).logits
+    weight = next(model.parameters())
+    log_mel = LogMel(processor.feature_extractor).to(weight.device)
     prefix = len(processor.tokenizer.prefix_tokens)
-    best = logits[:, prefix - 1 :].float().softmax(dim=-1).topk(_CANDIDATES)
-    shares = best.values / best.values.sum(dim=-1, keepdim=True)
+    model.eval()
     found = []
-    for index, one in enumerate(ids):
-        count = len(one) - prefix
-        rounded = [[round(share, 5) for share in token] for token in shares[index, :count].tolist()]
-        found.append((best.indices[index, :count].tolist(), rounded))
+    for first in range(0, len(texts), batch_size):
+        batch = slice(first, first + batch_size)
+        waveforms = [torch.from_numpy(read_audio(entry)) for entry in audio[batch]]
+        padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(weight.device)
+        features = log_mel(padded, AudioWindow().mel_frames(padded.shape[1])).to(weight.dtype)
+        ids = [torch.tensor(collate.ids(text, language)) for text in texts[batch]]
+        read = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+        with autocast(weight.device, dtype):
+            logits = model(input_features=features, decoder_input_ids=read[:, :-1].to(weight.device)).logits
+        best = logits[:, prefix - 1 :].float().softmax(dim=-1).topk(_CANDIDATES)
+        shares = best.values / best.values.sum(dim=-1, keepdim=True)
+        for index, one in enumerate(ids):
+            count = len(one) - prefix
+            rounded = [[round(share, 5) for share in token] for token in shares[index, :count].tolist()]
+            found.append((best.indices[index, :count].tolist(), rounded))
+        on_batch(len(ids))
     return found

@@ -1,5 +1,7 @@
 """Which precision a run computes in."""
 
+import contextlib
+
 import torch
 
 
@@ -14,3 +16,8 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
         else:
             precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Autocast to `dtype` on `device`; nothing for None."""
+    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()

@@ -1,5 +1,6 @@
 """Other languages kept: what is asked, what is trained on, and what a run does with it."""
 
+import functools
 import json
 import os
 import socket
@@ -8,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from rich.console import Console
 
 from fused_s2lora.training import other_languages, trainer
 from fused_s2lora.training import train as train_module
@@ -21,9 +21,8 @@ from fused_s2lora.training.features import LogMel
 from fused_s2lora.training.models import load_base
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.other_languages import LARGEST_LANGUAGES, with_answers
+from tests.training.comparisons import QUIET
 from tests.training.speech import TEXTS, write_folder
-
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def heard(monkeypatch):
 
     monkeypatch.setattr(other_languages, "transcribe_speech", answer)
     monkeypatch.setattr(
-        other_languages, "_distributions", lambda *operands: [([[7, 8]], [[0.75, 0.25]])] * len(operands[2])
+        other_languages, "_distributions", lambda *operands, **_: [([[7, 8]], [[0.75, 0.25]])] * len(operands[2])
     )
     return asked
 
@@ -75,7 +74,7 @@ def test_several_processes_share_the_asking(tmp_path):
     code = """
 import os, sys
 from pathlib import Path
-from fused_s2lora.training import other_languages, trainer
+from fused_s2lora.training import other_languages
 from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.evaluation import Heard
 
@@ -85,7 +84,7 @@ def answer(model, processor, audio, *, language, **_):
     return [Heard(language, True) for _ in audio]
 
 other_languages.transcribe_speech = answer
-other_languages._distributions = lambda *operands: [([[7]], [[1.0]])] * len(operands[2])
+other_languages._distributions = lambda *operands, **_: [([[7]], [[1.0]])] * len(operands[2])
 folder = Path(sys.argv[1])
 more, count = other_languages.with_answers(
     load_speech(folder / "speech"), None, None, share=0.5, languages=["de", "zh"], file=folder / "answers.json"
@@ -183,15 +182,8 @@ def test_answers_are_the_models_own_distributions(base, answered):
 
 
 @pytest.fixture
-def quick_run(tiny_folder, tmp_path):
-    def options(**fields) -> TrainOptions:
-        speech = tmp_path / "speech"
-        if not speech.exists():
-            write_folder(speech)
-        quick = {"model": str(tiny_folder), "window": "trim", "precision": "fp32", "batch_size": 2}
-        return TrainOptions(data=[str(speech)], output=str(tmp_path / "run"), **{**quick, **fields})
-
-    return options
+def quick_run(options, tmp_path):
+    return functools.partial(options, tmp_path / "run", epochs=1.0)
 
 
 def test_a_run_keeps_other_languages(quick_run, heard, tmp_path):
