@@ -20,6 +20,7 @@ from .errors import DivergedError, UserError
 from .evaluate import evaluate
 from .methods import METHODS, check
 from .options import TrainOptions
+from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions, write_json
 from .train import named_sets, train
 
@@ -212,8 +213,8 @@ def run_comparison(
         except UserError as error:
             raise UserError(f"{cell.name}: {error}") from error
         took.append(time.perf_counter() - start)
-        record = {"row": cell.row, "seconds": round(took[-1], 1), "failed": failed, **versions()}
-        write_json(cell.path / "cell.json", record)
+        record = {"row": cell.row, "seconds": round(took[-1], 1), "failed": failed}
+        write_json(cell.path / "cell.json", record | {"precision": resolved(cell.options.precision), **versions()})
         shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
         shutil.rmtree(cell.path / "model", ignore_errors=True)
         yield cell

@@ -147,7 +147,7 @@ def record(line: Line, cell: dict[str, Any], columns: list[Column]) -> dict[str,
     """Everything about one cell, flat: what made it, what it cost, every error rate, and the paper's figures."""
     single = dataclasses.replace(line, cells=[cell])
     summary = cell["summary"] or {}
-    made = cell["cell"] | {name: summary[name] for name in ("commit", "device", "utc") if name in summary}
+    made = cell["cell"] | {name: summary[name] for name in ("commit", "device", "precision", "utc") if name in summary}
     entry = {
         "row": line.label,
         "cell": cell["name"],
@@ -162,6 +162,7 @@ def record(line: Line, cell: dict[str, Any], columns: list[Column]) -> dict[str,
         "utc": made["utc"],
         "commit": made["commit"],
         "device": made["device"],
+        "precision": made.get("precision", cell["config"]["precision"]),  # older runs did not write what auto was
     }
     for column in columns:
         for kind in ("rate", "low", "high", "capped_rate"):
@@ -260,10 +261,10 @@ def _sweep(lines: list[Line], columns: list[Column]) -> str | None:
 def _runs(records: list[dict[str, Any]]) -> str:
     rows = [
         [entry["row"], entry["cell"], str(entry["seed"]), entry["utc"][:10], str(entry["commit"]),
-         f"`{entry['command']}`", entry["device"]]
+         f"`{entry['command']}`", entry["device"], entry["precision"]]
         for entry in records
     ]  # fmt: skip
-    return "## Runs\n\n" + _table(["row", "folder", "seed", "date", "commit", "command", "device"], rows)
+    return "## Runs\n\n" + _table(["row", "folder", "seed", "date", "commit", "command", "device", "precision"], rows)
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

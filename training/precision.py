@@ -5,17 +5,21 @@ import contextlib
 import torch
 
 
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The autocast dtype of "fp32" (None), "bf16" or "fp16"; "auto" is the fastest safe one of the device in hand.
+def resolved(precision: str) -> str:
+    """`precision` itself, or what "auto" is on the device in hand: the fastest safe one.
 
     On a GPU bf16, or fp16 where it has no bf16; on a CPU bf16 if it multiplies bf16 in hardware, else fp32.
     """
-    if precision == "auto":
-        if torch.cuda.is_available():
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        else:
-            precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The autocast dtype of "fp32" (None), "bf16", "fp16" or "auto" (see `resolved`)."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[resolved(precision)]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

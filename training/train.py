@@ -32,7 +32,7 @@ from .methods import adapt, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, to_best_device
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
-from .precision import autocast_dtype
+from .precision import autocast_dtype, resolved
 from .rank_maps import rank_maps
 from .run import RunFolder, peak_memory_mib, reset_peak_memory, versions, write_json
 from .text import language_code
@@ -353,6 +353,7 @@ def _train(
             "parameters": total,
             "utterances": utterances,
             "answers_in_other_languages": len(speech) - utterances,
+            "precision": resolved(options.precision),
             # A run may be scored later and elsewhere than it was trained.
             **{name: value for name, value in versions().items() if name in ("commit", "device", "utc")},
         },

@@ -102,6 +102,7 @@ def test_tables_hold_our_figures_and_the_published_ones(compared):
         assert entry["utc"] == made["utc"] == row["utc"] <= cell["utc"]
         assert entry["commit"] == made["commit"]
         assert entry["device"] == made["device"]
+        assert entry["precision"] == made["precision"] == row["precision"] in ("fp32", "bf16", "fp16")
         assert entry["command"]
         results = json.loads((compared / "out" / entry["cell"] / "results.json").read_text())[-1]
         assert entry["same WER rate"] == results["sets"]["same"]["groups"]["all"]["wer"]["rate"]
