@@ -7,7 +7,6 @@ The first tokens decide it; the rest of such an answer is no transcript of anyth
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.progress import Progress
-from torch import nn
 from transformers import WhisperProcessor
+from transformers.modeling_outputs import BaseModelOutput
 
 from .audio import read_audio
 from .audio_window import AudioWindow
 from .collate import ANSWER_TOKENS, SpeechCollator
 from .data import Speech
-from .evaluation import transcribe_speech
 from .features import LogMel
 from .precision import autocast
 from .run import write_json
@@ -42,7 +40,7 @@ _COLUMNS = {
 
 def with_answers(
     speech: Speech,
-    model: nn.Module,
+    model: Any,
     processor: WhisperProcessor,
     *,
     share: float,
@@ -83,80 +81,78 @@ def with_answers(
 
 def _ask(
     speech: Speech,
-    model: nn.Module,
+    model: Any,
     processor: WhisperProcessor,
     asked: list[tuple[int, str]],
     batch_size: int,
     dtype: torch.dtype | None,
 ) -> list[dict[str, Any]]:
-    """Answers with row, utterance, language, text, tokens and probabilities."""
+    """Answers with row, utterance, language, text, tokens and probabilities; those without text are left out."""
     utterances = speech.dataset["utterance"]
     answers: list[dict[str, Any]] = []
     with Progress(transient=True) as bars:
         bar = bars.add_task("asking in other languages", total=len(asked))
         for language in dict.fromkeys(language for _, language in asked):
             rows = [row for row, its_language in asked if its_language == language]
-            audio = speech.dataset.select(rows)["audio"][:]
-            heard = transcribe_speech(
-                model,
-                processor,
-                audio,
-                window=AudioWindow(),
-                language=language,
-                batch_size=batch_size,
-                dtype=dtype,
-                max_new_tokens=MAX_ANSWER_TOKENS,
-            )
-            texts = [one.text for one in heard]
-            found = _distributions(
-                model,
-                processor,
-                audio,
-                texts,
-                language,
-                batch_size=batch_size,
-                dtype=dtype,
-                on_batch=lambda done: bars.advance(bar, done),
-            )
-            for row, text, (tokens, probabilities) in zip(rows, texts, found, strict=True):
-                answer = {"row": row, "utterance": utterances[row], "language": language, "text": text}
-                answers.append(answer | {"tokens": tokens, "probabilities": probabilities})
+            for first in range(0, len(rows), batch_size):
+                batch = rows[first : first + batch_size]
+                audio = speech.dataset.select(batch)["audio"][:]
+                for row, answer in zip(batch, _answers(model, processor, audio, language, dtype), strict=True):
+                    answers.append({"row": row, "utterance": utterances[row], "language": language, **answer})
+                bars.advance(bar, len(batch))
     return [answer for answer in answers if answer["text"]]
 
 
 @torch.inference_mode()
+def _answers(
+    model: Any, processor: WhisperProcessor, audio: list[dict[str, Any]], language: str, dtype: torch.dtype | None
+) -> list[dict[str, Any]]:
+    """What the model hears in a batch, "text", and how that begins, "tokens" and "probabilities"."""
+    weight = next(model.parameters())
+    waveforms = torch.nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(read_audio(entry)) for entry in audio], batch_first=True
+    )
+    log_mel = LogMel(processor.feature_extractor).to(weight.device)
+    features = log_mel(waveforms.to(weight.device), AudioWindow().mel_frames(waveforms.shape[1]))
+    model.eval()
+    with autocast(weight.device, dtype):
+        encoded = model.get_encoder()(features.to(weight.dtype))
+        texts = _begun(model, processor, encoded, language)
+        found = _distributions(model, processor, encoded, texts, language)
+    return [
+        {"text": text, "tokens": tokens, "probabilities": probabilities}
+        for text, (tokens, probabilities) in zip(texts, found, strict=True)
+    ]
+
+
+def _begun(model: Any, processor: WhisperProcessor, encoded: BaseModelOutput, language: str) -> list[str]:
+    """The first `MAX_ANSWER_TOKENS` tokens of the greedy answers, as text."""
+    written = model.generate(
+        encoder_outputs=encoded,
+        language=language,
+        task="transcribe",
+        num_beams=1,
+        do_sample=False,
+        max_new_tokens=MAX_ANSWER_TOKENS,
+    )
+    return [text.strip() for text in processor.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
 def _distributions(
-    model: nn.Module,
-    processor: WhisperProcessor,
-    audio: list[dict[str, Any]],
-    texts: list[str],
-    language: str,
-    *,
-    batch_size: int,
-    dtype: torch.dtype | None,
-    on_batch: Callable[[int], None],
+    model: Any, processor: WhisperProcessor, encoded: BaseModelOutput, texts: list[str], language: str
 ) -> list[tuple[list[list[int]], list[list[float]]]]:
     """For each text the most probable tokens at each of its first ones, and their probabilities, which add up to 1."""
-    collate = SpeechCollator(processor.tokenizer, AudioWindow())
-    weight = next(model.parameters())
-    log_mel = LogMel(processor.feature_extractor).to(weight.device)
-    prefix = len(processor.tokenizer.prefix_tokens)
-    model.eval()
+    tokenizer = processor.tokenizer
+    collate = SpeechCollator(tokenizer, AudioWindow())
+    ids = [torch.tensor(collate.ids(text, language)) for text in texts]
+    read = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+    logits = model(encoder_outputs=encoded, decoder_input_ids=read[:, :-1].to(model.device)).logits
+    prefix = len(tokenizer.prefix_tokens)
+    best = logits[:, prefix - 1 :].float().softmax(dim=-1).topk(_CANDIDATES)
+    shares = best.values / best.values.sum(dim=-1, keepdim=True)
     found = []
-    for first in range(0, len(texts), batch_size):
-        batch = slice(first, first + batch_size)
-        waveforms = [torch.from_numpy(read_audio(entry)) for entry in audio[batch]]
-        padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(weight.device)
-        features = log_mel(padded, AudioWindow().mel_frames(padded.shape[1])).to(weight.dtype)
-        ids = [torch.tensor(collate.ids(text, language)) for text in texts[batch]]
-        read = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
-        with autocast(weight.device, dtype):
-            logits = model(input_features=features, decoder_input_ids=read[:, :-1].to(weight.device)).logits
-        best = logits[:, prefix - 1 :].float().softmax(dim=-1).topk(_CANDIDATES)
-        shares = best.values / best.values.sum(dim=-1, keepdim=True)
-        for index, one in enumerate(ids):
-            count = len(one) - prefix
-            rounded = [[round(share, 5) for share in token] for token in shares[index, :count].tolist()]
-            found.append((best.indices[index, :count].tolist(), rounded))
-        on_batch(len(ids))
+    for index, one in enumerate(ids):
+        count = len(one) - prefix
+        rounded = [[round(share, 5) for share in token] for token in shares[index, :count].tolist()]
+        found.append((best.indices[index, :count].tolist(), rounded))
     return found

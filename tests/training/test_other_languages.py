@@ -16,7 +16,7 @@ from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.collate import ANSWER_TOKENS, IGNORED, SpeechCollator
 from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.errors import UserError
-from fused_s2lora.training.evaluation import Heard
+from fused_s2lora.training.evaluation import transcribe_speech
 from fused_s2lora.training.features import LogMel
 from fused_s2lora.training.models import load_base
 from fused_s2lora.training.options import TrainOptions
@@ -27,17 +27,15 @@ from tests.training.speech import TEXTS, write_folder
 
 @pytest.fixture
 def heard(monkeypatch):
-    """What was asked, as (language, utterances, tokens at most, window), and answers that name their language."""
+    """What was asked, as (language, utterances), and answers that name their language."""
     asked = []
 
-    def answer(model, processor, audio, *, window, language, max_new_tokens, **_):
-        asked.append((language, len(audio), max_new_tokens, window.mode))
-        return [Heard("" if language == "ko" else f"{language} {entry['path'][-4:]}", False) for entry in audio]
+    def answer(model, processor, audio, language, dtype):
+        asked.append((language, len(audio)))
+        texts = ["" if language == "ko" else f"{language} {entry['path'][-4:]}" for entry in audio]
+        return [{"text": text, "tokens": [[7, 8]], "probabilities": [[0.75, 0.25]]} for text in texts]
 
-    monkeypatch.setattr(other_languages, "transcribe_speech", answer)
-    monkeypatch.setattr(
-        other_languages, "_distributions", lambda *operands, **_: [([[7, 8]], [[0.75, 0.25]])] * len(operands[2])
-    )
+    monkeypatch.setattr(other_languages, "_answers", answer)
     return asked
 
 
@@ -46,7 +44,7 @@ def test_a_share_is_asked_in_each_language_in_turn(tmp_path, heard):
     file = tmp_path / "answers.json"
     more, asked = with_answers(speech, None, None, share=0.5, languages=["de", "ko", "zh"], file=file, seed=1)
     assert asked == 6
-    assert sorted(heard) == [(code, 2, other_languages.MAX_ANSWER_TOKENS, "full") for code in ("de", "ko", "zh")]
+    assert sorted(heard) == [(code, 2) for code in ("de", "ko", "zh")]
     assert more.dataset["target"][:12] == speech.dataset["target"][:]
     assert more.dataset["target_language"][:12] == [None] * 12
     added = more.dataset.select(range(12, len(more)))
@@ -76,15 +74,13 @@ import os, sys
 from pathlib import Path
 from fused_s2lora.training import other_languages
 from fused_s2lora.training.data import load_speech
-from fused_s2lora.training.evaluation import Heard
 
 asked = []
-def answer(model, processor, audio, *, language, **_):
+def answer(model, processor, audio, language, dtype):
     asked.extend(audio)
-    return [Heard(language, True) for _ in audio]
+    return [{"text": language, "tokens": [[7]], "probabilities": [[1.0]]} for _ in audio]
 
-other_languages.transcribe_speech = answer
-other_languages._distributions = lambda *operands, **_: [([[7]], [[1.0]])] * len(operands[2])
+other_languages._answers = answer
 folder = Path(sys.argv[1])
 more, count = other_languages.with_answers(
     load_speech(folder / "speech"), None, None, share=0.5, languages=["de", "zh"], file=folder / "answers.json"
@@ -124,11 +120,26 @@ def base(packaged_base):
     return model, processor
 
 
+def test_answers_are_what_the_model_transcribes(base, tmp_path):
+    model, processor = base
+    speech = load_speech(write_folder(tmp_path / "speech"))
+    with_answers(speech, *base, share=0.5, languages=["de", "zh"], file=tmp_path / "answers.json", batch_size=2)
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert answers
+    for answer in answers:
+        audio = speech.dataset.select([answer["row"]])["audio"][:]
+        language, limit = answer["language"], other_languages.MAX_ANSWER_TOKENS
+        (heard,) = transcribe_speech(
+            model, processor, audio, window=AudioWindow(), language=language, max_new_tokens=limit
+        )
+        assert answer["text"] == heard.text
+
+
 @pytest.fixture
 def answered(base, tmp_path, monkeypatch):
     """Six utterances, and two of them again with a long and a short answer in other languages."""
     answers = iter(["请问我一个人,我是一个人", "好"])
-    monkeypatch.setattr(other_languages, "transcribe_speech", lambda *_, **__: [Heard(next(answers), False)])
+    monkeypatch.setattr(other_languages, "_begun", lambda *_: [next(answers)])
     speech = load_speech(write_folder(tmp_path / "speech"))
     more, _ = with_answers(speech, *base, share=0.3, languages=["zh", "ja"], file=tmp_path / "answers.json")
     assert len(more) == 8
