@@ -169,6 +169,7 @@ def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         # PyTorch's fused attention in half precision takes a CPU several times as long for one query.
         plain = copy.deepcopy(decoder.config)
         plain._attn_implementation = "eager"
+        decoder.get_decoder().config = plain  # which makes the causal mask; "sdpa" would be given none for the prompt
         for module in decoder.get_decoder().modules():
             if isinstance(module, WhisperAttention):
                 module.config = plain

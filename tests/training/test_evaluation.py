@@ -26,6 +26,32 @@ from tests.training.comparisons import QUIET
 from tests.training.speech import TEXTS, tone, write_folder
 
 
+def test_decoding_in_half_precision_computes_what_the_model_does(tiny_folder):
+    """Within bfloat16's rounding, for the prompt in one pass and a token after it from the cache."""
+    model, processor = load_base(str(tiny_folder))
+    model.eval()
+    with torch.no_grad():
+        for weight in model.get_decoder().layers.parameters():
+            weight.mul_(4)  # as initialised, attention hardly matters
+    torch.manual_seed(0)
+    features = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    prompt = torch.tensor([processor.tokenizer.prefix_tokens] * 2)
+    decoder = evaluation_module._for_decoding(model, torch.bfloat16)
+
+    def logits(whisper):
+        first = whisper(input_features=features, decoder_input_ids=prompt, use_cache=True)
+        encoded = (first.encoder_last_hidden_state,)
+        second = whisper(decoder_input_ids=prompt[:, -1:], encoder_outputs=encoded, cache=first.cache)
+        return torch.cat([first.logits, second.logits], dim=1)
+
+    with torch.no_grad():
+        expected = logits(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounding = (logits(model) - expected).abs().max()
+            error = (logits(decoder) - expected).abs().max()
+    assert error < 2 * rounding
+
+
 def test_transcripts_without_an_end_are_told(tiny_folder, tones, tmp_path, monkeypatch):
     model, processor = load_base(str(tiny_folder))
     audio = load_speech(tones).dataset["audio"][:]
