@@ -7,6 +7,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .kernels.arguments import MAX_RANK
 from .kernels.s2_linear import BACKENDS
 
 WHISPER_LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -122,8 +123,8 @@ class S2LoraConfig(PeftConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}")
-        if not 1 <= self.r <= 256:
-            raise ValueError(f"r={self.r} is not between 1 and 256")
+        if not 1 <= self.r <= MAX_RANK:
+            raise ValueError(f"r={self.r} is not between 1 and {MAX_RANK}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
         for name in ("sparsity_weight", "norm_weight", "threshold", "audio_window_margin"):

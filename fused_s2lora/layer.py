@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .config import S2LoraConfig
-from .kernels.configs import rank_block
+from .kernels.arguments import MAX_RANK
 from .kernels.s2_linear import Backend, s2_linear, s2_linear_group
 from .kernels.shared import GradientSink, gelu_input, known_z
-from .projection_group import ProjectionGroup
+from .projection_group import ProjectionGroup, live_operands, ranks_computed
 from .sharing import FactorPair, initial_factors
 
 
@@ -106,16 +106,18 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         if self.group is not None and (result := self.group.output(self, x)) is not None:
             return result
         base = self.base_linear
-        operands = [self._live_operands(name) for name in names]
-        operands = [found for found in operands if len(found[2])]
-        if not operands:
+        updating = [name for name in names if self.updates(name)]
+        if not updating:
             return self.base_layer(x, *args, **kwargs)
-        down, up, coefficients, sink = operands[0]
+        operands = [live_operands([self], name) for name in updating]
+        down, up, (coefficients,), sink = operands[0]
         if len(operands) > 1:
             down = torch.cat([found[0] for found in operands])
             up = torch.cat([found[1] for found in operands], dim=1)
-            coefficients = torch.cat([found[2] for found in operands])
+            coefficients = torch.cat([found[2][0] for found in operands])
             sink = None
+        if len(down) > MAX_RANK:
+            return self._separate_paths(x, updating)
         backend: Any = self.configs[names[0]].backend
         (y,) = s2_linear_group(
             x, [base.weight], base.bias, down, up, [coefficients], z=known_z(x, down), made_from=gelu_input(x),
@@ -123,15 +125,15 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         )  # fmt: skip
         return y
 
-    def _live_operands(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, GradientSink | None]:
-        """Operands and sink; ranks whose coefficient is zero for good are left out where that saves work."""
-        down, up, coefficients = self.operands(adapter_name)
-        live = self.ranks_alive_for_good(adapter_name)
-        if live is None or len(live) == len(coefficients):
-            return down, up, coefficients, self.sink(adapter_name)
-        if len(live) and rank_block(len(live)) == rank_block(len(coefficients)):
-            return down, up, coefficients, self.sink(adapter_name)
-        return down[live], up[:, live], coefficients[live], None
+    def updates(self, adapter_name: str) -> bool:
+        """Whether the adapter can change this layer's output: not where its coefficients are zero for good."""
+        alive = self.ranks_alive_for_good(adapter_name)
+        return alive is None or len(alive) > 0
+
+    def projects_whole_pair(self, adapter_name: str) -> bool:
+        """Whether z = x Aᵀ of all ranks is what this layer's operation reads."""
+        layers = [self] if self.group is None else self.group.together_with(self, adapter_name)
+        return ranks_computed(layers, adapter_name) is None
 
     def ranks_alive_for_good(self, adapter_name: str) -> Tensor | None:
         """Ranks with a coefficient that is not zero, where the coefficients are frozen; None where they are trained.

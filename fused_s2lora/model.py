@@ -14,6 +14,7 @@ from .config import S2LoraConfig
 from .kernels.shared import SharedPair
 from .layer import S2LoraLinear
 from .sharing import FactorPair, SharedFactors, place_of
+from .whisper_fusion import unfuse_whisper
 
 
 class S2LoraModel(BaseTuner):
@@ -158,6 +159,7 @@ class S2LoraModel(BaseTuner):
     # Leaving PEFT
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unfuse_whisper(self.model)
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()

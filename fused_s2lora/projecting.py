@@ -27,6 +27,8 @@ class _Reader:
         names = self.layer.names_at_work()
         if len(names) != 1 or not self.layer.fusable(names) or not torch.is_grad_enabled():
             return None
+        if not self.layer.projects_whole_pair(names[0]):
+            return None
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if torch.compiler.is_compiling() or not device.runs_triton(x) or dtype == torch.float64:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .kernels.configs import rank_block
 from .kernels.s2_linear import s2_linear_group
-from .kernels.shared import known_z, write_count
+from .kernels.shared import GradientSink, known_z, write_count
 
 if TYPE_CHECKING:
     from .layer import S2LoraLinear
@@ -23,22 +25,31 @@ class ProjectionGroup:
 
     def __init__(self, layers: list[S2LoraLinear]) -> None:
         self.layers = layers
-        self._input: Tensor | None = None
+        self._made_from: tuple[Tensor, tuple[Any, ...]] | None = None
         self._outputs: dict[int, Tensor] = {}
         self._bias: tuple[Any, Tensor | None] = (None, None)
 
     def output(self, layer: S2LoraLinear, x: Tensor) -> Tensor | None:
-        """The output of `layer` for x; None where the group cannot be one operation now."""
-        if self._input is not x or id(layer) not in self._outputs:
-            outputs = self._compute(x)
-            if outputs is None:
+        """The output of `layer` for x; None where it cannot, or need not, be computed with others now."""
+        state = self._state(x)
+        if self._made_from is None or self._made_from[0] is not x or self._made_from[1] != state:
+            self._outputs = {}
+        if id(layer) not in self._outputs:
+            computed = self._compute(layer, x)
+            if not computed:
                 return None
-            self._input = x
-            self._outputs = {id(one): output for one, output in zip(self.layers, outputs, strict=True)}
+            self._outputs, self._made_from = computed, (x, state)
         output = self._outputs.pop(id(layer))
         if not self._outputs:
-            self._input = None
+            self._made_from = None
         return output
+
+    def _state(self, x: Tensor) -> tuple[Any, ...]:
+        """What the outputs depend on besides which tensor x is."""
+        first = self.layers[0]
+        values = [one for layer in self.layers for one in layer.s2lora_coefficients.values()]
+        values += [*first.s2lora_up.values(), *first.s2lora_down.values(), x]
+        return torch.is_grad_enabled(), *first.active_adapters, *(write_count(value) for value in values)
 
     def name_at_work(self) -> str | None:
         """The one adapter at work in all layers; None where that is not so, or a layer cannot be fused."""
@@ -48,31 +59,66 @@ class ProjectionGroup:
         )
         return names[0] if alike else None
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
+    def together_with(self, layer: S2LoraLinear, adapter_name: str) -> list[S2LoraLinear]:
+        """The layers computed in one operation with `layer`, itself among them: those with an update, if it has one."""
+        at_work = [one for one in self.layers if one.updates(adapter_name)]
+        return at_work if layer in at_work else [layer]
+
+    def _compute(self, layer: S2LoraLinear, x: Tensor) -> dict[int, Tensor]:
         name = None if torch.compiler.is_compiling() else self.name_at_work()
         if name is None:
-            return None
-        first = self.layers[0]
-        alive = [layer.ranks_alive_for_good(name) for layer in self.layers]
-        if any(ranks is not None and not len(ranks) for ranks in alive):
-            return None  # a map without an update is best left alone
-        down, up, _ = first.operands(name)
-        weights = [layer.base_linear.weight for layer in self.layers]
-        coefficients = [layer.operands(name)[2] for layer in self.layers]
+            return {}
+        layers = self.together_with(layer, name)
+        if len(layers) < 2:
+            return {}
+        first = layers[0]
+        down, up, coefficients, sink = live_operands(layers, name)
         backend: Any = first.configs[name].backend
-        return s2_linear_group(
-            x, weights, self._stacked_bias(), down, up, coefficients, z=known_z(x, down), sink=first.sink(name),
-            backend=backend,
+        outputs = s2_linear_group(
+            x, [one.base_linear.weight for one in layers], self._stacked_bias(layers), down, up, coefficients,
+            z=known_z(x, down), sink=sink, backend=backend,
         )  # fmt: skip
+        return {id(one): output for one, output in zip(layers, outputs, strict=True)}
 
-    def _stacked_bias(self) -> Tensor | None:
+    def _stacked_bias(self, layers: list[S2LoraLinear]) -> Tensor | None:
         """All biases one after the other, zeros for a layer without; made anew when one of them has changed."""
-        biases = [layer.base_linear.bias for layer in self.layers]
+        biases = [layer.base_linear.bias for layer in layers]
         if all(bias is None for bias in biases):
             return None
-        key = [(id(bias), write_count(bias), bias.device, bias.dtype) for bias in biases if bias is not None]
+        key = [
+            (id(bias), write_count(bias), bias.untyped_storage()._cdata, bias.device, bias.dtype)
+            for bias in biases
+            if bias is not None
+        ]
         if self._bias[0] != key:
             like = next(bias for bias in biases if bias is not None)
             parts = [torch.zeros_like(like) if bias is None else bias.detach() for bias in biases]
             self._bias = key, torch.cat(parts)
         return self._bias[1]
+
+
+def live_operands(
+    layers: Sequence[S2LoraLinear], adapter_name: str
+) -> tuple[Tensor, Tensor, list[Tensor], GradientSink | None]:
+    """down A [r, K] and up B [N, r] of the layers' pair, each one's coefficients, and where gradients of A and B go.
+
+    Ranks whose coefficients are zero for good in all of the layers are left out where that saves work.
+    """
+    first = layers[0]
+    down, up, _ = first.operands(adapter_name)
+    coefficients = [layer.operands(adapter_name)[2] for layer in layers]
+    live = ranks_computed(layers, adapter_name)
+    if live is None:
+        return down, up, coefficients, first.sink(adapter_name)
+    return down[live], up[:, live], [e[live] for e in coefficients], None
+
+
+def ranks_computed(layers: Sequence[S2LoraLinear], adapter_name: str) -> Tensor | None:
+    """The ranks that are not left out by `live_operands`; None where that is all."""
+    alive = [layer.ranks_alive_for_good(adapter_name) for layer in layers]
+    known = [ranks for ranks in alive if ranks is not None]
+    if len(known) < len(alive):
+        return None
+    live = known[0] if len(known) == 1 else torch.cat(known).unique()
+    saves = not len(live) or rank_block(len(live)) < rank_block(layers[0].configs[adapter_name].r)
+    return live if saves else None

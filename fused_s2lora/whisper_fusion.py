@@ -102,7 +102,7 @@ def _let_producers_project(layer: Any) -> None:
     if isinstance(layer, WhisperDecoderLayer):
         reads.append((layer.encoder_attn_layer_norm, layer.encoder_attn.q_proj))
     for norm, reader in reads:
-        if isinstance(reader, S2LoraLinear):
+        if isinstance(reader, S2LoraLinear) and type(norm) is nn.LayerNorm:  # and no `modules_to_save` around one
             let_norm_project(norm, reader)
     exact = isinstance(layer.activation_fn, GELUActivation) and layer.activation_fn.act is nn.functional.gelu
     if isinstance(layer.fc2, S2LoraLinear) and exact and not layer.activation_dropout:

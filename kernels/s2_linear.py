@@ -98,7 +98,7 @@ class S2LinearFunction(torch.autograd.Function):
             )  # fmt: skip
         if shared is not None:
             if shared.wants_dx:
-                shared.dx = strategy.input_gradient(dys, group, g, dense, shared.dx)
+                shared.add_dx(lambda so_far: strategy.input_gradient(dys, group, g, dense, so_far))
             if alone and needs_down:
                 shared.g.add_(g)
         else:
@@ -196,16 +196,13 @@ def s2_linear_group(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, not one of {', '.join(BACKENDS)}")
     check_arguments(x, weights, bias, down, up, coefficients)
-    shared = SharedInput.of(x)
+    shared = SharedInput.of(x, down)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weights[0].dtype:
         raise ValueError(f"x is {x.dtype} and weight {weights[0].dtype}: cast one of them or run under torch.autocast")
-    if shared is not None and (shared.rows.dtype != x.dtype or shared.down.shape != down.shape):
-        raise ValueError(
-            f"x was shared as {shared.rows.dtype} with down {tuple(shared.down.shape)}, and is read as {x.dtype} with "
-            f"down {tuple(down.shape)}: share it as its maps read it"
-        )
+    if shared is not None and shared.rows.dtype != x.dtype:
+        raise ValueError(f"x was shared as {shared.rows.dtype} and is read as {x.dtype}: share it as its maps read it")
     leading = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
     operands = (rows, weights, bias, down, up, coefficients)

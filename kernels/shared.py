@@ -6,6 +6,7 @@ Left to itself, autograd makes a gradient for every use and adds them one by one
 hands autograd nothing; one node before all uses, which autograd reaches after the last of them, hands over the sum.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def write_count(tensor: Tensor) -> int:
     """How often the tensor was written to, as far as PyTorch counts: not for tensors made in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def same_tensor(one: Tensor, other: Tensor) -> bool:
+    """Whether both are one view of one memory."""
+    alike = one.shape == other.shape and one.stride() == other.stride()
+    return (
+        alike
+        and one.storage_offset() == other.storage_offset()
+        and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    )
 
 
 class _PassSums:
@@ -115,7 +126,7 @@ class SharedInput:
     """An input x [M, K] that many maps with one `down` A [r, K] read, such as the encoder's output in cross-attention.
 
     z = x Aᵀ is computed once, dx and Σ g ⊙ e are added up in place, and dA costs one pass over x for all maps.
-    Made by `share_input`, found again with `SharedInput.of(x)`.
+    Made by `share_input`, found again with `SharedInput.of(x, down)`.
     """
 
     _ATTRIBUTE = "_s2lora_shared_input"
@@ -126,9 +137,13 @@ class SharedInput:
         self._sums = _PassSums()
 
     @classmethod
-    def of(cls, x: Tensor) -> "SharedInput | None":
-        """The shared input whose tensor x is, if any."""
-        return getattr(x, cls._ATTRIBUTE, None)
+    def of(cls, x: Tensor, down: Tensor) -> "SharedInput | None":
+        """The shared input whose tensor x is and whose A is `down`, if any.
+
+        A map with another A, of another adapter or with ranks left out, reads x as any tensor.
+        """
+        found: SharedInput | None = getattr(x, cls._ATTRIBUTE, None)
+        return found if found is not None and same_tensor(found.down, down) else None
 
     @property
     def z(self) -> Tensor:
@@ -146,19 +161,25 @@ class SharedInput:
             sums["g"] = self.rows.new_zeros(len(self.rows), len(self.down), dtype=wide(self.rows.dtype))
         return sums["g"]
 
-    @property
-    def dx(self) -> Tensor | None:
-        """The sum of dx so far, [M, K], to add to in place; None before the first."""
-        return self._sums.so_far().get("dx")
+    def add_dx(self, gradient: Callable[[Tensor | None], Tensor]) -> None:
+        """Adds one use's dx [M, K] to the sum: `gradient(sum)` adds to the sum in place, `gradient(None)` makes dx.
 
-    @dx.setter
-    def dx(self, dx: Tensor) -> None:
-        self._sums.so_far()["dx"] = dx
+        dx in half precision is summed in float32, as autograd would under autocast.
+        """
+        sums, dtype = self._sums.so_far(), self.rows.dtype
+        so_far = sums.get("dx")
+        if dtype == wide(dtype):
+            sums["dx"] = gradient(so_far)
+        elif so_far is None:
+            sums["dx"] = gradient(None).to(wide(dtype))
+        else:
+            so_far.add_(gradient(None))
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """The sums of dx and of g, which begin anew."""
+        """The sums of dx, in x's dtype, and of g, which begin anew."""
         sums = self._sums.so_far()
-        return sums.pop("dx", None), sums.pop("g", None)
+        dx = sums.pop("dx", None)
+        return None if dx is None else dx.to(self.rows.dtype), sums.pop("g", None)
 
 
 _Z = "_s2lora_z"
@@ -186,8 +207,7 @@ def known_z(x: Tensor, down: Tensor) -> Tensor | None:
     if found is None:
         return None
     z, its_down = found
-    same = its_down.shape == down.shape and its_down.stride() == down.stride()
-    return z if same and its_down.untyped_storage()._cdata == down.untyped_storage()._cdata else None
+    return z if same_tensor(its_down, down) else None
 
 
 class _ShareInputFunction(torch.autograd.Function):

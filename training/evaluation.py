@@ -152,13 +152,17 @@ def transcribe_speech(
 def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy with the adapter merged and every linear map in `dtype`, to be run under autocast to that dtype.
 
-    It computes what the model computes under autocast, but does not cast every weight again at every token.
+    It computes what the model computes under autocast, but does not add the update and cast every weight again at every
+    token. In float32 (None) only the adapter is merged.
     """
-    if dtype is None or dtype == torch.float32:
+    whole = dtype is None or dtype == torch.float32
+    if whole and not isinstance(model, PeftModel):
         return model
     decoder: Any = copy.deepcopy(model)
     if isinstance(decoder, PeftModel):
         decoder = decoder.merge_and_unload()
+    if whole:
+        return decoder
     for module in decoder.modules():
         if isinstance(module, nn.Linear):
             # A new parameter, for the last one's is the embedding's too.

@@ -144,7 +144,7 @@ def test_autocast_is_as_exact_as_unfused(tiny_whisper):
             assert fused[name] <= 2 * plain[name] + 8e-3 * value.abs().max().item(), f"{backend}: {name}"
 
 
-@pytest.mark.parametrize("backend", ["merged", "augmented"])
+@pytest.mark.parametrize("backend", ["merged", "augmented", "fused"])
 def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
     """The whole model by Triton's kernels, as exact as unfused PyTorch; LayerNorm and GELU leave nothing to project."""
     oracle = step(in_float64(tiny_whisper))
@@ -226,6 +226,64 @@ def test_what_cannot_be_fused_is_computed_apart(tiny_whisper):
     dropout = adapted(tiny_whisper, dropout=0.5).train()
     fuse_whisper(dropout)
     step(dropout, torch.float32)
+
+
+def test_two_adapters_in_cross_attention_keep_their_gradients_apart(tiny_whisper):
+    """One reads the shared input with the pair it was shared for, the other, of the same rank, must not."""
+
+    def two() -> PeftModel:
+        model = adapted(tiny_whisper, r=4, target_modules=r".*decoder\.layers\.0\.encoder_attn\.(k_proj|v_proj)")
+        other = S2LoraConfig(r=4, target_modules=r".*decoder\.layers\.1\.encoder_attn\.v_proj")
+        model.add_adapter("other", other)
+        awaken(model)
+        model.base_model.set_adapter(["default", "other"])
+        return model.double().train()
+
+    oracle, model = step(two()), two()
+    assert fuse_whisper(model) == 1
+    assert_same(step(model), oracle)
+
+
+def test_trained_layer_norms_are_left_alone(tiny_whisper):
+    config = {"modules_to_save": ["final_layer_norm"]}
+    oracle, model = step(in_float64(tiny_whisper, **config)), in_float64(tiny_whisper, **config)
+    assert any("final_layer_norm" in name for name in oracle)
+    fuse_whisper(model)
+    assert_same(step(model), oracle)
+    unfuse_whisper(model)
+    assert_same(step(model), oracle)
+
+
+def test_outputs_of_a_group_are_of_the_state_they_are_asked_in(tiny_whisper):
+    model = adapted(tiny_whisper)
+    fuse_whisper(model)
+    attention = model.get_base_model().model.encoder.layers[0].self_attn
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        q(x)
+    assert k(x).requires_grad
+    q.base_linear.bias.data = q.base_linear.bias.data + 1
+    q(x)
+    with torch.no_grad():
+        k.s2lora_coefficients["default"].add_(0.5)
+    fused = [layer(x).detach() for layer in (k, v, q)]
+    q(x)
+    x.mul_(2)
+    twice = [layer(x).detach() for layer in (v, q, k)]
+    unfuse_whisper(model)
+    torch.testing.assert_close(twice, [layer(x).detach() for layer in (v, q, k)])
+    torch.testing.assert_close(fused, [layer(x / 2).detach() for layer in (k, v, q)])
+
+
+@pytest.mark.parametrize("leave", ["merge_and_unload", "unload"])
+def test_what_leaves_peft_is_not_fused(tiny_whisper, leave):
+    model = adapted(tiny_whisper)
+    fuse_whisper(model)
+    plain = getattr(model, leave)()
+    assert plain.config._attn_implementation == "sdpa"
+    assert not any("Projecting" in type(module).__name__ for module in plain.modules())
+    assert not plain.get_decoder()._forward_pre_hooks
 
 
 def test_attention_in_blocks_is_the_reference_in_every_gradient(tiny_whisper, monkeypatch):

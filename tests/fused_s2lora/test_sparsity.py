@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, s2_linear
+from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, projection_group, s2_linear, unfuse_whisper
 from fused_s2lora import layer as layer_module
 from tests.fused_s2lora.adapters import adapted, batch, logits
 
@@ -20,7 +20,8 @@ def ranks_seen(monkeypatch) -> list[int]:
         seen.append(len(down))
         return operation(x, weights, bias, down, *rest, **options)
 
-    monkeypatch.setattr(layer_module, "s2_linear_group", counted)
+    for module in (layer_module, projection_group):
+        monkeypatch.setattr(module, "s2_linear_group", counted)
     return seen
 
 
@@ -88,6 +89,49 @@ def test_a_coefficient_that_wakes_is_noticed(ranks_seen):
         after = layer(x)
     assert ranks_seen == [8]
     assert not torch.allclose(before, after)
+
+
+def test_a_pruned_adapter_when_fused(tiny_whisper, ranks_seen):
+    """10 of 40 ranks of every weight, and one of cross-attention's k dead: as unfused, with gradients and without."""
+    model = adapted(tiny_whisper, r=40).train()
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, S2LoraLinear):
+                layer.s2lora_coefficients["default"][10:] = 0
+                if name.endswith("1.encoder_attn.k_proj"):
+                    layer.s2lora_coefficients["default"].zero_()
+                frozen(layer)
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        return loss.detach(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+    expected = step()
+    fuse_whisper(model)
+    ranks_seen.clear()
+    loss, gradients = step()
+    torch.testing.assert_close(loss, expected[0])
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5)
+    assert set(ranks_seen) == {10}
+    encoder, decoder = 1 + 1 + 2, (1 + 1) + (1 + 1 + 1) + 2  # q, k and v as one, and k and v of cross-attention
+    assert len(ranks_seen) == 2 * encoder + 2 * decoder
+    fused = logits(model.eval())
+    unfuse_whisper(model)
+    torch.testing.assert_close(logits(model), fused)
+
+
+def test_more_ranks_together_than_one_operation_has():
+    model, layer = one_layer(r=200, live=200)
+    model.add_adapter("other", S2LoraConfig(r=200, target_modules=["0"]))
+    with torch.no_grad():
+        layer.s2lora_coefficients["other"].fill_(0.5)
+    model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(5, 24)
+    update = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    torch.testing.assert_close(layer(x), layer.base_linear(x) + x @ update.mT, rtol=1e-4, atol=1e-4)
 
 
 def test_dead_weights_of_a_fused_attention(tiny_whisper):

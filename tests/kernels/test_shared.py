@@ -75,6 +75,33 @@ def test_a_pass_that_did_not_end_leaves_nothing(shared_input: bool, before: Call
     problem.check()
 
 
+def test_dx_of_many_readers_is_summed_as_exactly_as_by_autograd():
+    """Cross-attention of 32 decoder layers under autocast: 64 maps of one x."""
+    generator = torch.Generator().manual_seed(0)
+    x, down, up = (torch.randn(*shape, generator=generator) for shape in ((60, 32), (4, 32), (32, 4)))
+    weights, dys = (torch.randn(32, 2, *shape, generator=generator) for shape in ((32, 32), (60, 32)))
+    e = torch.rand(2, 4, generator=generator)
+
+    def gradient(dtype: torch.dtype, shared: bool) -> Tensor:
+        leaf, pair = x.to(dtype).requires_grad_(), (down.to(dtype), up.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = share_input(leaf.bfloat16(), pair[0]) if shared else leaf
+            outputs = []
+            for two in weights.to(dtype):
+                if shared:
+                    outputs += s2_linear_group(y, list(two), None, *pair, list(e.to(dtype)), backend="merged")
+                else:
+                    outputs += [
+                        s2_linear_reference(y, w, None, *pair, c) for w, c in zip(two, e.to(dtype), strict=True)
+                    ]
+        given = [dy.bfloat16().to(y.dtype) for dy, y in zip(dys.flatten(0, 1), outputs, strict=True)]
+        return torch.autograd.grad(outputs, leaf, given)[0].double()
+
+    exact = gradient(torch.float64, shared=False)
+    by_autograd = (gradient(torch.float32, shared=False) - exact).norm()
+    assert (gradient(torch.float32, shared=True) - exact).norm() < 1.5 * by_autograd
+
+
 @pytest.mark.parametrize("frozen", ["down", "up"])
 def test_one_factor_frozen_under_checkpointing(frozen: str):
     """The pair in use must ask for the gradients the pair itself asks for: its recomputation has the pair itself."""
