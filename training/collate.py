@@ -12,7 +12,14 @@ from .audio import read_audio
 from .audio_window import AudioWindow
 
 IGNORED = -100
-ANSWER_TOKENS = 4  # of an answer in another language than the speech
+ANSWER_TOKENS = 4  # at most, of an answer in another language than the speech
+
+
+def prefix_in(tokenizer: WhisperTokenizer, language: str) -> list[int]:
+    """The tokenizer's prefix with another language's token in it."""
+    prefix: list[Any] = list(tokenizer.prefix_tokens)
+    prefix[1] = tokenizer.convert_tokens_to_ids(f"<|{language}|>")
+    return prefix
 
 
 class SpeechCollator:
@@ -55,8 +62,12 @@ class SpeechCollator:
         prefix = len(self.tokenizer.prefix_tokens)
         for row in rows:
             language = row.get("target_language")
-            ids = self.ids(row["target"], language)
-            kept = ids[1:] if language is None else [IGNORED, *ids[2:prefix]] + [IGNORED] * (len(ids) - prefix)
+            if language is None:
+                ids = self.tokenizer(row["target"]).input_ids
+                kept = ids[1:]
+            else:
+                ids = [*prefix_in(self.tokenizer, language), *row["answer"]]
+                kept = [IGNORED, *ids[2:prefix]] + [IGNORED] * len(row["answer"])
             read.append(torch.tensor(ids[:-1]))
             write.append(torch.tensor(kept))
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
@@ -65,14 +76,6 @@ class SpeechCollator:
             "labels": pad(write, padding_value=IGNORED),
         }
         return batch | self._answers(rows, prefix - 1)
-
-    def ids(self, target: str, language: str | None) -> list[int]:
-        """Prefix, target and end; of a target in another `language`, the prefix of that and its first tokens only."""
-        ids = self.tokenizer(target).input_ids
-        if language is not None:
-            ids[1] = self.tokenizer.convert_tokens_to_ids(f"<|{language}|>")
-            del ids[len(self.tokenizer.prefix_tokens) + ANSWER_TOKENS :]
-        return ids
 
     @staticmethod
     def _answers(rows: Sequence[dict[str, Any]], start: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ there before the training: Li and Hoiem's "Learning without forgetting" (arXiv 1
 The first tokens decide it; the rest of such an answer is no transcript of anything.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,23 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.progress import Progress
-from transformers import WhisperProcessor
+from transformers import WhisperProcessor, WhisperTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .audio import read_audio
 from .audio_window import AudioWindow
-from .collate import ANSWER_TOKENS, SpeechCollator
+from .collate import ANSWER_TOKENS, prefix_in
 from .data import Speech
+from .errors import UserError
 from .features import LogMel
 from .precision import autocast
 from .run import write_json
 
 # Those Whisper was trained on for longest, after English (arXiv 2212.04356, appendix E).
 LARGEST_LANGUAGES = ("zh", "de", "es", "ru", "fr", "pt", "ko", "ja")
-# What is decoded of an answer. Fewer are trained on, so that a character cut in two is not among them.
-MAX_ANSWER_TOKENS = 4 * ANSWER_TOKENS
 _CANDIDATES = 20  # of a token, the most probable
 _COLUMNS = {
-    "target": "text", "target_language": "language", "answer_tokens": "tokens",
+    "target": "text", "target_language": "language", "answer": "ids", "answer_tokens": "tokens",
     "answer_probabilities": "probabilities",
 }  # fmt: skip
 
@@ -52,25 +52,30 @@ def with_answers(
 ) -> tuple[Speech, int]:
     """The speech, and after it a share of its utterances again, each with the model's answer in one of `languages`.
 
-    The added rows have the answer as `target`, its language as `target_language`, and for each of its first tokens the
-    most probable ones and their probabilities, in `answer_tokens` and `answer_probabilities`. Utterances and their
-    languages are drawn by `seed`; the model hears 30 s, as it was trained to. An answer without text is left out.
-    Answers are written to `file` and read from there when it exists, so that a run that goes on trains on the same.
-    Several processes share the asking.
+    The added rows have how the answer begins as `target`, its tokens as `answer`, its language as `target_language`,
+    and for each token the most probable ones and their probabilities, in `answer_tokens` and `answer_probabilities`.
+    Utterances and their languages are drawn by `seed`; the model hears 30 s, as it was trained to. An answer without
+    text is left out. Answers are written to `file` and read from there when it exists, so that a run that goes on
+    trains on the same. Several processes share the asking, and each keeps what it has asked beside `file` until all is.
 
     Returns:
         The speech, and how many utterances were asked about.
+
+    Raises:
+        UserError: the answers in `file` are to other utterances than the speech has now.
     """
     drawn = np.random.default_rng(seed).permutation(len(speech))[: round(share * len(speech))]
     asked = [(int(row), languages[turn % len(languages)]) for turn, row in enumerate(drawn)]
     state = PartialState(cpu=not torch.cuda.is_available())
     if not file.is_file():
         mine = asked[state.process_index :: state.num_processes]
-        everyones = gather_object(_ask(speech, model, processor, mine, batch_size, dtype))
+        part = file.with_name(f"{file.stem}-{state.process_index + 1}-of-{state.num_processes}.json")
+        everyones = gather_object(_ask(speech, model, processor, mine, part, batch_size, dtype))
         if state.is_main_process:
             write_json(file, sorted(everyones, key=lambda answer: answer["row"]))
         state.wait_for_everyone()
-    answers: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        part.unlink(missing_ok=True)
+    answers = [answer for answer in _read_answers(file, speech) if answer["text"]]
     if not answers:
         return speech, len(asked)
     again = speech.dataset.select([answer["row"] for answer in answers]).remove_columns("target")
@@ -79,35 +84,52 @@ def with_answers(
     return Speech(datasets.concatenate_datasets([speech.dataset, again]), speech.source, speech.skipped), len(asked)
 
 
+def _read_answers(file: Path, speech: Speech) -> list[dict[str, Any]]:
+    """The answers in `file`, if there is one, each to the utterance that `speech` has in its row."""
+    answers = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    utterances = speech.dataset["utterance"][:]
+    for answer in answers:
+        row, utterance = answer["row"], answer["utterance"]
+        if row >= len(utterances) or utterances[row] != utterance:
+            raise UserError(
+                f"{file}: was written when {utterance} was utterance {row + 1} of the speech, which it is not now; "
+                "make the speech what it was, or give --fresh to start anew"
+            )
+    return answers
+
+
 def _ask(
     speech: Speech,
     model: Any,
     processor: WhisperProcessor,
     asked: list[tuple[int, str]],
+    part: Path,
     batch_size: int,
     dtype: torch.dtype | None,
 ) -> list[dict[str, Any]]:
-    """Answers with row, utterance, language, text, tokens and probabilities; those without text are left out."""
+    """Answers with row, utterance, language, text, ids, tokens and probabilities; in `part` those that there are."""
     utterances = speech.dataset["utterance"]
-    answers: list[dict[str, Any]] = []
+    answers = _read_answers(part, speech)
+    known = {answer["row"] for answer in answers}
     with Progress(transient=True) as bars:
-        bar = bars.add_task("asking in other languages", total=len(asked))
+        bar = bars.add_task("asking in other languages", total=len(asked), completed=len(known))
         for language in dict.fromkeys(language for _, language in asked):
-            rows = [row for row, its_language in asked if its_language == language]
+            rows = [row for row, its_language in asked if its_language == language and row not in known]
             for first in range(0, len(rows), batch_size):
                 batch = rows[first : first + batch_size]
                 audio = speech.dataset.select(batch)["audio"][:]
                 for row, answer in zip(batch, _answers(model, processor, audio, language, dtype), strict=True):
                     answers.append({"row": row, "utterance": utterances[row], "language": language, **answer})
+                write_json(part, answers)
                 bars.advance(bar, len(batch))
-    return [answer for answer in answers if answer["text"]]
+    return answers
 
 
 @torch.inference_mode()
 def _answers(
     model: Any, processor: WhisperProcessor, audio: list[dict[str, Any]], language: str, dtype: torch.dtype | None
 ) -> list[dict[str, Any]]:
-    """What the model hears in a batch, "text", and how that begins, "tokens" and "probabilities"."""
+    """How the model's greedy answers to a batch begin: "text", "ids", "tokens" and "probabilities"."""
     weight = next(model.parameters())
     waveforms = torch.nn.utils.rnn.pad_sequence(
         [torch.from_numpy(read_audio(entry)) for entry in audio], batch_first=True
@@ -117,42 +139,45 @@ def _answers(
     model.eval()
     with autocast(weight.device, dtype):
         encoded = model.get_encoder()(features.to(weight.dtype))
-        texts = _begun(model, processor, encoded, language)
-        found = _distributions(model, processor, encoded, texts, language)
+        begun = _begun(model, processor.tokenizer, encoded, language)
+        candidates = _candidates(model, processor.tokenizer, encoded, begun, language)
+    texts = processor.tokenizer.batch_decode(begun, skip_special_tokens=True)
     return [
-        {"text": text, "tokens": tokens, "probabilities": probabilities}
-        for text, (tokens, probabilities) in zip(texts, found, strict=True)
+        {"text": text.strip(), "ids": ids, "tokens": tokens, "probabilities": probabilities}
+        for text, ids, (tokens, probabilities) in zip(texts, begun, candidates, strict=True)
     ]
 
 
-def _begun(model: Any, processor: WhisperProcessor, encoded: BaseModelOutput, language: str) -> list[str]:
-    """The first `MAX_ANSWER_TOKENS` tokens of the greedy answers, as text."""
+def _begun(model: Any, tokenizer: WhisperTokenizer, encoded: BaseModelOutput, language: str) -> list[list[int]]:
+    """The first `ANSWER_TOKENS` tokens of each greedy answer, fewer and the end where it is over before."""
     written = model.generate(
         encoder_outputs=encoded,
         language=language,
         task="transcribe",
         num_beams=1,
         do_sample=False,
-        max_new_tokens=MAX_ANSWER_TOKENS,
+        max_new_tokens=ANSWER_TOKENS,
     )
-    return [text.strip() for text in processor.tokenizer.batch_decode(written, skip_special_tokens=True)]
+    end = tokenizer.eos_token_id
+    answers = []
+    for ids in written.tolist():
+        text = ids[: ids.index(end)] if end in ids else ids  # what ended is padded with ends, or has none
+        answers.append([*text, end][:ANSWER_TOKENS])
+    return answers
 
 
-def _distributions(
-    model: Any, processor: WhisperProcessor, encoded: BaseModelOutput, texts: list[str], language: str
+def _candidates(
+    model: Any, tokenizer: WhisperTokenizer, encoded: BaseModelOutput, begun: list[list[int]], language: str
 ) -> list[tuple[list[list[int]], list[list[float]]]]:
-    """For each text the most probable tokens at each of its first ones, and their probabilities, which add up to 1."""
-    tokenizer = processor.tokenizer
-    collate = SpeechCollator(tokenizer, AudioWindow())
-    ids = [torch.tensor(collate.ids(text, language)) for text in texts]
-    read = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-    logits = model(encoder_outputs=encoded, decoder_input_ids=read[:, :-1].to(model.device)).logits
-    prefix = len(tokenizer.prefix_tokens)
-    best = logits[:, prefix - 1 :].float().softmax(dim=-1).topk(_CANDIDATES)
+    """For each token of each answer the most probable ones, and their probabilities, which add up to 1."""
+    prefix = prefix_in(tokenizer, language)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=tokenizer.pad_token_id)
+    read = pad([torch.tensor([*prefix, *ids[:-1]]) for ids in begun]).to(model.device)
+    logits = model(encoder_outputs=encoded, decoder_input_ids=read).logits
+    best = logits[:, len(prefix) - 1 :].float().softmax(dim=-1).topk(_CANDIDATES)
     shares = best.values / best.values.sum(dim=-1, keepdim=True)
     found = []
-    for index, one in enumerate(ids):
-        count = len(one) - prefix
-        rounded = [[round(share, 5) for share in token] for token in shares[index, :count].tolist()]
-        found.append((best.indices[index, :count].tolist(), rounded))
+    for index, ids in enumerate(begun):
+        rounded = [[round(share, 5) for share in token] for token in shares[index, : len(ids)].tolist()]
+        found.append((best.indices[index, : len(ids)].tolist(), rounded))
     return found

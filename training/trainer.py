@@ -98,7 +98,7 @@ class SpeechTrainer(Seq2SeqTrainer):
 def _answer_loss(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Cross-entropy of the answers' distributions, summed, over the number of tokens the whole batch is to write.
 
-    So a token of an answer weighs as much as one of a transcript, whose mean is taken over those alone.
+    A token of a transcript weighs a little more, as their mean is taken over them alone.
     """
     tokens, wanted = inputs["answer_tokens"], inputs["answer_probabilities"]
     start = inputs["answer_start"]

@@ -33,7 +33,7 @@ def heard(monkeypatch):
     def answer(model, processor, audio, language, dtype):
         asked.append((language, len(audio)))
         texts = ["" if language == "ko" else f"{language} {entry['path'][-4:]}" for entry in audio]
-        return [{"text": text, "tokens": [[7, 8]], "probabilities": [[0.75, 0.25]]} for text in texts]
+        return [{"text": text, "ids": [7], "tokens": [[7, 8]], "probabilities": [[0.75, 0.25]]} for text in texts]
 
     monkeypatch.setattr(other_languages, "_answers", answer)
     return asked
@@ -55,7 +55,8 @@ def test_a_share_is_asked_in_each_language_in_turn(tmp_path, heard):
     assert set(added["utterance"]) < set(speech.dataset["utterance"])
     assert len(set(added["utterance"])) == 4
     answers = json.loads(file.read_text())
-    assert [answer["utterance"] for answer in answers] == added["utterance"][:]
+    assert len(answers) == 6
+    assert [answer["utterance"] for answer in answers if answer["text"]] == added["utterance"][:]
     assert all(speech.dataset[answer["row"]]["utterance"] == answer["utterance"] for answer in answers)
 
     heard.clear()
@@ -78,7 +79,7 @@ from fused_s2lora.training.data import load_speech
 asked = []
 def answer(model, processor, audio, language, dtype):
     asked.extend(audio)
-    return [{"text": language, "tokens": [[7]], "probabilities": [[1.0]]} for _ in audio]
+    return [{"text": language, "ids": [7], "tokens": [[7]], "probabilities": [[1.0]]} for _ in audio]
 
 other_languages._answers = answer
 folder = Path(sys.argv[1])
@@ -109,7 +110,38 @@ def test_no_answer_no_row(tmp_path, heard):
     speech = load_speech(write_folder(tmp_path / "speech"))
     same, asked = with_answers(speech, None, None, share=0.5, languages=["ko"], file=tmp_path / "answers.json")
     assert (asked, len(same)) == (3, 6)
-    assert json.loads((tmp_path / "answers.json").read_text()) == []
+    assert [answer["text"] for answer in json.loads((tmp_path / "answers.json").read_text())] == [""] * 3
+
+
+def test_answers_of_other_speech_are_refused(tmp_path, heard):
+    """A run that goes on when an audio file is missing that was there before."""
+    folder = write_folder(tmp_path / "speech", TEXTS * 2)
+    options = {"share": 0.25, "languages": ["de"], "file": tmp_path / "answers.json"}
+    with_answers(load_speech(folder), None, None, **options)
+    (folder / "u0.flac").unlink()
+    with pytest.raises(UserError, match=r"answers\.json: was written when u\d+\.flac was utterance"):
+        with_answers(load_speech(folder), None, None, **options)
+
+
+def test_asking_that_was_stopped_goes_on(tmp_path, heard, monkeypatch):
+    speech = load_speech(write_folder(tmp_path / "speech", TEXTS * 2))
+    options = {"share": 0.5, "languages": ["de", "zh"], "file": tmp_path / "answers.json", "batch_size": 2}
+    whole = with_answers(speech, None, None, **{**options, "file": tmp_path / "whole.json"})[0].dataset[:]
+    answer, left = other_languages._answers, iter(range(2))
+
+    def stopped(*operands):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return answer(*operands)
+
+    monkeypatch.setattr(other_languages, "_answers", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        with_answers(speech, None, None, **options)
+    heard.clear()
+    monkeypatch.setattr(other_languages, "_answers", answer)
+    assert with_answers(speech, None, None, **options)[0].dataset[:] == whole
+    assert sum(count for _, count in heard) == 6 - 3  # of German two and one, then Chinese
+    assert [file.name for file in tmp_path.glob("answers*")] == ["answers.json"]
 
 
 @pytest.fixture(scope="module")
@@ -128,20 +160,29 @@ def test_answers_are_what_the_model_transcribes(base, tmp_path):
     assert answers
     for answer in answers:
         audio = speech.dataset.select([answer["row"]])["audio"][:]
-        language, limit = answer["language"], other_languages.MAX_ANSWER_TOKENS
+        language, limit = answer["language"], ANSWER_TOKENS
         (heard,) = transcribe_speech(
             model, processor, audio, window=AudioWindow(), language=language, max_new_tokens=limit
         )
         assert answer["text"] == heard.text
+        assert processor.tokenizer.decode(answer["ids"], skip_special_tokens=True).strip() == heard.text
+        assert [candidates[0] for candidates in answer["tokens"]][1:] == answer["ids"][
+            1:
+        ]  # the first may be suppressed
 
 
 @pytest.fixture
 def answered(base, tmp_path, monkeypatch):
     """Six utterances, and two of them again with a long and a short answer in other languages."""
-    answers = iter(["请问我一个人,我是一个人", "好"])
-    monkeypatch.setattr(other_languages, "_begun", lambda *_: [next(answers)])
+    answers = iter([["请问我一个", False], [" Ja", True]])
+
+    def begun(model, tokenizer, encoded, language):
+        text, ended = next(answers)
+        return [tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * ended]
+
+    monkeypatch.setattr(other_languages, "_begun", begun)
     speech = load_speech(write_folder(tmp_path / "speech"))
-    more, _ = with_answers(speech, *base, share=0.3, languages=["zh", "ja"], file=tmp_path / "answers.json")
+    more, _ = with_answers(speech, *base, share=0.3, languages=["zh", "de"], file=tmp_path / "answers.json")
     assert len(more) == 8
     return more
 
@@ -157,14 +198,19 @@ def test_how_an_answer_begins_is_trained_on_under_its_own_language(base, answere
         assert tokenizer.decode(written).endswith("<|endoftext|>")
         assert read[: len(written)] == [start, *written[:-1]]
     assert not batch["answer_probabilities"][:6].any()
-    expected = {"请问我一个人,我是一个人": ("zh", "请问我一个"), "好": ("ja", "好<|endoftext|>")}
+    expected = {
+        "请问我一个": ("zh", "请问我一个"),
+        "Ja": ("de", " Ja<|endoftext|>"),
+    }  # with its space, as it was written
     for index in (6, 7):
         language, beginning = expected.pop(answered.dataset[index]["target"])
         read, write = batch["decoder_input_ids"][index], batch["labels"][index]
         assert tokenizer.decode(read[:4]) == f"<|startoftranscript|><|{language}|><|transcribe|><|notimestamps|>"
         # Which language it is, and the answer itself, is not to be learnt as if it were right.
         assert write[write != IGNORED].tolist() == [read[2], time_stamps]
-        count = len(tokenizer(beginning, add_special_tokens=False).input_ids)
+        answer = tokenizer(beginning, add_special_tokens=False).input_ids
+        assert read[4 : 4 + len(answer) - 1].tolist() == answer[:-1]
+        count = len(answer)
         assert torch.equal(batch["answer_probabilities"][index].sum(-1) > 0.99, torch.arange(ANSWER_TOKENS) < count)
         assert read[batch["answer_start"]] == time_stamps
 
