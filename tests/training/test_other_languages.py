@@ -100,7 +100,7 @@ rows = more.dataset.select(range(12, len(more)))
         )
         for rank in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in range(2))
     assert first == second
     assert first.startswith("3 of 6: ")
