@@ -20,7 +20,7 @@ _SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 _FORMATS: dict[str, dict[str, Any]] = {".csv": {}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
 _OWN_FEATURES = {
     "utterance": datasets.Value("string"),
-    "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")},
+    "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")},
     "text": datasets.Value("string"),
     "duration_s": datasets.Value("float64"),
 }
@@ -59,6 +59,7 @@ def load_speech(
     audio_column: str | None = None,
     limit: int | None = None,
     keep_case: bool = False,
+    language: str | None = "en",
     strict: bool = False,
     progress: bool = True,
 ) -> Speech:
@@ -71,6 +72,7 @@ def load_speech(
         text_column, audio_column: default the first of the usual names that is there.
         limit: only the first so many utterances.
         keep_case: leave transcripts in capitals without punctuation as they are, instead of sentence case.
+        language: of the transcripts, as Whisper's code, for the letters of sentence case.
         strict: stop at the first bad utterance instead of skipping it.
         progress: show a bar while files are checked.
 
@@ -119,7 +121,7 @@ def load_speech(
         )
     recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
     for row in kept:
-        row["target"] = sentence_case(row["text"]) if recase else row["text"]
+        row["target"] = sentence_case(row["text"], language) if recase else row["text"]
     strings = {name: datasets.Value("string") for name in (*further, "target")}
     return Speech(datasets.Dataset.from_list(kept, datasets.Features(_OWN_FEATURES | strings)), source, skipped)
 

@@ -125,7 +125,10 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
         UserError: as `load_speech`, or too few utterances to hold a share out.
     """
     columns = {"text_column": options.text_column, "audio_column": options.audio_column}
-    reading: dict[str, Any] = {**columns, "keep_case": options.keep_case, "strict": options.strict}
+    written = "en" if options.task == "translate" else language_code(options.language)
+    reading: dict[str, Any] = {
+        **columns, "keep_case": options.keep_case, "language": written, "strict": options.strict,
+    }  # fmt: skip
     sources = [load_speech(source, limit=options.limit, **reading) for source in options.data]
     speech = _joined(sources)
     if options.utterances is not None:

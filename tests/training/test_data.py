@@ -27,6 +27,18 @@ def test_every_format_is_read_as_mono_16_khz(tmp_path, name, rate, channels):
     np.testing.assert_array_equal(read_audio({"path": None, "bytes": content}), samples)
 
 
+def test_more_audio_than_32_bit_offsets_reach(tmp_path):
+    """Arrow's binary ends at 2 GiB a column."""
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": "one.wav"}
+    hub = datasets.Dataset.from_list([{"audio": content, "text": "A."}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=hub))
+        dataset = load_speech("someone/speech").dataset
+    assert dataset.features["audio"]["bytes"].dtype == "large_binary"
+    assert len(read_audio(dataset[0]["audio"])) == 8000
+
+
 def test_audiofolder_becomes_sentence_case(tmp_path):
     speech = load_speech(write_folder(tmp_path))
     assert speech.dataset["text"][:] == list(TEXTS)
@@ -34,6 +46,7 @@ def test_audiofolder_becomes_sentence_case(tmp_path):
     assert speech.dataset["speaker"][:3] == ["s0", "s1", "s2"]
     assert speech.dataset["duration_s"][2] == pytest.approx(0.7)
     assert load_speech(tmp_path, keep_case=True).dataset["target"][0] == "WE CALL IT BEAR"
+    assert load_speech(tmp_path, language="tr").dataset["target"][-1] == "It ıs red."
     assert len(load_speech(tmp_path, limit=2)) == 2
 
 
