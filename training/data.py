@@ -251,11 +251,11 @@ def checked_duration(utterance: str, entry: dict[str, Any]) -> float:
     """Length in seconds of an audio entry ("path" or "bytes") that Whisper can take whole.
 
     Raises:
-        UserError: no audio, unreadable, empty, or more than 30 s, said of `utterance`.
+        UserError: no audio, not readable to its end, empty, or more than 30 s, said of `utterance`.
     """
     if entry["path"] is None and entry["bytes"] is None:
         raise UserError(f"{utterance}: no audio is given for it")
-    duration = duration_s(entry)
+    duration = duration_s(entry, MAX_AUDIO_S)
     if duration == 0:
         raise UserError(f"{utterance}: the audio is empty")
     if duration > MAX_AUDIO_S:

@@ -165,9 +165,17 @@ def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
     soundfile.write(tmp_path / "long.wav", tone(31.0, 8000), 8000)
     soundfile.write(tmp_path / "nothing.wav", tone(0.0), 16_000)
     (tmp_path / "bad.mp3").write_bytes(b"no audio")
+    soundfile.write(tmp_path / "damaged.flac", tone(3.0), 16_000)
+    content = (tmp_path / "damaged.flac").read_bytes()
+    (tmp_path / "damaged.flac").write_bytes(content[:20_000] + bytes(500) + content[20_500:])
     transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en")
     assert [transcript.file.name for transcript in transcripts] == ["good.wav"]
-    assert sorted(Path(item.utterance).name for item in skipped) == ["bad.mp3", "long.wav", "nothing.wav"]
+    assert sorted(Path(item.utterance).name for item in skipped) == [
+        "bad.mp3",
+        "damaged.flac",
+        "long.wav",
+        "nothing.wav",
+    ]
     with pytest.raises(UserError, match=r"bad\.mp3: not readable as audio"):
         transcribe([tmp_path], model=str(tiny_folder), strict=True)
     with pytest.raises(UserError, match="none of the 1 audio files is usable"):

@@ -137,6 +137,20 @@ def test_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_audio_lost_during_training_is_named_in_one_sentence(options, tmp_path, workers, monkeypatch):
+    data = write_folder(tmp_path / "speech", TEXTS[:2])
+    real = train_module.SpeechTrainer.get_train_dataloader
+    monkeypatch.setattr(
+        train_module.SpeechTrainer,
+        "get_train_dataloader",
+        lambda self: (data / "u1.flac").unlink(missing_ok=True) or real(self),
+    )
+    with pytest.raises(UserError) as caught:
+        train(options(tmp_path / "run", data=[str(data)], workers=workers), console=QUIET)
+    assert str(caught.value) == f"{data}/u1.flac: no such audio file"
+
+
 def test_best_checkpoint_and_early_stopping(options, tones, tmp_path):
     run = tmp_path / "run"
     train(
