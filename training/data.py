@@ -25,7 +25,7 @@ _OWN_FEATURES = {
     "duration_s": datasets.Value("float64"),
 }
 _TARGET = ("target", "target_language")
-_EXCESS = "fields beyond the columns"  # under this key a row says what is wrong with it
+_FAULT = "what is wrong with this row"  # the key of it in a row
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,11 @@ def load_speech(
         progress: show a bar while files are checked.
 
     Raises:
-        UserError: no such source or split, no transcripts, an unknown column, nothing usable, or a bad utterance with
-            `strict`.
+        UserError: no such source or split, no transcripts, an unknown column, nothing usable, a limit below 1, or a bad
+            utterance with `strict`.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; give at least 1")
     source = str(source)
     path = Path(source)
     if path.is_dir():
@@ -92,7 +94,7 @@ def load_speech(
         rows = _read_hub(source, split, audio_column)
     if not rows:
         raise UserError(f"{source}: the data set is empty; it needs at least one utterance with its transcript")
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != _EXCESS))
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != _FAULT))
     text_column = _column(columns, text_column, _TEXT_COLUMNS, "transcripts", "text_column", source)
     audio_column = _column(columns, audio_column, _AUDIO_COLUMNS, "audio", "audio_column", source)
     further = [name for name in columns if name not in (text_column, audio_column, *_TARGET, *_OWN_FEATURES)]
@@ -172,11 +174,11 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             if file.suffix in _FORMATS:
-                reader = csv.DictReader(stream, restkey=_EXCESS, **_FORMATS[file.suffix])
+                reader = csv.DictReader(stream, restkey=_FAULT, **_FORMATS[file.suffix])
                 remedy = "quote the transcript" if file.suffix == ".csv" else "take the tab out of the transcript"
                 excess = "line {} has more fields than columns: " + remedy
-                return [row | {_EXCESS: excess.format(reader.line_num)} if _EXCESS in row else row for row in reader]
-            rows = [json.loads(line) for line in stream if line.strip()]
+                return [row | {_FAULT: excess.format(reader.line_num)} if _FAULT in row else row for row in reader]
+            rows = [_json_row(line) for line in stream if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such manifest") from error
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
@@ -184,6 +186,17 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file}: not readable as a table (each line has to be a JSON object)")
     return rows
+
+
+def _json_row(line: str) -> Any:
+    """What is in a line; half a pair of escapes, such as \\ud83d alone, is no character and a fault of its row."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or "\\ud" not in line.lower():
+        return row
+    text = json.dumps(row, ensure_ascii=False)
+    readable = text.encode(errors="replace").decode()
+    fault = "half of a pair of \\u escapes stands alone in its line; write the character itself"
+    return row if readable == text else json.loads(readable) | {_FAULT: fault}
 
 
 def _read_hub(source: str, split: str, audio_column: str | None) -> list[dict[str, Any]]:
@@ -236,10 +249,12 @@ def _utterance(value: Any, base: Path) -> str | None:
 
 
 def _checked_text(utterance: str, row: dict[str, Any], column: str) -> str:
-    if _EXCESS in row:
-        raise UserError(f"{utterance}: {row[_EXCESS]}")
+    if _FAULT in row:
+        raise UserError(f"{utterance}: {row[_FAULT]}")
     text = row.get(column)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str | None):
+        raise UserError(f"{utterance}: its transcript is {text!r:.40}, not text; write it in quotation marks")
+    if not text or not text.strip():
         raise UserError(f"{utterance}: its transcript is empty")
     text = text.strip()
     if any(character in text for character in "\n\r\t"):

@@ -152,6 +152,22 @@ def test_lines_of_different_keys_and_types(tmp_path):
         load_speech(write_lines(tmp_path, "list.jsonl", "[1, 2]"))
 
 
+def test_transcripts_that_are_no_text_or_no_unicode(tmp_path):
+    lines = [
+        '{"path": "one.wav", "text": 7}',
+        '{"path": "\\uD83d.wav", "text": "a"}',
+        '{"path": "two.wav", "text": "A."}',
+    ]
+    speech = load_speech(write_lines(tmp_path, "list.jsonl", *lines))
+    assert speech.dataset["utterance"][:] == ["two.wav"]
+    assert [item.reason for item in speech.skipped] == [
+        "one.wav: its transcript is 7, not text; write it in quotation marks",
+        "?.wav: half of a pair of \\u escapes stands alone in its line; write the character itself",
+    ]
+    whole = load_speech(write_lines(tmp_path, "list.jsonl", '{"path": "one.wav", "text": "\\ud83d\\ude00"}'))
+    assert whole.dataset["text"][:] == ["😀"]
+
+
 def test_sources_of_different_columns_can_be_joined(tmp_path, monkeypatch):
     table = load_speech(write_lines(tmp_path, "list.csv", "path,text,age", "one.wav,A.,7")).dataset
     content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": None}

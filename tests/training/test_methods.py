@@ -155,6 +155,11 @@ def test_rank_map_of_adalora_counts_what_is_not_zero(tiny_whisper):
     assert rank_maps(adapt(tiny_whisper(), options(method="lora"), steps=1)) == []
 
 
+def test_development_speech_is_limited_too(quick, tones):
+    speech, dev = training_speech(options(**quick, dev=str(tones), limit=2))
+    assert (len(speech), len(dev)) == (2, 2)
+
+
 def test_targets_are_in_the_letters_of_their_language(quick):
     def last(**given):
         return training_speech(options(**quick, **given))[0].dataset["target"][-1]

@@ -163,6 +163,26 @@ def test_best_checkpoint_and_early_stopping(options, tones, tmp_path):
     assert len(losses) >= 2
 
 
+def test_checks_without_gain_are_counted_over_an_interruption(options, tones, tmp_path, monkeypatch):
+    def given(name):
+        return options(tmp_path / name, dev=str(tones), early_stopping=3, lr=5.0, warmup=0.0, epochs=20.0, save_steps=1)
+
+    train(given("whole"), console=QUIET)
+    steps = json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"]
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == steps - 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(given("killed"), console=QUIET)
+    train(given("killed"), console=QUIET)
+    summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
+    assert (summary["resumed_at_step"], summary["steps"]) == (steps - 2, steps)
+
+
 def test_options_that_reach_the_model(options, tmp_path):
     run = tmp_path / "run"
     train(
