@@ -1,6 +1,9 @@
 """Reading audio: any format libsndfile knows, any sample rate, any number of channels."""
 
+import contextlib
 import io
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +14,64 @@ import soxr
 from .errors import UserError
 
 SAMPLE_RATE = 16_000
+_BLOCK_FRAMES = 2**20
+_UNKNOWN_FRAMES = 2**62  # and more: a FLAC written to a pipe, which has no length in its header
 
 
-def _source(entry: dict[str, Any]) -> str | io.BytesIO:
-    return io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else entry["path"]
+class _Stream(soundfile.SoundFile):
+    """Read from its start to its end only: a FLAC without a length cannot be sought in, as soundfile does otherwise."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _opened(entry: dict[str, Any]) -> Iterator[_Stream]:
+    content = entry.get("bytes")
+    try:
+        with _Stream(io.BytesIO(content) if content is not None else entry["path"]) as file:
+            yield file
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(unreadable(entry, error)) from error
+
+
+def _blocks(file: _Stream, entry: dict[str, Any]) -> Iterator[np.ndarray]:
+    """All samples, in parts of [n, channels] in float32."""
+    while len(samples := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        if not np.isfinite(samples).all():
+            raise UserError(f"{_name(entry)}: it has samples that are not finite numbers; write it again without them")
+        yield samples
 
 
 def read_audio(entry: dict[str, Any]) -> np.ndarray:
     """Samples [n] in float32, mono (mean of the channels), 16 kHz. `entry` holds "path" or "bytes" as in `datasets`.
 
     Raises:
-        UserError: the file is missing, or is no audio that libsndfile can read.
+        UserError: the file is missing, is no audio that libsndfile can read to its end, or has samples that are not
+            finite.
     """
-    try:
-        samples, rate = soundfile.read(_source(entry), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(unreadable(entry, error)) from error
-    mono = samples.mean(axis=1)
+    with _opened(entry) as file:
+        rate = file.samplerate
+        blocks = [samples.mean(axis=1) for samples in _blocks(file, entry)]
+    mono = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     return mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
 
 
-def duration_s(entry: dict[str, Any]) -> float:
-    """Length in seconds, from the header, after a look at the end of a FLAC (0.3 ms), the one format whose header still
-    promises samples that a cut-off file cannot be read without.
+def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
+    """Length in seconds of audio that `read_audio` can read.
+
+    All of it is decoded, for damage in its middle is not seen otherwise. Integers without compression are not, for any
+    bytes are such, nor is what is longer than `longest_s` by its header.
 
     Raises:
-        UserError: as `read_audio`, or a FLAC that is cut off.
+        UserError: as `read_audio`.
     """
-    try:
-        with soundfile.SoundFile(_source(entry)) as file:
-            if file.format == "FLAC" and file.frames > 0 and not _has_last_sample(file):
-                raise UserError(f"{entry.get('path') or 'audio in the data set'}: its audio is cut off before the end")
-            return file.frames / file.samplerate
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(unreadable(entry, error)) from error
-
-
-def _has_last_sample(file: soundfile.SoundFile) -> bool:
-    try:
-        file.seek(file.frames - 1)
-        return len(file.read(1)) == 1
-    except soundfile.LibsndfileError:
-        return False
+    with _opened(entry) as file:
+        header_s = file.frames / file.samplerate
+        plain = file.format != "FLAC" and file.subtype.startswith("PCM_")
+        if plain or (header_s > longest_s and file.frames < _UNKNOWN_FRAMES):
+            return header_s
+        return sum(len(samples) for samples in _blocks(file, entry)) / file.samplerate
 
 
 def unreadable(entry: dict[str, Any], error: Exception) -> str:
@@ -60,4 +79,8 @@ def unreadable(entry: dict[str, Any], error: Exception) -> str:
     path = entry.get("path")
     if entry.get("bytes") is None and (path is None or not Path(path).is_file()):
         return f"{path}: no such audio file"
-    return f"{path or 'audio in the data set'}: not readable as audio ({getattr(error, 'error_string', error)})"
+    return f"{_name(entry)}: not readable as audio ({getattr(error, 'error_string', error)})"
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return entry.get("path") or "audio in the data set"

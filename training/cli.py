@@ -22,7 +22,10 @@ Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16: precisio
 GroupBy = Annotated[list[str], typer.Option(help="Metadata column to break error rates down by, such as age. Repeat.")]
 Test = Annotated[
     list[str],
-    typer.Option(help="Test set NAME=SOURCE@LANGUAGE, name and language optional. Hub id: split test. Repeat."),
+    typer.Option(
+        help="Test set NAME=SOURCE@LANGUAGE, language optional, name too but for a source with = in it. Hub id: split "
+        "test. Repeat."
+    ),
 ]
 Margin = Annotated[
     int | None, typer.Option(help="Positions after the longest. [dim]default: the adapter's, else 64[/dim]")

@@ -20,12 +20,12 @@ _SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 _FORMATS: dict[str, dict[str, Any]] = {".csv": {}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
 _OWN_FEATURES = {
     "utterance": datasets.Value("string"),
-    "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")},
+    "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")},
     "text": datasets.Value("string"),
     "duration_s": datasets.Value("float64"),
 }
 _TARGET = ("target", "target_language")
-_EXCESS = "fields beyond the columns"  # under this key a row says what is wrong with it
+_FAULT = "what is wrong with this row"  # the key of it in a row
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def load_speech(
     audio_column: str | None = None,
     limit: int | None = None,
     keep_case: bool = False,
+    language: str | None = "en",
     strict: bool = False,
     progress: bool = True,
 ) -> Speech:
@@ -71,13 +72,16 @@ def load_speech(
         text_column, audio_column: default the first of the usual names that is there.
         limit: only the first so many utterances.
         keep_case: leave transcripts in capitals without punctuation as they are, instead of sentence case.
+        language: of the transcripts, as Whisper's code, for the letters of sentence case.
         strict: stop at the first bad utterance instead of skipping it.
         progress: show a bar while files are checked.
 
     Raises:
-        UserError: no such source or split, no transcripts, an unknown column, nothing usable, or a bad utterance with
-            `strict`.
+        UserError: no such source or split, no transcripts, an unknown column, nothing usable, a limit below 1, or a bad
+            utterance with `strict`.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; give at least 1")
     source = str(source)
     path = Path(source)
     if path.is_dir():
@@ -90,7 +94,7 @@ def load_speech(
         rows = _read_hub(source, split, audio_column)
     if not rows:
         raise UserError(f"{source}: the data set is empty; it needs at least one utterance with its transcript")
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != _EXCESS))
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != _FAULT))
     text_column = _column(columns, text_column, _TEXT_COLUMNS, "transcripts", "text_column", source)
     audio_column = _column(columns, audio_column, _AUDIO_COLUMNS, "audio", "audio_column", source)
     further = [name for name in columns if name not in (text_column, audio_column, *_TARGET, *_OWN_FEATURES)]
@@ -119,7 +123,7 @@ def load_speech(
         )
     recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
     for row in kept:
-        row["target"] = sentence_case(row["text"]) if recase else row["text"]
+        row["target"] = sentence_case(row["text"], language) if recase else row["text"]
     strings = {name: datasets.Value("string") for name in (*further, "target")}
     return Speech(datasets.Dataset.from_list(kept, datasets.Features(_OWN_FEATURES | strings)), source, skipped)
 
@@ -170,11 +174,11 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             if file.suffix in _FORMATS:
-                reader = csv.DictReader(stream, restkey=_EXCESS, **_FORMATS[file.suffix])
+                reader = csv.DictReader(stream, restkey=_FAULT, **_FORMATS[file.suffix])
                 remedy = "quote the transcript" if file.suffix == ".csv" else "take the tab out of the transcript"
                 excess = "line {} has more fields than columns: " + remedy
-                return [row | {_EXCESS: excess.format(reader.line_num)} if _EXCESS in row else row for row in reader]
-            rows = [json.loads(line) for line in stream if line.strip()]
+                return [row | {_FAULT: excess.format(reader.line_num)} if _FAULT in row else row for row in reader]
+            rows = [_json_row(line) for line in stream if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such manifest") from error
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
@@ -182,6 +186,17 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file}: not readable as a table (each line has to be a JSON object)")
     return rows
+
+
+def _json_row(line: str) -> Any:
+    """What is in a line; half a pair of escapes, such as \\ud83d alone, is no character and a fault of its row."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or "\\ud" not in line.lower():
+        return row
+    text = json.dumps(row, ensure_ascii=False)
+    readable = text.encode(errors="replace").decode()
+    fault = "half of a pair of \\u escapes stands alone in its line; write the character itself"
+    return row if readable == text else json.loads(readable) | {_FAULT: fault}
 
 
 def _read_hub(source: str, split: str, audio_column: str | None) -> list[dict[str, Any]]:
@@ -234,10 +249,12 @@ def _utterance(value: Any, base: Path) -> str | None:
 
 
 def _checked_text(utterance: str, row: dict[str, Any], column: str) -> str:
-    if _EXCESS in row:
-        raise UserError(f"{utterance}: {row[_EXCESS]}")
+    if _FAULT in row:
+        raise UserError(f"{utterance}: {row[_FAULT]}")
     text = row.get(column)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str | None):
+        raise UserError(f"{utterance}: its transcript is {text!r:.40}, not text; write it in quotation marks")
+    if not text or not text.strip():
         raise UserError(f"{utterance}: its transcript is empty")
     text = text.strip()
     if any(character in text for character in "\n\r\t"):
@@ -249,11 +266,11 @@ def checked_duration(utterance: str, entry: dict[str, Any]) -> float:
     """Length in seconds of an audio entry ("path" or "bytes") that Whisper can take whole.
 
     Raises:
-        UserError: no audio, unreadable, empty, or more than 30 s, said of `utterance`.
+        UserError: no audio, not readable to its end, empty, or more than 30 s, said of `utterance`.
     """
     if entry["path"] is None and entry["bytes"] is None:
         raise UserError(f"{utterance}: no audio is given for it")
-    duration = duration_s(entry)
+    duration = duration_s(entry, MAX_AUDIO_S)
     if duration == 0:
         raise UserError(f"{utterance}: the audio is empty")
     if duration > MAX_AUDIO_S:

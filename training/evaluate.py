@@ -7,6 +7,7 @@ from rich.console import Console
 
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
+from .output import check_writable, writing
 from .precision import autocast_dtype
 
 
@@ -26,11 +27,16 @@ def evaluate(
 ) -> Evaluation:
     """Scores the model on every test set, prints the table and writes results.json and transcripts into `output`.
 
-    Window, margin and task default to those the adapter was trained with, else to the full window and transcription.
+    Window, margin and task default to those the adapter was trained with, else to the full window and the task of the
+    model's generation configuration, or transcription.
 
     Raises:
-        UserError: bad model, adapter, window or column, in one sentence.
+        UserError: bad model, adapter, window, column or precision, or `output` not writable, in one sentence.
     """
+    dtype, folder = autocast_dtype(precision), Path(output)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / "results.json")
     whisper, processor = load_base(model)
     for test in tests.values():
         check_language(whisper, test.language)
@@ -44,11 +50,11 @@ def evaluate(
         tests,
         label="adapted" if adapter else "zero-shot",
         window=chosen,
-        task=task or trained.get("task", "transcribe"),
+        task=task or trained.get("task"),
         batch_size=batch_size,
-        dtype=autocast_dtype(precision),
+        dtype=dtype,
         group_by=group_by,
     )
-    evaluation.write(Path(output))
+    evaluation.write(folder)
     (console or Console()).print(results_table([evaluation], title=f"error rates in percent, {chosen.mode} window"))
     return evaluation

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ def transcribe_speech(
     *,
     window: AudioWindow,
     language: str | None,
-    task: str = "transcribe",
+    task: str | None = None,
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     max_new_tokens: int | None = None,
@@ -116,13 +117,16 @@ def transcribe_speech(
 ) -> list[Heard]:
     """Greedy transcripts of audio entries ("path" or "bytes"), in their order; each at most 30 s.
 
-    Utterances are batched by length, and each batch has the window of its longest. `language` is ignored by
-    English-only models; None lets the model detect it. `dtype` runs the model under autocast. Decoding stops at
+    Utterances are batched by length, and each batch has the window of its longest. `language` and `task` are ignored by
+    English-only models; None is what the model's generation configuration says, else the language is detected and the
+    task is to transcribe. `dtype` runs the model under autocast. Decoding stops at
     `max_new_tokens`, by default `MAX_NEW_TOKENS`. `on_batch` is told how many utterances were done.
 
     Raises:
-        UserError: an audio file cannot be read, or is longer than 30 s.
+        UserError: an audio file cannot be read, or is longer than 30 s; no utterance a batch.
     """
+    if batch_size < 1:
+        raise UserError(f"--eval-batch-size is {batch_size}; give at least 1")
     waveforms = [torch.from_numpy(read_audio(entry)) for entry in audio]
     for entry, waveform in zip(audio, waveforms, strict=True):
         if len(waveform) > AudioWindow().mel_frames(0) * processor.feature_extractor.hop_length:
@@ -186,12 +190,13 @@ def _generate(
     features: torch.Tensor,
     mel_frames: int,
     language: str | None,
-    task: str,
+    task: str | None,
     dtype: torch.dtype | None,
     max_new_tokens: int,
 ) -> torch.Tensor:
-    multilingual = model.generation_config.is_multilingual
-    prompt = {"language": language, "task": task} if multilingual else {}
+    configured = model.generation_config
+    task = task or getattr(configured, "task", None) or "transcribe"
+    prompt = {"language": language, "task": task} if configured.is_multilingual else {}
     weight_dtype = next(model.parameters()).dtype
     with window_of(model, mel_frames), autocast(features.device, dtype):
         return model.generate(
@@ -211,7 +216,7 @@ def evaluate_sets(
     *,
     label: str,
     window: AudioWindow,
-    task: str = "transcribe",
+    task: str | None = None,
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     group_by: Sequence[str] = (),
@@ -315,13 +320,15 @@ def _group_name(column: str, value: Any) -> str:
         age = float(value)
     except (TypeError, ValueError):
         return "unknown"
+    if not 0 <= age < math.inf:
+        return "unknown"
     return next((f"{low}-{high}" for low, high in _AGE_GROUPS if low <= age < high + 1), "18+")
 
 
 def _natural(name: str) -> tuple[str, int, str]:
     column, _, value = name.partition(" ")
     digits = value.split("-")[0].rstrip("+")
-    return column, int(digits) if digits.isdigit() else 0, value
+    return column, int(digits) if digits.isdecimal() else 0, value
 
 
 def results_table(evaluations: Sequence[Evaluation], title: str = "") -> Table:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .models import load_adapter, load_base, remembered_speech
+from .models import load_adapter, load_base, remembered_speech, set_speech
+from .output import writing
 
 
 def merge(adapter: str, output: str | Path, *, model: str = "packaged-base") -> dict[str, Any]:
@@ -21,12 +22,8 @@ def merge(adapter: str, output: str | Path, *, model: str = "packaged-base") -> 
     whisper, processor = load_base(model)
     trained = remembered_speech(adapter)
     merged = load_adapter(whisper, adapter).merge_and_unload(safe_merge=True)
-    if merged.generation_config.is_multilingual:
-        merged.generation_config.language = trained.get("language")
-        merged.generation_config.task = trained.get("task")
-    try:
+    set_speech(merged, trained.get("language"), trained.get("task"))
+    with writing(folder):
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); give another --output") from error
     return trained

@@ -94,6 +94,12 @@ def remember_speech(adapter: Path, window: AudioWindow, language: str | None, ta
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def set_speech(model: Any, language: str | None, task: str | None) -> None:
+    """Puts language and task of training where a model without an adapter has them, its generation configuration."""
+    if model.generation_config.is_multilingual:
+        model.generation_config.language, model.generation_config.task = language, task
+
+
 def remembered_speech(adapter: str | Path) -> dict[str, Any]:
     """What `remember_speech` wrote, for the keys that are there; nothing for an adapter of another tool.
 

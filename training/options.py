@@ -1,13 +1,11 @@
 """What one training run is asked to do."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from .audio_window import AudioWindow
 from .errors import UserError
+from .precision import check_precision
 from .text import language_code
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass
@@ -79,11 +77,15 @@ class TrainOptions:
         self.audio_window()
         if self.task not in ("transcribe", "translate"):
             raise UserError(f"--task {self.task!r} is not one of transcribe, translate")
-        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise UserError(f"--precision {self.precision!r} is not one of auto, fp32, bf16, fp16")
+        check_precision(self.precision)
         for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        for name in ("early_stopping", "seed", "warmup", "weight_decay", "workers"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 0 or more")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed is {self.seed}; give a number below 2**32")
         if not self.epochs > 0 and self.max_steps < 1:
             raise UserError(f"--epochs is {self.epochs}; give a positive number, or --max-steps")
         if self.utterances is not None and self.utterances < 1:
@@ -92,7 +94,11 @@ class TrainOptions:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a share from 0 up to 1")
         if self.keep_languages and len(set(codes)) == 1:
-            raise UserError("--keep-languages names the language of the speech alone; name others, or --keep-share 0")
+            raise UserError("--keep-languages names the language of the speech alone; name others")
+        if self.keep_languages and not self.keep_share:
+            raise UserError("--keep-languages needs a share of the utterances; give --keep-share, such as 0.25")
+        if self.keep_share and self.task == "translate":
+            raise UserError("--keep-share goes with --task transcribe only; leave it out")
         if self.dev is not None and self.dev_share > 0:
             raise UserError("--dev and --dev-share exclude each other; give one of them")
         if self.early_stopping and self.dev is None and not self.dev_share:

@@ -4,12 +4,26 @@ import contextlib
 
 import torch
 
+from .errors import UserError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def check_precision(precision: str) -> None:
+    """Raises UserError: no such precision."""
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+
 
 def resolved(precision: str) -> str:
     """`precision` itself, or what "auto" is on the device in hand: the fastest safe one.
 
     On a GPU bf16, or fp16 where it has no bf16; on a CPU bf16 if it multiplies bf16 in hardware, else fp32.
+
+    Raises:
+        UserError: no such precision.
     """
+    check_precision(precision)
     if precision != "auto":
         return precision
     if torch.cuda.is_available():

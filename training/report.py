@@ -13,6 +13,7 @@ from .comparison import Comparison, read_comparison
 from .comparison_figures import draw_figures
 from .comparison_tables import Line, columns_of, lines_of, record, write_tables
 from .errors import UserError
+from .output import writing
 from .text import UNSPACED_LANGUAGES
 
 _TEMPLATE = Path(__file__).parent / "report.html"
@@ -25,7 +26,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     A comparison's tables and figures are written anew first. The page needs no network and no other file.
 
     Raises:
-        UserError: the folder holds neither.
+        UserError: the folder holds neither, or `output` cannot be written.
     """
     folder = Path(folder)
     output = Path(output) if output else folder / "report.html"
@@ -38,7 +39,8 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     data = json.dumps(page.pop("data"), ensure_ascii=False).replace("<", "\\u003c")  # no tag, no comment in a script
-    output.write_text(template.render(**page, data=data), encoding="utf-8")
+    with writing(output):
+        output.write_text(template.render(**page, data=data), encoding="utf-8")
     return output
 
 
@@ -64,7 +66,7 @@ def _run_page(folder: Path) -> dict[str, Any]:
         "data": {
             "tables": [{"title": "Error rates, percent", "rows": rates}],
             "maps": _maps(folder.name, _read(folder / "rank_pattern.json", [])),
-            "transcripts": _transcripts({label: folder / label for label in labels}, config),
+            "transcripts": _transcripts({label: folder / label for label in labels}),
         },
     }
 
@@ -94,7 +96,6 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
     names = _names(lines)
     first = {name: comparison.path / line.cells[0]["name"] / "after" for name, line in names.items()}
     chosen = next((name for name, line in names.items() if line.method == "s2lora" and not line.changed), None)
-    config = lines[0].cells[0]["config"] if lines else {"language": "en"}
     return {
         "title": comparison.title,
         "facts": {"finished": f"{sum(len(line.cells) for line in lines)} of {len(comparison.cells)} runs"},
@@ -106,7 +107,7 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
                 for entry in _maps(name, line.cells[0]["rank_pattern"])
             ],
             "transcripts": _transcripts(
-                {name: path for name, path in first.items() if any(path.glob("*.tsv"))}, config, second=chosen
+                {name: path for name, path in first.items() if any(path.glob("*.tsv"))}, second=chosen
             ),
         },
     }  # fmt: skip
@@ -147,14 +148,14 @@ def _maps(name: str, patterns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": name, **{key: pattern[key] for key in kept}} for pattern in patterns]
 
 
-def _transcripts(folders: dict[str, Path], config: dict[str, Any], second: str | None = None) -> dict[str, Any]:
-    """By set, in the order of `config`: each utterance's metadata and reference, and by label its hypothesis with
+def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[str, Any]:
+    """By set, in the order they were scored: each utterance's metadata and reference, and by label its hypothesis with
     errors marked and counted; `second` is the label shown beside the first to begin with."""
-    languages = {}
-    for specification in config.get("test", []):
-        name, _, source = specification.rpartition("=")
-        source, _, own = source.partition("@")
-        languages[name or Path(source).name] = own or config["language"]
+    languages = {
+        name: result["language"]
+        for folder in folders.values()
+        for name, result in _read(folder / "results.json", {"sets": {}})["sets"].items()
+    }
     sets: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
         order = list(languages)

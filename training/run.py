@@ -27,7 +27,7 @@ from .errors import UserError
 from .options import TrainOptions
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
-# Options that may differ when a run is resumed: they change what is shown, not what is learned.
+# Options that may differ when a run is resumed: they change what is shown, not what is learned (see `changed_option`).
 FREE_TO_CHANGE = {"output", "eval_batch_size", "group_by", "test", "before", "workers", "logging_steps", "save_steps"}
 
 
@@ -109,7 +109,12 @@ def _run_options(config: Path) -> dict[str, Any] | None:
 
 
 def changed_option(found: dict[str, Any], wanted: dict[str, Any], free: Iterable[str]) -> str | None:
-    """The first option, but those in `free`, that differs between two configurations; one not in `found` is unset."""
+    """The first option, but those in `free`, that differs between two configurations; one not in `found` is unset.
+
+    With development speech `save_steps` never is free: the best is kept of the checkpoints that are made.
+    """
+    if wanted["dev"] is not None or wanted["dev_share"]:
+        free = set(free) - {"save_steps"}
     unset = {
         field.name: field.default_factory() if callable(field.default_factory) else field.default
         for field in fields(TrainOptions)

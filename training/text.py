@@ -2,6 +2,7 @@
 
 import functools
 import re
+import unicodedata
 from collections.abc import Callable
 
 from whisper_normalizer.basic import BasicTextNormalizer
@@ -12,6 +13,8 @@ from .errors import UserError
 # Languages written without spaces between words, where the character error rate is the figure to read.
 UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "bo", "km"})
 _FIRST_PERSON = re.compile(r"\bi\b(?!-)")
+_DOTTED_I_LANGUAGES = frozenset({"tr", "az"})
+_DOTTED_I = str.maketrans({"I": "ı", "İ": "i"})
 
 
 def language_code(language: str | None) -> str | None:
@@ -33,16 +36,27 @@ def language_code(language: str | None) -> str | None:
 
 
 def is_unpunctuated_capitals(texts: list[str]) -> bool:
-    """Whether the transcripts as a whole are capitals without sentence punctuation, as many corpora are published."""
+    """Whether the transcripts as a whole are capitals without sentence punctuation, as many corpora are published.
+
+    Not where any of them is in a script without capitals, whose only capitals are foreign names.
+    """
     joined = " ".join(texts)
+    if any(unicodedata.category(character) == "Lo" and not character.islower() for character in set(joined)):
+        return False
     cased = [character for character in joined if character.lower() != character.upper()]
     return bool(cased) and all(character.isupper() for character in cased) and not re.search(r"[.,?!;]", joined)
 
 
-def sentence_case(text: str) -> str:
-    """ "WE CALL IT BEAR" -> "We call it bear.": a capital first letter, a capital English I, a final full stop."""
-    text = _FIRST_PERSON.sub("I", text.strip().lower())
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")
+def sentence_case(text: str, language: str | None = "en") -> str:
+    """ "WE CALL IT BEAR" -> "We call it bear.": a capital first letter, a final full stop, and a capital English I.
+
+    `language` is Whisper's code. Turkish and Azerbaijani have an i without a dot, whose capital is I.
+    """
+    text = text.strip()
+    lowered = (text.translate(_DOTTED_I) if language in _DOTTED_I_LANGUAGES else text).lower()
+    if language == "en":
+        lowered = _FIRST_PERSON.sub("I", lowered)
+    return text[:1].upper() + lowered[1:] + ("" if text.endswith((".", "?", "!")) else ".")
 
 
 def normalizer(language: str | None) -> Callable[[str], str]:

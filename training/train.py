@@ -29,7 +29,7 @@ from .data import Skipped, Speech, drop_overlong, load_speech, speakers
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, results_table
 from .methods import adapt, learning_rate
-from .models import check_language, load_adapter, load_base, remember_speech, to_best_device
+from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
 from .precision import autocast_dtype, resolved
@@ -63,6 +63,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     )
     model, processor = load_base(options.model, dtype=base_dtype(options))
     language = check_language(model, options.language)
+    if options.keep_share and language is None:
+        raise UserError(f"--keep-share on {options.model}, an English-only model without others to keep; leave it out")
     processor.tokenizer.set_prefix_tokens(language=language, task=options.task if language else None)
     speech = drop_overlong(speech, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
     if dev is not None:
@@ -99,6 +101,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
             )
         set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
         adapted = adapt(model, options, steps=_steps(options, len(speech)))
+        if not isinstance(adapted, PeftModel):
+            set_speech(adapted, language, options.task)
         _train(options, run, adapted, processor, speech, dev, utterances)
         if isinstance(adapted, PeftModel):
             remember_speech(run.adapter, options.audio_window(), language, options.task)
@@ -125,13 +129,16 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
         UserError: as `load_speech`, or too few utterances to hold a share out.
     """
     columns = {"text_column": options.text_column, "audio_column": options.audio_column}
-    reading: dict[str, Any] = {**columns, "keep_case": options.keep_case, "strict": options.strict}
+    written = "en" if options.task == "translate" else language_code(options.language)
+    reading: dict[str, Any] = {
+        **columns, "keep_case": options.keep_case, "language": written, "strict": options.strict,
+    }  # fmt: skip
     sources = [load_speech(source, limit=options.limit, **reading) for source in options.data]
     speech = _joined(sources)
     if options.utterances is not None:
         speech = _drawn(speech, options.utterances, options.seed)
     if options.dev is not None:
-        return speech, load_speech(options.dev, split="validation", **reading)
+        return speech, load_speech(options.dev, split="validation", limit=options.limit, **reading)
     if options.dev_share == 0:
         return speech, None
     return _hold_out(speech, options.dev_share, options.seed)
@@ -176,12 +183,19 @@ def named_sets(
 ) -> dict[str, TestSet]:
     """Test sets by name from "NAME=SOURCE@LANGUAGE"; NAME defaults to the source's last part, LANGUAGE to `language`.
 
+    NAME ends at the first =, so that a source with an = in it needs one.
+
     Raises:
-        UserError: as `load_speech`, or two sets of one name.
+        UserError: as `load_speech`, two sets of one name, or a name with a / in it.
     """
     sets: dict[str, TestSet] = {}
     for specification in specifications:
-        name, _, source = specification.rpartition("=")
+        name, source = specification.split("=", 1) if "=" in specification else ("", specification)
+        if "/" in name:
+            raise UserError(
+                f"--test {specification}: the set's name {name!r} has a / in it; give NAME=SOURCE, and a name also "
+                "where the source has an = in it"
+            )
         path, at, own_language = source.rpartition("@")
         if not at or "/" in own_language or Path(source).exists():  # a path with @ in it
             path, own_language = source, ""
@@ -215,8 +229,8 @@ def _keeping_languages(
     processor: WhisperProcessor,
     language: str | None,
 ) -> tuple[Speech, int]:
-    """The speech with answers in other languages, and how many were asked for: none of a model of one language."""
-    if not options.keep_share or language is None or options.task != "transcribe":
+    """The speech with answers in other languages, and how many were asked for."""
+    if not options.keep_share:
         return speech, 0
     wanted = [check_language(model, name) for name in options.keep_languages or LARGEST_LANGUAGES]
     return with_answers(
@@ -277,6 +291,7 @@ def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqT
         load_best_model_at_end=has_dev,
         metric_for_best_model="loss",
         prediction_loss_only=True,
+        restore_callback_states_from_checkpoint=options.early_stopping > 0,  # the checks without gain so far
         seed=options.seed,
         data_seed=options.seed,
         report_to=["tensorboard"],

@@ -14,7 +14,7 @@ from fused_s2lora import S2LoraModel, parameter_groups
 
 from .audio_window import window_of
 from .collate import IGNORED
-from .errors import DivergedError
+from .errors import DivergedError, UserError
 from .features import LogMel
 
 
@@ -26,6 +26,7 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     Raises:
         DivergedError: the loss stops being finite, naming the step.
+        UserError: audio that was readable before no longer is.
     """
 
     def __init__(self, *args: Any, feature_extractor: WhisperFeatureExtractor, **kwargs: Any) -> None:
@@ -36,6 +37,14 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, Tensor] = {}
         self._part_steps = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; a process that reads audio puts its traceback into the error, which is taken out here."""
+        try:
+            return super().train(*args, **kwargs)
+        except UserError as error:
+            _, in_worker, message = str(error).rpartition(f"{UserError.__module__}.UserError: ")
+            raise (UserError(message.strip()) if in_worker else error) from None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what the arguments name) over the groups of `parameter_groups`."""

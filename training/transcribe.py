@@ -10,6 +10,7 @@ from .data import Skipped, checked_duration
 from .errors import UserError
 from .evaluation import transcribe_speech
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
+from .output import check_writable, writing
 from .precision import autocast_dtype
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -40,13 +41,17 @@ def transcribe(
 ) -> tuple[list[Transcript], list[Skipped]]:
     """Transcribes audio files and all audio in folders, each file at most 30 s; returns transcripts and skipped files.
 
-    Language, task, window and its margin default to those the adapter was trained with; without an adapter the language
-    is detected and the window is full. `output` also writes a TSV of file and text.
+    Language, task, window and its margin default to those the adapter was trained with; without an adapter language and
+    task to those of the model's generation configuration, else detected and transcription, and the window is full.
+    `output` also writes a TSV of file and text.
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `output` not writable.
     """
+    dtype = autocast_dtype(precision)
     files = _audio_files(inputs)
+    if output is not None:
+        check_writable(Path(output))
     entries, skipped = _usable(files, strict)
     whisper, processor = load_base(model)
     trained = remembered_speech(adapter) if adapter else {}
@@ -62,9 +67,9 @@ def transcribe(
             entries,
             window=chosen,
             language=code,
-            task=task or trained.get("task", "transcribe"),
+            task=task or trained.get("task"),
             batch_size=batch_size,
-            dtype=autocast_dtype(precision),
+            dtype=dtype,
             on_batch=lambda done: bars.advance(bar, done),
         )
     transcripts = [
@@ -104,9 +109,7 @@ def _usable(files: Sequence[Path], strict: bool) -> tuple[list[dict], list[Skipp
 
 
 def _write(file: Path, transcripts: Sequence[Transcript]) -> None:
-    try:
-        # Not quoted, as `load_speech` reads a .tsv.
-        lines = ["file\ttext", *(f"{one.file}\t{' '.join(one.text.split())}" for one in transcripts)]
+    # Not quoted, as `load_speech` reads a .tsv.
+    lines = ["file\ttext", *(f"{one.file}\t{' '.join(one.text.split())}" for one in transcripts)]
+    with writing(file):
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); give another --output") from error

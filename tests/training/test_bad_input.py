@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from fused_s2lora.training import evaluation as evaluation_module
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.models import load_adapter, load_base, remembered_speech
+from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
 from tests.training.speech import adapter_of
@@ -52,6 +56,14 @@ def test_every_option_has_help(command):
         ({"language": "klingon"}, "language 'klingon'"),
         ({"task": "sing"}, "--task 'sing'"),
         ({"precision": "int8"}, "--precision 'int8'"),
+        ({"seed": -1}, "--seed is -1; give 0 or more"),
+        ({"seed": 2**32}, "--seed is 4294967296; give a number below"),
+        ({"workers": -1}, "--workers is -1; give 0 or more"),
+        ({"warmup": -1.0}, "--warmup is -1.0; give 0 or more"),
+        ({"limit": 0}, "--limit is 0; give at least 1"),
+        ({"limit": -1}, "--limit is -1; give at least 1"),
+        ({"keep_languages": ["de"]}, "--keep-languages needs a share of the utterances; give --keep-share"),
+        ({"keep_share": 0.5, "task": "translate"}, "--keep-share goes with --task transcribe only"),
         ({"rank": 0}, "--rank is 0; give at least 1"),
         ({"window": "short"}, "audio window 'short'"),
         ({"full_share": 1.5}, "--full-share is 1.5"),
@@ -69,6 +81,7 @@ def test_every_option_has_help(command):
         ({"rank": 300}, "r=300 is not between 1 and 256"),
         ({"group_by": ["town"], "test": ["SPEECH"]}, "no test set has a column 'town' to group by; there is age"),
         ({"test": ["a=SPEECH", "a=SPEECH"]}, "two test sets are named 'a'"),
+        ({"test": ["a/b=SPEECH"]}, "the set's name 'a/b' has a / in it; give NAME=SOURCE"),
         ({"dev_share": 0.01}, r"too few to hold out 1%"),
         ({"model": "NOWHERE"}, "not to be had as a Whisper model"),
         ({"text_column": "words"}, "no column 'words'"),
@@ -81,6 +94,33 @@ def test_bad_options(options, tones, tmp_path, fields, message, monkeypatch):
         fields = fields | {"test": [name.replace("SPEECH", str(tones)) for name in fields["test"]]}
     with pytest.raises(UserError, match=message):
         train(options(tmp_path / "run", **fields), console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("evaluate --test t=SPEECH --output FILE", "FILE: cannot be written (File exists); give another --output"),
+        ("evaluate --test t=SPEECH --output out --precision int8", "--precision 'int8' is not one of auto, fp32"),
+        ("evaluate --test t=SPEECH --output out --eval-batch-size 0", "--eval-batch-size is 0; give at least 1"),
+        ("evaluate --test t=SPEECH --output out --limit 0", "--limit is 0; give at least 1"),
+        ("transcribe SPEECH --output no/where.tsv", "no/where.tsv: cannot be written (No such file or directory)"),
+        ("transcribe SPEECH --precision int8", "--precision 'int8' is not one of auto, fp32, bf16, fp16"),
+        ("transcribe SPEECH --eval-batch-size -1", "--eval-batch-size is -1; give at least 1"),
+        ("report RUN --output no/x.html", "no/x.html: cannot be written (No such file or directory); give another"),
+    ],
+)
+def test_bad_arguments_are_told_before_anything_is_decoded(
+    command, message, finished, tones, tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation_module, "_generate", lambda *_: pytest.fail("decoded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("mine")
+    places = {"SPEECH": str(tones), "RUN": str(finished), "t=SPEECH": f"t={tones}"}
+    arguments = [places.get(word, word) for word in command.split()]
+    model = [] if arguments[0] == "report" else ["--model", str(tiny_folder)]
+    with pytest.raises(UserError, match=re.escape(message)):
+        CliRunner().invoke(app, [*arguments, *model], catch_exceptions=False)
+    assert (tmp_path / "FILE").read_text() == "mine"
 
 
 def test_bad_models(tiny_folder, tmp_path):
@@ -127,6 +167,11 @@ def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
 def test_run_folder_of_other_options_or_files(options, finished, tones, tmp_path):
     with pytest.raises(UserError, match=r"holds a run with epochs = 2\.0, not 3\.0; give another --output, or --fresh"):
         train(options(finished, epochs=3.0), console=QUIET)
+    RunFolder(options(finished, save_steps=3, test=[f"same={tones}"], group_by=["age"]))
+    RunFolder(options(tmp_path / "with-dev", dev="dev"))
+    with pytest.raises(UserError, match="holds a run with save_steps = 2, not 3"):  # it decides what is kept
+        RunFolder(options(tmp_path / "with-dev", dev="dev", save_steps=3))
+    shutil.rmtree(tmp_path / "with-dev")
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
         train(options(tmp_path), console=QUIET)
@@ -150,3 +195,5 @@ def test_english_only_model_takes_english_only(tiny_folder, tmp_path, options):
         train(options(tmp_path / "run", model=str(tmp_path / "en"), language="zh"), console=QUIET)
     train(options(tmp_path / "ok", model=str(tmp_path / "en"), max_steps=1), console=QUIET)
     assert (tmp_path / "ok" / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(UserError, match=r"--keep-share on .*/en, an English-only model"):
+        train(options(tmp_path / "keep", model=str(tmp_path / "en"), keep_share=0.5), console=QUIET)

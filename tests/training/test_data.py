@@ -27,6 +27,18 @@ def test_every_format_is_read_as_mono_16_khz(tmp_path, name, rate, channels):
     np.testing.assert_array_equal(read_audio({"path": None, "bytes": content}), samples)
 
 
+def test_more_audio_than_32_bit_offsets_reach(tmp_path):
+    """Arrow's binary ends at 2 GiB a column."""
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": "one.wav"}
+    hub = datasets.Dataset.from_list([{"audio": content, "text": "A."}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=hub))
+        dataset = load_speech("someone/speech").dataset
+    assert dataset.features["audio"]["bytes"].dtype == "large_binary"
+    assert len(read_audio(dataset[0]["audio"])) == 8000
+
+
 def test_audiofolder_becomes_sentence_case(tmp_path):
     speech = load_speech(write_folder(tmp_path))
     assert speech.dataset["text"][:] == list(TEXTS)
@@ -34,6 +46,7 @@ def test_audiofolder_becomes_sentence_case(tmp_path):
     assert speech.dataset["speaker"][:3] == ["s0", "s1", "s2"]
     assert speech.dataset["duration_s"][2] == pytest.approx(0.7)
     assert load_speech(tmp_path, keep_case=True).dataset["target"][0] == "WE CALL IT BEAR"
+    assert load_speech(tmp_path, language="tr").dataset["target"][-1] == "It ıs red."
     assert len(load_speech(tmp_path, limit=2)) == 2
 
 
@@ -139,6 +152,22 @@ def test_lines_of_different_keys_and_types(tmp_path):
         load_speech(write_lines(tmp_path, "list.jsonl", "[1, 2]"))
 
 
+def test_transcripts_that_are_no_text_or_no_unicode(tmp_path):
+    lines = [
+        '{"path": "one.wav", "text": 7}',
+        '{"path": "\\uD83d.wav", "text": "a"}',
+        '{"path": "two.wav", "text": "A."}',
+    ]
+    speech = load_speech(write_lines(tmp_path, "list.jsonl", *lines))
+    assert speech.dataset["utterance"][:] == ["two.wav"]
+    assert [item.reason for item in speech.skipped] == [
+        "one.wav: its transcript is 7, not text; write it in quotation marks",
+        "?.wav: half of a pair of \\u escapes stands alone in its line; write the character itself",
+    ]
+    whole = load_speech(write_lines(tmp_path, "list.jsonl", '{"path": "one.wav", "text": "\\ud83d\\ude00"}'))
+    assert whole.dataset["text"][:] == ["😀"]
+
+
 def test_sources_of_different_columns_can_be_joined(tmp_path, monkeypatch):
     table = load_speech(write_lines(tmp_path, "list.csv", "path,text,age", "one.wav,A.,7")).dataset
     content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": None}
@@ -159,15 +188,44 @@ def test_speakers_are_known_by_several_columns(tmp_path, column):
     assert speakers(speech) == ("utterance", ["one.wav", "two.wav", "one.wav"])
 
 
-def test_cut_off_audio_is_found_before_it_is_decoded(tmp_path):
+def test_cut_off_or_damaged_audio_is_found_before_training(tmp_path):
     folder = write_folder(tmp_path, seconds=3.0)
-    whole = (folder / "u1.flac").read_bytes()
-    for share in (0.3, 0.6, 0.99):
-        (folder / "u1.flac").write_bytes(whole[: round(share * len(whole))])
+    file = folder / "u1.flac"
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    damaged = whole[:middle] + bytes(500) + whole[middle + 500 :]
+    for content in (*(whole[: round(share * len(whole))] for share in (0.3, 0.6, 0.99)), damaged):
+        file.write_bytes(content)
         (skipped,) = load_speech(folder).skipped
-        assert skipped.reason == f"{folder}/u1.flac: its audio is cut off before the end"
-    with pytest.raises(UserError, match=r"u1\.flac: not readable as audio"):
-        read_audio({"path": str(folder / "u1.flac"), "bytes": None})
+        assert skipped.reason.startswith(f"{file}: not readable as audio (")
+        with pytest.raises(UserError, match=r"u1\.flac: not readable as audio"):
+            read_audio({"path": str(file), "bytes": None})
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_named(tmp_path, number):
+    samples = tone(0.5)
+    samples[100] = number
+    soundfile.write(tmp_path / "one.wav", samples, 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "two.wav", tone(0.5), 16_000, subtype="FLOAT")
+    (tmp_path / "list.csv").write_text("path,text\none.wav,A.\ntwo.wav,B.\n")
+    speech = load_speech(tmp_path / "list.csv")
+    assert speech.dataset["utterance"][:] == ["two.wav"]
+    assert speech.skipped[0].reason.startswith(f"{tmp_path}/one.wav: it has samples that are not finite numbers")
+
+
+def test_flac_without_a_length_is_read(tmp_path):
+    """As one written to a pipe: 36 bits of its header are zero."""
+    folder = write_folder(tmp_path, TEXTS[:1], seconds=1.0)
+    file = folder / "u0.flac"
+    expected = read_audio({"path": str(file), "bytes": None})
+    content = bytearray(file.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    file.write_bytes(content)
+    (row,) = load_speech(folder).dataset
+    assert row["duration_s"] == pytest.approx(1.0)
+    np.testing.assert_array_equal(read_audio(row["audio"]), expected)
 
 
 def test_hub_path_reads_a_saved_data_set(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 from rich.console import Console
+from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
 from fused_s2lora.training import evaluation as evaluation_module
@@ -20,7 +21,7 @@ from fused_s2lora.training.evaluate import evaluate
 from fused_s2lora.training.evaluation import read_evaluation, results_table, transcribe_speech
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
-from fused_s2lora.training.train import named_sets
+from fused_s2lora.training.train import named_sets, train
 from fused_s2lora.training.transcribe import transcribe
 from tests.training.comparisons import QUIET
 from tests.training.speech import TEXTS, tone, write_folder
@@ -109,6 +110,13 @@ def test_a_group_without_words_does_not_lose_the_evaluation(tmp_path, tiny_folde
         evaluate(named_sets([f"t={nothing}"], "en"), tmp_path / "no", model=str(tiny_folder), console=QUIET)
 
 
+def test_names_of_test_sets(tmp_path):
+    folder = write_folder(tmp_path / "snr=10" / "speech", TEXTS[:2])
+    assert list(named_sets([f"noisy={folder}"], "en")) == ["noisy"]
+    with pytest.raises(UserError, match=r"the set's name '.*/snr' has a / in it; give NAME=SOURCE"):
+        named_sets([str(folder)], "en")
+
+
 def test_test_sets_in_a_path_with_an_at_sign(tmp_path):
     folder = write_folder(tmp_path / "me@home" / "speech", TEXTS[:2])
     sets = named_sets([f"a={folder}", f"b={folder}@de"], "en")
@@ -144,6 +152,50 @@ def test_evaluate_transcribe_and_merge_use_what_training_used(
         merge(adapter, tmp_path / "merged", model=str(tiny_folder))
 
 
+@pytest.fixture
+def prompts(monkeypatch):
+    """Language and task of each decoded batch, which is not decoded."""
+    found = []
+
+    def generate(self, input_features, language=None, task=None, **given):
+        configured = self.generation_config
+        found.append((language or getattr(configured, "language", None), task))
+        return torch.full((len(input_features), 1), configured.pad_token_id)
+
+    monkeypatch.setattr(WhisperForConditionalGeneration, "generate", generate)
+    return found
+
+
+def test_a_model_says_its_task(finished, options, tiny_folder, tones, tmp_path, prompts):
+    """A merged one, one that was trained as a whole, and one of another tool, which transcribes."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished / "adapter", adapter)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"language": "sw", "task": "translate"}))
+    merge(str(adapter), tmp_path / "merged", model=str(tiny_folder))
+    run = tmp_path / "run"
+    train(options(run, method="bitfit", max_steps=1, language="sw", task="translate"), console=QUIET)
+    for model, expected in (
+        (tmp_path / "merged", ("sw", "translate")),
+        (run / "model", ("sw", "translate")),
+        (tiny_folder, (None, "transcribe")),
+    ):
+        transcribe([tones / "u0.flac"], model=str(model), precision="fp32")
+        evaluate(named_sets([f"t={tones}"], "sw"), tmp_path / "out", model=str(model), precision="fp32", console=QUIET)
+        assert prompts == [expected, ("sw", expected[1])], model
+        prompts.clear()
+
+
+@pytest.mark.parametrize(("age", "group"), [("7.5", "6-8"), ("18", "18+"), ("-1", "unknown"), ("nan", "unknown")])
+def test_groups_of_ages(age, group):
+    assert evaluation_module._group_name("age", age) == group
+
+
+def test_groups_are_sorted_by_number(tmp_path):
+    names = ["grade 10", "grade 9", "grade ²"]
+    assert sorted(names, key=evaluation_module._natural) == ["grade ²", "grade 9", "grade 10"]
+
+
 def test_an_adapter_says_its_language(finished, tiny_folder, tones, tmp_path, short_decoding, monkeypatch):
     """From a folder, and from the hub, whose download stands here for it."""
     adapter = tmp_path / "adapter"
@@ -165,9 +217,17 @@ def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
     soundfile.write(tmp_path / "long.wav", tone(31.0, 8000), 8000)
     soundfile.write(tmp_path / "nothing.wav", tone(0.0), 16_000)
     (tmp_path / "bad.mp3").write_bytes(b"no audio")
+    soundfile.write(tmp_path / "damaged.flac", tone(3.0), 16_000)
+    content = (tmp_path / "damaged.flac").read_bytes()
+    (tmp_path / "damaged.flac").write_bytes(content[:20_000] + bytes(500) + content[20_500:])
     transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en")
     assert [transcript.file.name for transcript in transcripts] == ["good.wav"]
-    assert sorted(Path(item.utterance).name for item in skipped) == ["bad.mp3", "long.wav", "nothing.wav"]
+    assert sorted(Path(item.utterance).name for item in skipped) == [
+        "bad.mp3",
+        "damaged.flac",
+        "long.wav",
+        "nothing.wav",
+    ]
     with pytest.raises(UserError, match=r"bad\.mp3: not readable as audio"):
         transcribe([tmp_path], model=str(tiny_folder), strict=True)
     with pytest.raises(UserError, match="none of the 1 audio files is usable"):

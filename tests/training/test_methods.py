@@ -155,6 +155,19 @@ def test_rank_map_of_adalora_counts_what_is_not_zero(tiny_whisper):
     assert rank_maps(adapt(tiny_whisper(), options(method="lora"), steps=1)) == []
 
 
+def test_development_speech_is_limited_too(quick, tones):
+    speech, dev = training_speech(options(**quick, dev=str(tones), limit=2))
+    assert (len(speech), len(dev)) == (2, 2)
+
+
+def test_targets_are_in_the_letters_of_their_language(quick):
+    def last(**given):
+        return training_speech(options(**quick, **given))[0].dataset["target"][-1]
+
+    assert last(language="Turkish") == "It ıs red."
+    assert last(language="tr", task="translate") == "It is red."
+
+
 def test_utterances_are_drawn_by_seed(quick):
     chosen = [
         training_speech(options(**quick, utterances=3, seed=seed))[0].dataset["utterance"][:] for seed in (0, 0, 1)

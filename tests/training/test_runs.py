@@ -137,6 +137,20 @@ def test_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_audio_lost_during_training_is_named_in_one_sentence(options, tmp_path, workers, monkeypatch):
+    data = write_folder(tmp_path / "speech", TEXTS[:2])
+    real = train_module.SpeechTrainer.get_train_dataloader
+    monkeypatch.setattr(
+        train_module.SpeechTrainer,
+        "get_train_dataloader",
+        lambda self: (data / "u1.flac").unlink(missing_ok=True) or real(self),
+    )
+    with pytest.raises(UserError) as caught:
+        train(options(tmp_path / "run", data=[str(data)], workers=workers), console=QUIET)
+    assert str(caught.value) == f"{data}/u1.flac: no such audio file"
+
+
 def test_best_checkpoint_and_early_stopping(options, tones, tmp_path):
     run = tmp_path / "run"
     train(
@@ -147,6 +161,26 @@ def test_best_checkpoint_and_early_stopping(options, tones, tmp_path):
     assert summary["steps"] < 60
     losses = [entry["eval_loss"] for entry in json.loads((run / "metrics.json").read_text()) if "eval_loss" in entry]
     assert len(losses) >= 2
+
+
+def test_checks_without_gain_are_counted_over_an_interruption(options, tones, tmp_path, monkeypatch):
+    def given(name):
+        return options(tmp_path / name, dev=str(tones), early_stopping=3, lr=5.0, warmup=0.0, epochs=20.0, save_steps=1)
+
+    train(given("whole"), console=QUIET)
+    steps = json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"]
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == steps - 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(given("killed"), console=QUIET)
+    train(given("killed"), console=QUIET)
+    summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
+    assert (summary["resumed_at_step"], summary["steps"]) == (steps - 2, steps)
 
 
 def test_options_that_reach_the_model(options, tmp_path):

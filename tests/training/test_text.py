@@ -19,6 +19,12 @@ def test_sentence_case(published, target):
     assert sentence_case(published) == target
 
 
+def test_the_letter_i_of_other_languages():
+    assert sentence_case("NOI SIAMO I PRIMI", "it") == "Noi siamo i primi."
+    assert sentence_case("IŞIK İYİ Mİ", "tr") == "Işık iyi mi."
+    assert sentence_case("İKİ", "az") == "İki."
+
+
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
@@ -27,6 +33,10 @@ def test_sentence_case(published, target):
         (["WE CALL IT BEAR.", "GO HOME"], False),
         (["今天天气很好"], False),
         (["IT'S 9"], True),
+        (["我想要一个DVD", "今天天气很好"], False),
+        (["यह NATO है"], False),
+        (["هذا DVD"], False),
+        (["1ª VEZ"], True),
         ([], False),
     ],
 )
