@@ -133,6 +133,15 @@ def test_callback_takes_one_proximal_step_an_update(tiny_whisper, tmp_path, monk
     assert rates == pytest.approx([5 * LR, 5 * LR * 2 / 3, 5 * LR / 3])
 
 
+def test_callback_finds_the_adapter_in_a_compiled_model(tiny_whisper, tmp_path):
+    model = adapted(tiny_whisper, penalty="proximal", sparsity_weight=1e3)
+    compiled = torch.compile(model)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    optimizer = torch.optim.SGD(parameter_groups(compiled, LR))
+    S2LoraCallback().on_optimizer_step(arguments, TrainerState(), TrainerControl(), model=compiled, optimizer=optimizer)
+    assert not any(value.any() for name, value in trained(model).items() if "s2lora_coefficients" in name)
+
+
 def test_proximal_penalty_leaves_exact_zeros_and_soft_does_not(tiny_whisper, tmp_path):
     zeros = {}
     for penalty in ("soft", "proximal"):
