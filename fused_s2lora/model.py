@@ -142,8 +142,8 @@ class S2LoraModel(BaseTuner):
         for pair in self.s2lora_factors.pairs():
             pair.in_use.clear()
         loss = getattr(outputs, "loss", None)
-        trains = module.training and isinstance(loss, Tensor) and torch.is_grad_enabled()
-        if trains and any(layer.names_at_work() for layer in self._layers()):
+        trains = module.training and torch.is_grad_enabled()
+        if trains and isinstance(loss, Tensor) and any(layer.names_at_work() for layer in self._layers()):
             sparsity, norm = self.penalty()
             self.last_penalties = {"sparsity": sparsity.detach(), "norm": norm.detach()}
             outputs.loss = loss + sparsity + norm
