@@ -105,7 +105,10 @@ class S2LoraConfig(PeftConfig):
     )
     backend: str = field(
         default="auto",
-        metadata={"help": "Strategy: auto, merged, split, fused, augmented, reference; see `s2_linear`."},
+        metadata={
+            "help": "Strategy: auto, merged, split, fused, augmented, reference; see `s2_linear`. `augmented` keeps a "
+            "copy of W and does not see W written in place through `.data`, as by `W.data.add_(1)`."
+        },
     )
     audio_window: str = field(
         default="full",

@@ -3,16 +3,17 @@
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 
 from .layer import S2LoraLinear
 
 
 @torch.no_grad()
-def interpolate(model: PeftModel, share: float) -> None:
+def interpolate(model: nn.Module, share: float) -> None:
     """Moves the weights to W + share · ΔW, in place, for the active adapters of S2-LoRA or PEFT's LoRA or AdaLoRA.
 
     Fine-tuning on little speech of one language unlearns others. On the line between the two models most of what was
@@ -24,8 +25,9 @@ def interpolate(model: PeftModel, share: float) -> None:
         share: 1 leaves the adapter as it is, 0 is the original model.
 
     Raises:
-        ValueError: share is not between 0 and 1; the model has no active adapter of these kinds, or trains whole
-            modules beside it (`modules_to_save`), which are not scaled.
+        ValueError: share is not between 0 and 1; the model has no active adapter of these kinds; an adapter is merged;
+            or scaling does not lead to the original model: whole modules or biases are trained beside the adapter, it
+            is a variant of LoRA such as DoRA, or starts from a changed W, as PiSSA does.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} is not between 0 and 1")
@@ -33,13 +35,38 @@ def interpolate(model: PeftModel, share: float) -> None:
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError("modules_to_save and trained tokens cannot be interpolated; train without them")
+        if isinstance(module, BaseTuner):
+            for name in module.active_adapters:
+                _check_is_on_the_line(name, module.peft_config[name])
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError("a merged adapter cannot be interpolated: call model.unmerge_adapter() first")
         if isinstance(module, S2LoraLinear):
             scaled += [module.s2lora_coefficients[name] for name in module.names_at_work()]
         elif isinstance(module, AdaLoraLayer):
             scaled += [module.lora_E[name] for name in module.active_adapters if name in module.lora_E]
         elif isinstance(module, LoraLayer):
-            scaled += [module.lora_B[name].weight for name in module.active_adapters if name in module.lora_B]
+            for name in module.active_adapters:
+                if name in module.lora_variant:
+                    raise ValueError(f"adapter {name!r} is a variant of LoRA, such as DoRA; train plain LoRA")
+                if name in module.lora_B:
+                    scaled += module.lora_B[name].parameters()
+                if name in module.lora_embedding_B:
+                    scaled.append(module.lora_embedding_B[name])
     if not scaled:
         raise ValueError("the model has no active adapter of S2-LoRA, LoRA or AdaLoRA to be scaled")
     for tensor in scaled:
         tensor.mul_(share)
+
+
+_CHANGES_WEIGHTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+def _check_is_on_the_line(name: str, config: Any) -> None:
+    """Raises ValueError where the adapter changes more of the model than its ΔW."""
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(f"adapter {name!r} trains biases, which are not scaled; train with bias='none'")
+    if str(getattr(config, "init_lora_weights", "")).lower().startswith(_CHANGES_WEIGHTS):
+        raise ValueError(
+            f"adapter {name!r} starts from a changed base model ({config.init_lora_weights}), so scaling does not lead "
+            "back to the original; train with init_lora_weights=True"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import S2LoraConfig
 from .kernels.arguments import MAX_RANK
 from .kernels.s2_linear import Backend, s2_linear, s2_linear_group
-from .kernels.shared import GradientSink, gelu_input, known_z
+from .kernels.shared import GradientSink, SharedPair, gelu_input, known_z
 from .projection_group import ProjectionGroup, live_operands, ranks_computed
 from .sharing import FactorPair, initial_factors
 
@@ -68,7 +68,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
 
     def operands(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """down A [r, in_features], up B [out_features, r] and coefficients e = scaling · s [r] of this weight."""
-        pair = self._in_use.get(adapter_name)
+        pair = self._pair_in_use(adapter_name)
         up, down = (pair.up, pair.down) if pair else (self.s2lora_up[adapter_name], self.s2lora_down[adapter_name])
         if self.transposed:
             up, down = down.mT, up.mT
@@ -80,8 +80,12 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
 
     def sink(self, adapter_name: str) -> GradientSink | None:
         """Where the gradients of this weight's factors are added up in the forward pass under way, if anywhere."""
-        pair = self._in_use.get(adapter_name)
+        pair = self._pair_in_use(adapter_name)
         return None if pair is None else GradientSink(pair.gradients, self.transposed)
+
+    def _pair_in_use(self, adapter_name: str) -> SharedPair | None:
+        # Without gradients there may be one left of a training step that was interrupted.
+        return self._in_use.get(adapter_name) if torch.is_grad_enabled() else None
 
     def names_at_work(self) -> list[str]:
         """The adapters whose ΔW is added in a forward pass; none where they are disabled or merged."""
@@ -147,7 +151,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         known, live = self._frozen_ranks.get(adapter_name, (None, values))
         if known == key:
             return live
-        live = values.detach().expand(self.configs[adapter_name].r).nonzero().flatten()
+        live = values.expand(self.configs[adapter_name].r).nonzero().flatten()
         if values.is_cuda:  # which the line above waited for
             self._frozen_ranks[adapter_name] = key, live
         return live

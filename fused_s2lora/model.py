@@ -21,7 +21,8 @@ class S2LoraModel(BaseTuner):
     """The model with its `nn.Linear` targets replaced by `S2LoraLinear` and the shared factors in `s2lora_factors`.
 
     Made by `get_peft_model(model, S2LoraConfig(...))`. In training, a model output with a `loss` gets the two penalties
-    of the active adapters added to it (equation 5 of arXiv 2309.11756); `last_penalties` keeps their values.
+    of the active adapters added to it (equation 5 of arXiv 2309.11756); `last_penalties` keeps their values. None is
+    added where the adapters are disabled, as for a reference loss, or merged: the loss then does not depend on them.
     """
 
     prefix = "s2lora_"
@@ -38,7 +39,7 @@ class S2LoraModel(BaseTuner):
         # PEFT calls the wrapped model directly for some task types, so the penalties hang on the model itself.
         self._hooks = [
             model.register_forward_pre_hook(self._share_factors),
-            model.register_forward_hook(self._end_forward),
+            model.register_forward_hook(self._end_forward, always_call=True),
         ]
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -126,17 +127,23 @@ class S2LoraModel(BaseTuner):
                 norm = norm + config.norm_weight * torch.stack(columns).mean() / (2 * config.r)
         return sparsity, norm
 
+    def _layers(self) -> list[S2LoraLinear]:
+        return [module for module in self.model.modules() if isinstance(module, S2LoraLinear)]
+
     def _coefficients(self, adapter_name: str) -> list[Tensor]:
-        layers = (module for module in self.model.modules() if isinstance(module, S2LoraLinear))
         return [
-            layer.s2lora_coefficients[adapter_name] for layer in layers if adapter_name in layer.s2lora_coefficients
+            layer.s2lora_coefficients[adapter_name]
+            for layer in self._layers()
+            if adapter_name in layer.s2lora_coefficients
         ]
 
     def _end_forward(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        """Also called, with `outputs` None, where the forward pass raised."""
         for pair in self.s2lora_factors.pairs():
             pair.in_use.clear()
         loss = getattr(outputs, "loss", None)
-        if module.training and isinstance(loss, Tensor) and torch.is_grad_enabled():
+        trains = module.training and torch.is_grad_enabled()
+        if trains and isinstance(loss, Tensor) and any(layer.names_at_work() for layer in self._layers()):
             sparsity, norm = self.penalty()
             self.last_penalties = {"sparsity": sparsity.detach(), "norm": norm.detach()}
             outputs.loss = loss + sparsity + norm
@@ -197,6 +204,11 @@ class S2LoraModel(BaseTuner):
                     source = f"{tensors[id(getattr(layer, attribute))]}.{adapter_name}"
                     loaded[f"{name}.{attribute}.{adapter_name}"] = loaded[source]
         return loaded
+
+
+def tuner_of(model: nn.Module) -> S2LoraModel | None:
+    """The S2-LoRA tuner in a model, however it is wrapped: by PEFT, `torch.compile` or `DistributedDataParallel`."""
+    return next((module for module in model.modules() if isinstance(module, S2LoraModel)), None)
 
 
 _LAYER_FACTOR = re.compile(r"\.s2lora_(up|down)\.")

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .config import S2LoraConfig
-from .model import S2LoraModel
+from .layer import S2LoraLinear
+from .model import tuner_of
 
 COEFFICIENTS = "coefficients"
 
@@ -16,14 +15,15 @@ def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) 
     """Optimizer groups: factors at `lr`, coefficients at `lr` × the config's `coefficient_lr_ratio`, never decayed.
 
     Each group carries a `name`: "coefficients", "factors", or "other" (modules_to_save). Groups without a trainable
-    parameter are left out, so for any other model this is the one group "other".
+    parameter are left out, so for any other model this is the one group "other". The model may be wrapped, as by
+    `torch.compile` or `DistributedDataParallel`.
 
     Raises:
         ValueError: nothing in the model is trainable.
     """
-    ratio = next(
-        (config.coefficient_lr_ratio for config in _active_configs(model) if isinstance(config, S2LoraConfig)), 1.0
-    )
+    layers = [module for module in model.modules() if isinstance(module, S2LoraLinear)]
+    configs = [layer.configs[name] for layer in layers for name in layer.active_adapters if name in layer.configs]
+    ratio = configs[0].coefficient_lr_ratio if configs else 1.0
     groups: dict[str, dict[str, Any]] = {
         COEFFICIENTS: {"lr": lr * ratio, "weight_decay": 0.0},
         "factors": {"lr": lr, "weight_decay": weight_decay},
@@ -40,12 +40,6 @@ def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) 
     return result
 
 
-def _active_configs(model: nn.Module) -> list[Any]:
-    if not isinstance(model, PeftModel):
-        return []
-    return [model.peft_config[name] for name in model.active_adapters]
-
-
 class S2LoraCallback(TrainerCallback):
     """Runs `S2LoraModel.proximal_step` after each optimizer step of a Hugging Face Trainer.
 
@@ -55,8 +49,8 @@ class S2LoraCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        tuner = getattr(kwargs["model"], "base_model", None)
-        if isinstance(tuner, S2LoraModel):
+        tuner = tuner_of(kwargs["model"])
+        if tuner is not None:
             groups = kwargs["optimizer"].param_groups
             lr = next((group["lr"] for group in groups if group.get("name") == COEFFICIENTS), groups[0]["lr"])
             tuner.proximal_step(lr)

@@ -25,31 +25,35 @@ class ProjectionGroup:
 
     def __init__(self, layers: list[S2LoraLinear]) -> None:
         self.layers = layers
-        self._made_from: tuple[Tensor, tuple[Any, ...]] | None = None
         self._outputs: dict[int, Tensor] = {}
+        self._made_from: list[Tensor] = []  # x, the coefficients, and the pair
+        self._made_in: tuple[Any, ...] = ()
         self._bias: tuple[Any, Tensor | None] = (None, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without outputs that an interrupted attention did not ask for."""
+        return {**self.__dict__, "_outputs": {}, "_made_from": []}
 
     def output(self, layer: S2LoraLinear, x: Tensor) -> Tensor | None:
         """The output of `layer` for x; None where it cannot, or need not, be computed with others now."""
-        state = self._state(x)
-        if self._made_from is None or self._made_from[0] is not x or self._made_from[1] != state:
+        if self._outputs and (self._made_from[0] is not x or self._state() != self._made_in):
             self._outputs = {}
         if id(layer) not in self._outputs:
             computed = self._compute(layer, x)
             if not computed:
                 return None
-            self._outputs, self._made_from = computed, (x, state)
+            self._outputs, self._made_in = computed, self._state()
         output = self._outputs.pop(id(layer))
         if not self._outputs:
-            self._made_from = None
+            self._made_from = []
         return output
 
-    def _state(self, x: Tensor) -> tuple[Any, ...]:
-        """What the outputs depend on besides which tensor x is."""
-        first = self.layers[0]
-        values = [one for layer in self.layers for one in layer.s2lora_coefficients.values()]
-        values += [*first.s2lora_up.values(), *first.s2lora_down.values(), x]
-        return torch.is_grad_enabled(), *first.active_adapters, *(write_count(value) for value in values)
+    def _state(self) -> tuple[Any, ...]:
+        """What the outputs depend on besides which tensors they are made from."""
+        device_type = self._made_from[0].device.type
+        counts = [write_count(value) for value in self._made_from]
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(device_type))
+        return *modes, *self.layers[0].active_adapters, *counts
 
     def name_at_work(self) -> str | None:
         """The one adapter at work in all layers; None where that is not so, or a layer cannot be fused."""
@@ -78,6 +82,8 @@ class ProjectionGroup:
             x, [one.base_linear.weight for one in layers], self._stacked_bias(layers), down, up, coefficients,
             z=known_z(x, down), sink=sink, backend=backend,
         )  # fmt: skip
+        coefficients = [one.s2lora_coefficients[name] for one in layers]
+        self._made_from = [x, *coefficients, first.s2lora_up[name], first.s2lora_down[name]]
         return {id(one): output for one, output in zip(layers, outputs, strict=True)}
 
     def _stacked_bias(self, layers: list[S2LoraLinear]) -> Tensor | None:

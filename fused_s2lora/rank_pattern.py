@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layer import S2LoraLinear
-from .model import S2LoraModel
+from .model import tuner_of
 
 _COLUMNS = {
     "self_attn.q_proj": "q",
@@ -52,7 +51,7 @@ class RankPattern:
 
 
 def rank_pattern(
-    model: PeftModel | S2LoraModel, adapter_name: str | None = None, threshold: float | None = None
+    model: nn.Module, adapter_name: str | None = None, threshold: float | None = None
 ) -> list[RankPattern]:
     """Live ranks by layer and matrix, one `RankPattern` for each stack (encoder and decoder in Whisper).
 
@@ -62,8 +61,8 @@ def rank_pattern(
     Raises:
         ValueError: the model has no S2-LoRA adapter of that name.
     """
-    tuner = model.base_model if isinstance(model, PeftModel) else model
-    if not isinstance(tuner, S2LoraModel):
+    tuner = tuner_of(model)
+    if tuner is None:
         raise ValueError("the model has no S2-LoRA adapter: wrap it with get_peft_model(model, S2LoraConfig())")
     name = adapter_name or tuner.active_adapters[0]
     if name not in tuner.peft_config:

@@ -49,6 +49,13 @@ def place_of(key: str, out_features: int, in_features: int, config: S2LoraConfig
     return Place(f"{name}_{shape}", up_rows, down_columns, transposed)
 
 
+class InUse(dict[str, SharedPair]):
+    """By adapter name, what the layers use in the forward pass under way (see `S2LoraModel`); a copy begins empty."""
+
+    def __reduce__(self) -> tuple[type["InUse"], tuple[()]]:
+        return InUse, ()
+
+
 class FactorPair(nn.Module):
     """One shared pair for each adapter: `up` [rows, r] and `down` [r, columns], both dictionaries by adapter name."""
 
@@ -56,8 +63,7 @@ class FactorPair(nn.Module):
         super().__init__()
         self.up = nn.ParameterDict()
         self.down = nn.ParameterDict()
-        # By adapter name, what the layers use in the forward pass under way: see `S2LoraModel`.
-        self.in_use: dict[str, SharedPair] = {}
+        self.in_use = InUse()
 
 
 class SharedFactors(nn.Module):

@@ -340,6 +340,8 @@ def test_optimizer_groups(tiny_whisper):
     assert groups["factors"]["weight_decay"] == 0.1
     parameters = list(itertools.chain.from_iterable(group["params"] for group in groups.values()))
     assert len(parameters) == len({id(parameter) for parameter in parameters}) == 32 + 10
+    compiled = {group["name"]: group for group in parameter_groups(torch.compile(model), 1e-3)}
+    assert compiled["coefficients"]["lr"] == pytest.approx(7e-3)
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         parameter_groups(frozen, 1e-3)
@@ -358,6 +360,7 @@ def test_rank_pattern(tiny_whisper):
     assert sum(map(sum, decoder.live)) == 2
     assert "cross v" in str(decoder)
     assert decoder.to_dict()["r"] == 4
+    assert rank_pattern(torch.compile(model)) == [encoder, decoder]
     with pytest.raises(ValueError, match="no adapter named"):
         rank_pattern(model, "missing")
     with pytest.raises(ValueError, match="no S2-LoRA adapter"):

@@ -271,6 +271,9 @@ def test_outputs_of_a_group_are_of_the_state_they_are_asked_in(tiny_whisper):
     q(x)
     x.mul_(2)
     twice = [layer(x).detach() for layer in (v, q, k)]
+    q(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert k(x).dtype == torch.bfloat16
     unfuse_whisper(model)
     torch.testing.assert_close(twice, [layer(x).detach() for layer in (v, q, k)])
     torch.testing.assert_close(fused, [layer(x / 2).detach() for layer in (k, v, q)])

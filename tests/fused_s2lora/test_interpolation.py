@@ -5,6 +5,8 @@ import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 
 from fused_s2lora import S2LoraConfig, fuse_whisper, interpolate
+from fused_s2lora.training.audio_window import AudioWindow
+from fused_s2lora.training.models import load_adapter, remember_speech, remembered_speech
 from tests.fused_s2lora.adapters import adapted, logits
 
 TARGETS = ["q_proj", "v_proj"]
@@ -12,6 +14,8 @@ CONFIGS = {
     "S2-LoRA": S2LoraConfig(r=4),
     "S2-LoRA, not shared": S2LoraConfig(r=4, sharing="none", coefficient="scalar"),
     "LoRA": LoraConfig(r=4, target_modules=TARGETS),
+    "LoRA with biases of its own": LoraConfig(r=4, target_modules=TARGETS, lora_bias=True),
+    "LoRA on an embedding": LoraConfig(r=4, target_modules=[*TARGETS, "embed_positions"]),
     "AdaLoRA": AdaLoraConfig(init_r=4, target_r=2, target_modules=TARGETS, total_step=10),
 }
 
@@ -74,3 +78,42 @@ def test_whole_modules_trained_beside_the_adapter_are_refused(tiny_whisper):
     model = get_peft_model(tiny_whisper(), S2LoraConfig(modules_to_save=["layer_norm"]))
     with pytest.raises(ValueError, match="modules_to_save"):
         interpolate(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"bias": "lora_only"}, "biases"),
+        ({"init_lora_weights": "pissa"}, "changed base model"),
+    ],
+    ids=str,
+)
+def test_lora_that_is_not_on_the_line_is_refused(tiny_whisper, options, named):
+    model = trained(tiny_whisper(), LoraConfig(r=4, target_modules=TARGETS, **options))
+    with pytest.raises(ValueError, match=named):
+        interpolate(model, 0.5)
+
+
+@pytest.mark.parametrize("config", ["S2-LoRA", "LoRA", "AdaLoRA"])
+def test_a_merged_adapter_is_refused(tiny_whisper, config):
+    model = trained(tiny_whisper(), CONFIGS[config])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        interpolate(model, 0.5)
+
+
+@pytest.mark.parametrize("config", ["S2-LoRA", "LoRA", "AdaLoRA"])
+def test_window_and_language_of_a_share_that_is_saved(tiny_whisper, tmp_path, config):
+    """PEFT writes back what S2-LoRA's configuration holds; for its own methods the README says to write it again."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    get_peft_model(tiny_whisper(), CONFIGS[config]).save_pretrained(first)
+    remember_speech(first, AudioWindow("trim", 32), "sw", "transcribe")
+    expected = remembered_speech(first)
+    model = load_adapter(tiny_whisper(), first)
+    interpolate(model, 0.5)
+    model.save_pretrained(second)
+    assert (remembered_speech(second) == expected) == (config == "S2-LoRA")
+    remember_speech(second, AudioWindow("trim", 32), "sw", "transcribe")
+    assert remembered_speech(second) == expected

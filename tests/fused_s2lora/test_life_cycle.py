@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from fused_s2lora import S2LoraConfig, S2LoraLinear, parameter_groups, rank_pattern
+from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, parameter_groups, rank_pattern
 from fused_s2lora.config import _register_peft_type
 from tests.fused_s2lora.adapters import adapted, awaken, batch, logits
 
@@ -82,6 +82,39 @@ def test_penalty_is_of_the_active_adapters(tiny_whisper):
     sparsity, norm = model.base_model.penalty()
     torch.testing.assert_close(sparsity, alone[0] + 2.0 * 4 * 0.25)
     torch.testing.assert_close(norm, alone[1])
+
+
+def test_no_penalty_where_the_adapter_does_nothing(tiny_whisper):
+    model = adapted(tiny_whisper, sparsity_weight=1.0).train()
+    plain = tiny_whisper()(**batch()).loss
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**batch()).loss, plain)
+    assert model(**batch()).loss > plain + 1.0
+    expected = model.eval()(**batch()).loss
+    model.train().merge_adapter()
+    torch.testing.assert_close(model(**batch()).loss, expected)
+
+
+@pytest.mark.parametrize("interruption", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_interrupted_step_leaves_nothing_behind(tiny_whisper, interruption, fused):
+    model = adapted(tiny_whisper).train()
+    if fused:
+        fuse_whisper(model)
+    expected = logits(model)
+    attention = model.get_base_model().model.encoder.layers[1].self_attn
+
+    def interrupt(*args):
+        raise interruption
+
+    hook = attention.k_proj.register_forward_pre_hook(interrupt)
+    with pytest.raises(interruption):
+        model(**batch())
+    hook.remove()
+    torch.testing.assert_close(logits(copy.deepcopy(model)), expected)
+    model.double().eval()
+    features = batch()["input_features"].double()
+    assert model.generate(features, max_new_tokens=2).shape[0] == 2
 
 
 def test_deleted_adapter_takes_its_factors_along(tiny_whisper):
@@ -215,10 +248,12 @@ def test_distributed_data_parallel_has_the_same_gradients(tiny_whisper, tmp_path
     try:
         parallel = DistributedDataParallel(adapted(tiny_whisper))
         got = gradients(parallel)
+        rates = {group["name"]: group["lr"] for group in parameter_groups(parallel, 1e-3)}
         # Before the group: its threads are joined without Python's lock, which a reducer that dies last would hold.
         del parallel
     finally:
         torch.distributed.destroy_process_group()
+    assert rates == pytest.approx({"coefficients": 6e-3, "factors": 1e-3})
     assert len(got) == len(expected)
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name.removeprefix("module.")], msg=name)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from fused_s2lora import S2LoraCallback, S2LoraConfig, S2LoraModel, parameter_groups
@@ -131,6 +131,15 @@ def test_callback_takes_one_proximal_step_an_update(tiny_whisper, tmp_path, monk
     run = trainer(model, tmp_path, max_steps=3, gradient_accumulation_steps=2)
     run.train()
     assert rates == pytest.approx([5 * LR, 5 * LR * 2 / 3, 5 * LR / 3])
+
+
+def test_callback_finds_the_adapter_in_a_wrapped_model(tiny_whisper, tmp_path):
+    model = adapted(tiny_whisper, penalty="proximal", sparsity_weight=1e3)
+    wrapped = nn.Sequential(model)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    optimizer = torch.optim.SGD(parameter_groups(wrapped, LR))
+    S2LoraCallback().on_optimizer_step(arguments, TrainerState(), TrainerControl(), model=wrapped, optimizer=optimizer)
+    assert not any(value.any() for name, value in trained(model).items() if "s2lora_coefficients" in name)
 
 
 def test_proximal_penalty_leaves_exact_zeros_and_soft_does_not(tiny_whisper, tmp_path):
