@@ -50,15 +50,15 @@ def occupancy(target: str, registers: int, warps: int, shared_memory: int) -> tu
 def report(targets: Iterable[str] = TARGETS, ranks: Collection[int] = ()) -> Iterator[dict[str, Any]]:
     """A row for every build of every target, in order, as the builds end.
 
-    With `ranks`, only what adapters of these ranks use: kernels of their padded ranks, or of the tiles these are taken
-    in, and those that know no rank.
+    With `ranks`, only what usual training steps with adapters of these ranks use: kernels of their padded ranks, or of
+    the tiles these are taken in, and those that know no rank.
     """
     padded = {0, rank_block(1), *map(rank_block, ranks), *map(rank_tile, ranks)}
     jobs = [
         (target, index)
         for target in targets
         for index, variant in enumerate(aot.variants(target))
-        if not ranks or variant.R in padded
+        if not ranks or (variant.R in padded and not variant.rare)
     ]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _compiling) as pool:
         for (target, _), found in zip(jobs, pool.map(_compile, jobs), strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import device
+from .kernels.choice import named_backend
 from .kernels.configs import rank_block
 from .kernels.producers import gelu_project, layer_norm_project
 from .kernels.shared import remember_gelu, remember_z
@@ -34,7 +35,8 @@ class _Reader:
         if torch.compiler.is_compiling() or not device.runs_triton(x) or dtype == torch.float64:
             return None
         down, _, _ = self.layer.operands(names[0])
-        spare = rank_block(len(down)) if self.layer.configs[names[0]].backend == "augmented" else 0
+        backend = named_backend(self.layer.configs[names[0]].backend)
+        spare = rank_block(len(down)) if backend == "augmented" else 0
         return down, dtype, spare
 
 

@@ -25,7 +25,7 @@ from .configs import (
 )
 from .device import precision
 from .ops import kernel_op
-from .variants import Variant
+from .variants import PRODUCT_DTYPES, TRITON_TYPES, Variant, precision_of
 
 
 @triton.jit
@@ -218,15 +218,16 @@ def _launch_input_gradient(dh: Tensor, ge: Tensor | None, down: Tensor | None, x
     )  # fmt: skip
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _DIVISIBLE = ("M", "K", "stride_xm", "stride_dr", "stride_hm", "stride_gm", "stride_dxm")
 
 
 def variants(target: str) -> list[Variant]:
-    """Every specialisation that a GPU can be asked to run; x in h's dtype or in float32."""
+    """What LayerNorm, GELU and `augmented` launch; x of a GELU in h's dtype or in float32."""
     found: dict[tuple, Variant] = {}
-    for (name, dtype), rank, x_type in itertools.product(_DTYPES.items(), (16, 32, 64, 128, 256), _DTYPES):
-        if name == "fp32" and x_type != "fp32":
+    for (name, dtype), rank, x_type in itertools.product(
+        PRODUCT_DTYPES.items(), (16, 32, 64, 128, 256), PRODUCT_DTYPES
+    ):
+        if x_type not in (name, "fp32") or (name == "tf32" and x_type == "fp32"):
             continue
         for rows, gelu in itertools.product((512, 24_000), (True, False)):
             config = activation_config_name(rows, rank, dtype)
@@ -237,6 +238,8 @@ def variants(target: str) -> list[Variant]:
             )
         config, block_r = activation_gradient_config_name(dtype), gradient_rank_tile(rank, dtype)
         for gelu in (True, False):
+            if (gelu and name == "tf32") or (not gelu and x_type != name):  # no product; added in place
+                continue
             direction = "input gradient of gelu" if gelu else "input gradient of copy with low rank"
             constants = {"GELU": gelu, "BLOCK_R": 16 if gelu else block_r, "stride_hk": 1}
             absent = {"stride_xk": 1, "ge_ptr": None, "down_ptr": None}
@@ -252,11 +255,11 @@ def variants(target: str) -> list[Variant]:
 def _variant(
     config: str, direction: str, name: str, x_type: str, rank: int, kernel: Any, tiles: PassTiles, constants: dict
 ) -> Variant:
-    constants |= {"PRECISION": "ieee", "BLOCK_M": tiles.BLOCK_M, "BLOCK_K": tiles.BLOCK_K}
+    constants |= {"PRECISION": precision_of(name), "BLOCK_M": tiles.BLOCK_M, "BLOCK_K": tiles.BLOCK_K}
     types = {"down_ptr": "*fp32"}
     if constants.get("x_ptr", x_type) is not None:
-        types |= dict.fromkeys(("x_ptr", "dx_ptr"), f"*{x_type}")
+        types |= dict.fromkeys(("x_ptr", "dx_ptr"), TRITON_TYPES[x_type])
     return Variant(
         "activation", f"{config}, x {x_type}", direction, name, rank, kernel, constants, tiles.num_warps,
-        tiles.num_stages, types, _DIVISIBLE,
+        tiles.num_stages, types, _DIVISIBLE, rare=name == "fp16",
     )  # fmt: skip

@@ -23,7 +23,7 @@ from .arguments import MAX_GROUP
 from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, pass_config_name, rank_tile
 from .ops import kernel_op
 from .row_sums import reduce_splits, tall_product
-from .variants import Variant
+from .variants import PRODUCT_DTYPES, Variant, precision_of
 
 
 @triton.jit
@@ -374,33 +374,49 @@ def _launch_pass(
 _FLOATS = dict.fromkeys(
     ("down_ptr", "up_ptr", "coefficients_ptr", "g_ptr", "product_ptr", "d_coefficients_ptr"), "*fp32"
 )
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _DIVISIBLE = ("M", "N", "K", "stride_xm", "stride_0m", "stride_1m", "stride_2m")
 
 
+# HAS_PRODUCT, HAS_COEFFICIENTS, HAS_G, ADD_TO_G. "Added": what shares its input, or follows in a group above rank 16.
+_KINDS = {
+    "factor and coefficients": (True, True, True, False),
+    "factor and coefficients, added": (True, True, True, True),
+    "factor": (True, False, True, False),
+    "coefficients": (False, True, True, False),
+    "coefficients, added": (False, True, True, True),
+    "coefficients alone": (False, True, False, False),
+}
+
+
 def variants(target: str) -> list[Variant]:
-    """Every specialisation that a GPU of this kind can be asked to run; a group of two lies between one and three."""
+    """What training launches: everything wanted, or the factors frozen, or the coefficients."""
     found: dict[tuple, Variant] = {}
-    for (name, dtype), R, rows in itertools.product(_DTYPES.items(), (16, 32, 64), (512, 24_000)):
-        for group in (1, 3) if R <= GROUP_RANK else (1,):
+    for (name, dtype), R, rows in itertools.product(PRODUCT_DTYPES.items(), (16, 32, 64), (512, 24_000)):
+        for group in range(1, MAX_GROUP + 1) if R <= GROUP_RANK else (1,):
             config = pass_config_name(rows, group, R, dtype)
-            kinds = ["coefficients"] + ["z"] * (group == 1) + ["factor and coefficients"] * (R <= ONE_PASS_RANK)
-            for kind in kinds:
-                variant = _variant(config, name, R, group, kind, SHARED_MEMORY[target])
-                found[config, name, R, group, kind] = variant
+            for kind in ("z", *_KINDS) if group == 1 else _KINDS:
+                if kind == "z" or R <= ONE_PASS_RANK or not _KINDS[kind][0]:
+                    variant = _variant(config, name, R, group, kind, SHARED_MEMORY[target])
+                    found[config, name, R, group, kind] = variant
     return list(found.values())
 
 
 def _variant(config: str, dtype: str, R: int, group: int, kind: str, memory: int) -> Variant:
     tiles = PASS[config]
-    stages = tiles.fitted_stages(group, R, _DTYPES[dtype].itemsize, memory)
-    constants: dict[str, Any] = {"PRECISION": "ieee", "R": R, "BLOCK_M": tiles.BLOCK_M}
+    stages = tiles.fitted_stages(group, R, PRODUCT_DTYPES[dtype].itemsize, memory)
+    constants: dict[str, Any] = {"PRECISION": precision_of(dtype), "R": R, "BLOCK_M": tiles.BLOCK_M}
+    rare = dtype == "fp16" or (kind == "coefficients" and group == 2)
+    rare |= R <= ONE_PASS_RANK and kind in ("factor", "coefficients, added", "coefficients alone")
     if kind == "z":
         constants |= {"BLOCK_K": tiles.BLOCK_N, "stride_dk": 1}
         function, kernel = _project_kernel, "project"
     else:
-        constants |= {"BLOCK_N": tiles.BLOCK_N, "stride_ur": 1, "GROUP": group, "HAS_G": True, "ADD_TO_G": True}
-        constants |= {"HAS_PRODUCT": kind != "coefficients", "HAS_COEFFICIENTS": True}
+        wanted = ("HAS_PRODUCT", "HAS_COEFFICIENTS", "HAS_G", "ADD_TO_G")
+        constants |= {"BLOCK_N": tiles.BLOCK_N, "stride_ur": 1, "GROUP": group}
+        constants |= dict(zip(wanted, _KINDS[kind], strict=True))
+        constants |= {} if constants["HAS_G"] else {"g_ptr": None}
         constants |= dict.fromkeys(("dy1_ptr", "dy2_ptr")[group - 1 :])
         function, kernel, kind = _output_gradients_kernel, "output gradients", f"group of {group}, {kind}"
-    return Variant(kernel, config, kind, dtype, R, function, constants, tiles.num_warps, stages, _FLOATS, _DIVISIBLE)
+    return Variant(
+        kernel, config, kind, dtype, R, function, constants, tiles.num_warps, stages, _FLOATS, _DIVISIBLE, rare
+    )

@@ -22,7 +22,7 @@ from . import activation, adapter_gradients, augmented, fused, fused_persistent,
 from .configs import SHARED_MEMORY
 from .variants import Variant
 
-_MODULES = (fused, fused_persistent, merge, adapter_gradients, row_sums, layer_norm, activation, augmented)
+MODULES = (fused, fused_persistent, merge, adapter_gradients, row_sums, layer_norm, activation, augmented)
 _AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
 TENSOR_MEMORY = 512  # columns of it that one program may hold on Blackwell; a build that needs more is an empty kernel
 _MATRIX_INSTRUCTIONS = {
@@ -61,7 +61,7 @@ class Report:
 
 def variants(target: str) -> list[Variant]:
     """Every specialisation that a GPU of this kind can be asked to run, as the choice in `configs.py` has it."""
-    return [variant for module in _MODULES for variant in module.variants(target)]
+    return [variant for module in MODULES for variant in module.variants(target)]
 
 
 def compile_variant(variant: Variant, target: str) -> Report:
@@ -140,10 +140,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=SHARED_MEMORY, nargs="+", default=list(SHARED_MEMORY))
     parser.add_argument("--rank", type=int, nargs="+", help="padded ranks, 0 for kernels of any rank; default: all")
+    parser.add_argument("--usual", action="store_true", help="only what ordinary training steps launch")
     arguments = parser.parse_args()
     for target in arguments.target:
         for variant in variants(target):
-            if arguments.rank and variant.R not in arguments.rank:
+            if (arguments.rank and variant.R not in arguments.rank) or (arguments.usual and variant.rare):
                 continue
             print(json.dumps(asdict(compile_variant(variant, target))), flush=True)
 

@@ -185,13 +185,14 @@ def augmented_input_gradient(
 
 
 def variants(target: str) -> list[Variant]:
-    """Every specialisation that a GPU can be asked to run."""
+    """What `AugmentedWeight.update` launches."""
     types = {"up_ptr": "*fp32", "coefficients_ptr": "*fp32"}
     return [
         Variant(
             "spare columns", "all", "forward", dtype, rank, _write_spare_columns_kernel,
             {"R": rank, "BLOCK_N": SPARE_BLOCK_N, "stride_ur": 1, "stride_er": 1}, 4, 1, types, ("N", "stride_sn"),
+            rare=dtype == "fp16",
         )
-        for dtype in ("bf16", "fp32")
+        for dtype in ("bf16", "fp16", "fp32")
         for rank in (16, 32, 64, 128, 256)
     ]  # fmt: skip

@@ -32,12 +32,16 @@ AUTO = "auto"
 # as the product itself with few, which is bound by reading that weight. By arithmetic; not measured.
 MERGE_ROWS = 1024
 # Up to so many rows a call on a CPU takes a millisecond or two, and what the operation does beside the products is as
-# much as what it saves: measured 1.0 to 1.3 of reference forward and backward, 0.7 to 1.0 from 512 rows on
-# (kernels/README.md).
+# much as what it saves (measured: kernels/README.md).
 REFERENCE_ROWS = 128
 
 Timer = Callable[[Shape, torch.device, Mapping[str, Candidate]], tuple[Mapping[str, float], Mapping[str, str]]]
 _log = logging.getLogger(__name__)
+
+
+def named_backend(backend: str) -> str:
+    """`backend` or, where that is "auto", what S2LORA_BACKEND names; "auto" where neither names one."""
+    return backend if backend != AUTO else os.environ.get(VARIABLE) or AUTO
 
 
 def default_strategy(shape: Shape, device: torch.device, names: Collection[str]) -> str:
@@ -80,7 +84,7 @@ class Chooser:
         self.table = committed_table() if table is None else table
         self._timer = timer
         self._device_name = device_name
-        self._decided: dict[tuple[Shape, torch.device, tuple[str, ...]], str] = {}
+        self._decided: dict[tuple[Shape, torch.device, tuple[str, ...], bool], str] = {}
         self._names: dict[torch.device, str | None] = {}
         self._lock = threading.RLock()
 
@@ -98,12 +102,11 @@ class Chooser:
         Raises:
             ValueError: `backend` or S2LORA_BACKEND is neither "auto" nor one of `candidates`.
         """
-        if backend != AUTO:
-            return _allowed("backend", backend, candidates)
-        named = os.environ.get(VARIABLE)
-        if named and named != AUTO:
-            return _allowed(f"the environment variable {VARIABLE}", named, candidates)
-        known = self._decided.get((shape, device, tuple(candidates)))
+        named = named_backend(backend)
+        if named != AUTO:
+            what = "backend" if named == backend else f"the environment variable {VARIABLE}"
+            return _allowed(what, named, candidates)
+        known = self._decided.get((shape, device, tuple(candidates), multiplies_as_tf32(shape.dtype)))
         return self._decide(shape, device, candidates, may_time) if known is None else known
 
     def tune(self, shape: Shape, device: torch.device, candidates: Mapping[str, Candidate]) -> Record | None:
@@ -164,7 +167,7 @@ class Chooser:
         self, shape: Shape, device: torch.device, candidates: Mapping[str, Candidate], strategy: str | None
     ) -> str:
         strategy = default_strategy(shape, device, candidates) if strategy is None else strategy
-        self._decided[shape, device, tuple(candidates)] = strategy
+        self._decided[shape, device, tuple(candidates), multiplies_as_tf32(shape.dtype)] = strategy
         return strategy
 
     def _name(self, device: torch.device) -> str | None:

@@ -11,7 +11,6 @@ one x compute z once and give it to the others; weights whose input gradients me
 import itertools
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +28,7 @@ from .configs import (
 from .device import capability, interpreting, multiprocessors, precision, shared_memory
 from .fused_persistent import descriptors_serve, persistent_linear, tile_position
 from .ops import kernel_op
-from .variants import Variant
+from .variants import PRODUCT_DTYPES, TRITON_TYPES, Variant, precision_of
 
 VARIANTS = ("auto", "tiles", "persistent")
 _Z_BLOCK = 32  # ranks of a given z that plain tiles take at a time
@@ -332,33 +331,45 @@ def fused_linear(
     return y, z if z is not None else new_z if want_z else None
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_FULL_PRECISION = dict.fromkeys(("down_ptr", "up_ptr", "coefficients_ptr"), "*fp32")
-_FORWARD = dict.fromkeys(("stride_xk", "stride_wk", "stride_dk", "stride_ur", "stride_yn", "stride_zr"), 1)
-_BACKWARD = dict.fromkeys(("stride_xk", "stride_wn", "stride_dr", "stride_un", "stride_yn", "stride_zr"), 1)
+_FORWARD: dict[str, Any] = {
+    **dict.fromkeys(("stride_xk", "stride_wk", "stride_dk", "stride_ur", "stride_yn", "stride_zr"), 1),
+    **{"HAS_BIAS": True, "WRITE_Z": True, "ACCUMULATE": False},
+}
+_NO_BIAS = {"HAS_BIAS": False, "bias_ptr": None}
+_BACKWARD: dict[str, Any] = {
+    **dict.fromkeys(("stride_xk", "stride_wn", "stride_dr", "stride_un", "stride_yn"), 1),
+    **_NO_BIAS,
+    **{"HAS_Z": False, "WRITE_Z": False, "z_ptr": None},
+}
 _WAYS: dict[str, dict[str, Any]] = {
-    "forward": {**_FORWARD, "HAS_BIAS": True, "HAS_Z": False, "ACCUMULATE": False},
-    "forward, z given": {**_FORWARD, "HAS_BIAS": True, "HAS_Z": True, "ACCUMULATE": False},
-    "input gradient": {**_BACKWARD, "bias_ptr": None, "HAS_BIAS": False, "HAS_Z": False, "ACCUMULATE": False},
-    "input gradient, added": {**_BACKWARD, "bias_ptr": None, "HAS_BIAS": False, "HAS_Z": False, "ACCUMULATE": True},
+    "forward": {**_FORWARD, "HAS_Z": False},
+    "forward, z given": {**_FORWARD, "HAS_Z": True},
+    "forward, no bias": {**_FORWARD, **_NO_BIAS, "HAS_Z": False},
+    "forward, z given, no bias": {**_FORWARD, **_NO_BIAS, "HAS_Z": True},
+    "input gradient": {**_BACKWARD, "ACCUMULATE": False},
+    "input gradient, added": {**_BACKWARD, "ACCUMULATE": True},
 }
 
 
 def variants(target: str) -> list[Variant]:
-    """Every specialisation of the plain tiles that a GPU of this kind can be asked to run."""
+    """What `_fused_forward` and `_fused_input_gradient` of `strategies.py` launch; a group's factors are cast."""
     memory = SHARED_MEMORY[target]
     strides = [f"stride_{tensor}{axis}" for tensor in "xwduyz" for axis in "mnkr"]
     found: dict[tuple, Variant] = {}
-    for (name, dtype), rank, rows, (way, constants) in itertools.product(
-        _DTYPES.items(), (16, 32, 64, 128, 256), (512, 24_000), _WAYS.items()
+    for (name, dtype), rank, rows, (way, constants), are_cast in itertools.product(
+        PRODUCT_DTYPES.items(), (16, 32, 64, 128, 256), (512, 24_000), _WAYS.items(), (False, True)
     ):
-        if constants["HAS_Z"] and rank > _Z_BLOCK:
+        added, half = constants["ACCUMULATE"], dtype.itemsize == 2
+        if (constants["HAS_Z"] and rank > _Z_BLOCK) or are_cast > half or (added and half > are_cast):
             continue
-        config_name = fused_config_name(rows, rank, dtype, memory, constants["ACCUMULATE"])
+        config_name = fused_config_name(rows, rank, dtype, memory, added)
         config = LINEAR[config_name]
-        found[config_name, way, name, rank] = Variant(
-            "fused tiles", config_name, way, name, rank, _fused_tile_kernel,
-            {**_tiles(config), **constants, "WRITE_Z": True, "PRECISION": "ieee", "R": rank}, config.num_warps,
-            config.fitted_stages(rank, dtype.itemsize, memory), _FULL_PRECISION, ("M", "N", "K", *strides),
+        factors = dict.fromkeys(("down_ptr", "up_ptr"), TRITON_TYPES[name if are_cast else "fp32"])
+        direction = way + ", cast factors" * (are_cast and not added)
+        found[config_name, direction, name, rank] = Variant(
+            "fused tiles", config_name, direction, name, rank, _fused_tile_kernel,
+            {**_tiles(config), **constants, "PRECISION": precision_of(name), "R": rank}, config.num_warps,
+            config.fitted_stages(rank, dtype.itemsize, memory), {**factors, "coefficients_ptr": "*fp32"},
+            ("M", "N", "K", *strides), rare=name == "fp16" or direction.endswith(("cast factors", "no bias")),
         )  # fmt: skip
     return list(found.values())

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import PERSISTENT, PersistentConfig
 from .device import capability, multiprocessors, precision
-from .variants import Variant
+from .variants import Variant, precision_of
 
 _ALIGNMENT = 16  # bytes: of a descriptor's base and of its outer stride
 
@@ -221,36 +221,33 @@ def _tiles(config: PersistentConfig) -> dict[str, Any]:
 
 
 def variants(target: str) -> list[Variant]:
-    """Every specialisation that a GPU of this kind can be asked to run, with operands as the layers hold them."""
+    """What a GPU of this kind is asked to run, with operands as the layers hold them."""
     config = PERSISTENT.get(int(target) // 10) if target.isdigit() else None
     if config is None:
         return []
     found = []
-    ways = {"forward": False, "input gradient": True}
-    for (direction, backward), given, rank in itertools.product(ways.items(), (False, True), (16, 32)):
-        for accumulate in {False, backward}:
-            blocks = _blocks(config, rank, backward, backward, backward)
-            constants: dict[str, Any] = {
-                **_tiles(config),
-                "HAS_BIAS": not backward,
-                "HAS_Z": given,
-                "WRITE_Z": True,
-                "ACCUMULATE": accumulate,
-                **dict.fromkeys(("WEIGHT_TRANSPOSED", "DOWN_TRANSPOSED", "UP_TRANSPOSED"), backward),
-                "PRECISION": "ieee",
-                "R": rank,
-                "stride_zr": 1,
-            }
-            if given:
-                constants["down_desc"] = None
-            if backward:
-                constants["bias_ptr"] = None
-            types = {name: f"tensordesc<bf16{block}>".replace(" ", "") for name, block in blocks.items()}
-            name = f"{direction}{', z given' * given}{', added' * accumulate}"
-            variant = Variant(
-                "fused persistent", f"capability {target[:-1]}", name, "bf16", rank, _fused_persistent_kernel,
-                constants, config.num_warps, config.num_stages, {**types, "coefficients_ptr": "*fp32"},
-                ("M", "N", "K", "stride_zm"),
-            )  # fmt: skip
-            found.append(variant)
+    forward: dict[str, Any] = {"HAS_BIAS": True, "WRITE_Z": True, "ACCUMULATE": False, "stride_zr": 1}
+    no_bias: dict[str, Any] = {"HAS_BIAS": False, "bias_ptr": None}
+    backward = {**no_bias, "HAS_Z": False, "WRITE_Z": False, "z_ptr": None}
+    z_given: dict[str, Any] = {"HAS_Z": True, "down_desc": None}
+    ways = {
+        "forward": {**forward, "HAS_Z": False},
+        "forward, z given": {**forward, **z_given},
+        "forward, no bias": {**forward, **no_bias, "HAS_Z": False},
+        "forward, z given, no bias": {**forward, **no_bias, **z_given},
+        "input gradient": {**backward, "ACCUMULATE": False},
+        "input gradient, added": {**backward, "ACCUMULATE": True},
+    }
+    for (direction, constants), rank, dtype in itertools.product(ways.items(), (16, 32), ("bf16", "fp16")):
+        transposed = "gradient" in direction
+        blocks = _blocks(config, rank, transposed, transposed, transposed)
+        types = {name: f"tensordesc<{dtype}{block}>".replace(" ", "") for name, block in blocks.items()}
+        axes = dict.fromkeys(("WEIGHT_TRANSPOSED", "DOWN_TRANSPOSED", "UP_TRANSPOSED"), transposed)
+        variant = Variant(
+            "fused persistent", f"capability {target[:-1]}", direction, dtype, rank, _fused_persistent_kernel,
+            {**_tiles(config), **constants, **axes, "PRECISION": precision_of(dtype), "R": rank},
+            config.num_warps, config.num_stages, {**types, "coefficients_ptr": "*fp32"},
+            ("M", "N", "K", "stride_zm"), rare=dtype == "fp16" or "no bias" in direction,
+        )  # fmt: skip
+        found.append(variant)
     return found

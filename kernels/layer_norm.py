@@ -210,7 +210,9 @@ def layer_norm_input_gradient(dh: Tensor, x: Tensor, weight: Tensor, mean: Tenso
 def variants(target: str) -> list[Variant]:
     """Rows of the largest Whisper, which need most registers; x in h's dtype and, as under autocast, in float32."""
     found = []
-    for dtype, x_type in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+    for dtype, x_type in (
+        ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32"),
+    ):  # fmt: skip
         types = {"down_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
         types |= dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "dx_ptr"), f"*{x_type}")
         for rank in (16, 32, 256):
@@ -227,5 +229,5 @@ def _variant(
     constants |= {"K": NORM_MAX_WIDTH, "BLOCK_M": tiles.BLOCK_M, "BLOCK_K": tiles.BLOCK_K}
     return Variant(
         "layer norm", f"x {x_type}", direction, dtype, rank, kernel, constants, tiles.num_warps, tiles.num_stages,
-        types, ("M", "stride_xm", "stride_dr", "stride_hm"),
+        types, ("M", "stride_xm", "stride_dr", "stride_hm"), rare=dtype == "fp16",
     )  # fmt: skip

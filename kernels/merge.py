@@ -231,7 +231,7 @@ def _kernel_serves(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def variants(target: str) -> list[Variant]:
-    """Every specialisation that a GPU of this kind can be asked to run; ranks are no part of it."""
+    """What merged weights launch; ranks are no part of it."""
     dtypes = [("fp32", "bf16"), ("fp32", "fp16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]
     straight = {"stride_wk": 1, "stride_dk": 1, "stride_ur": 1, "stride_er": 1}
     tied = {"stride_wk": 1, "stride_dr": 1, "stride_un": 1, "stride_er": 1}  # a transposed pair: A is another B's view
@@ -252,6 +252,7 @@ def variants(target: str) -> list[Variant]:
                 "merged_ptr": TRITON_TYPES[result], "seed": "i64",
             },
             ("N", "K", "stride_wn", "stride_dr"),
+            rare=strides == "tied" or group == 2 or "fp16" in (stored, result) or factors != "fp32",
         )
         for stored, result, factors, group, strides, unit_strides in cases
     ]  # fmt: skip

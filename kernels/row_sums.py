@@ -17,7 +17,7 @@ from torch import Tensor
 from .activation import gelu
 from .configs import ONE_PASS_RANK, REDUCE_BLOCK, REDUCE_SPLITS, TALL, rank_tile, tall_config_name
 from .device import precision
-from .variants import Variant
+from .variants import PRODUCT_DTYPES, Variant, precision_of
 
 
 @triton.jit
@@ -148,11 +148,10 @@ def reduce_splits(product: Tensor, d_factor: Tensor | None, partial: Tensor, d_c
 _FLOATS = dict.fromkeys(
     ("coefficients_ptr", "product_ptr", "d_factor_ptr", "coefficient_partial_ptr", "d_coefficients_ptr"), "*fp32"
 )
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def variants(target: str) -> list[Variant]:
-    """Every specialisation that a GPU of this kind can be asked to run."""
+    """What the gradients of factors launch."""
     constants: dict[str, Any] = {"BLOCK": REDUCE_BLOCK, "SPLITS": REDUCE_SPLITS}
     found = [
         Variant(
@@ -160,17 +159,17 @@ def variants(target: str) -> list[Variant]:
         )
         for strides, stride in (("factor", "stride_fc"), ("factor, transposed", "stride_fr"))
     ]
-    for (name, dtype), rank in itertools.product(_DTYPES.items(), (16, 32, 64)):
+    for (name, dtype), rank in itertools.product(PRODUCT_DTYPES.items(), (16, 32, 64)):
         for direction in ("input", "input, GELU", "output") if rank > ONE_PASS_RANK else ("input", "input, GELU"):
             weighted, of_gelu = direction == "output", "GELU" in direction
             config = tall_config_name(rank, dtype, of_gelu)
             tall = TALL[config]
-            constants = {"PRECISION": "ieee", "R": rank, "BLOCK_C": tall.BLOCK_C, "BLOCK_M": tall.BLOCK_M}
+            constants = {"PRECISION": precision_of(name), "R": rank, "BLOCK_C": tall.BLOCK_C, "BLOCK_M": tall.BLOCK_M}
             constants |= {"HAS_COEFFICIENTS": weighted, **({} if weighted else {"coefficients_ptr": None})}
             constants |= {"GELU": of_gelu}
             found.append(Variant(
                 "tall product", config, direction, name, rank, _tall_product_kernel, constants,
                 tall.num_warps, tall.num_stages, _FLOATS if weighted else {**_FLOATS, "low_ptr": "*fp32"},
-                ("M", "C", "stride_tm"),
+                ("M", "C", "stride_tm"), rare=name == "fp16",
             ))  # fmt: skip
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import device
 from .adapter_gradients import input_gradient_factor, output_gradients, project
 from .arguments import check_arguments
-from .choice import pick
+from .choice import VARIABLE, pick
 from .reference import s2_linear_reference
 from .shared import GradientSink, SharedInput, wide
 from .strategies import STRATEGIES, Group, cast
@@ -25,6 +25,7 @@ Backend = Literal["auto", "merged", "split", "fused", "augmented", "reference"]
 BACKENDS = ("auto", *STRATEGIES, REFERENCE)
 
 
+_BY_VARIABLE = f"the environment variable {VARIABLE}=fused", f"unset it or use {VARIABLE}=auto"
 _FIXED = 10  # arguments of `S2LinearFunction` before the weights
 _NO_SEED = torch.zeros(1, dtype=torch.int64, device="cpu")
 
@@ -267,7 +268,8 @@ def _strategy(
     if chosen == "fused" and not device.runs_triton(x):
         usable, reason = device.triton_is_usable(x)
         if not usable:
-            raise RuntimeError(f"backend='fused' cannot run here: {reason}; use backend='auto'")
+            asked, way_out = ("backend='fused'", "use backend='auto'") if backend == "fused" else _BY_VARIABLE
+            raise RuntimeError(f"{asked} cannot run here: {reason}; {way_out}")
     if chosen == "augmented" and torch.compiler.is_compiling():
         return "split"
     return chosen

@@ -4,17 +4,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TRITON_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+import torch
+
+TRITON_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "tf32": "*fp32"}
+# What operands of products are stored in, by the name of a build: float32 is multiplied as such or as TF32.
+PRODUCT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+def precision_of(dtype: str) -> str:
+    """The `input_precision` of products in builds of that name."""
+    return "tf32" if dtype == "tf32" else "ieee"
 
 
 @dataclass(frozen=True)
 class Variant:
     """A kernel function with everything the compiler needs; each kernel module lists its own for a target.
 
-    `kernel`, `config`, `direction`, `dtype` ("bf16", "fp32") and padded rank `R` name it in reports. `constants` are
-    its compile-time arguments, strides that are 1 and pointers that are None among them. `types` gives Triton's type of
-    the other arguments; those it leaves out are "*<dtype>" if their name ends in `_ptr`, else "i32". `divisible` names
-    the integer arguments that are multiples of 16; pointers always are.
+    `kernel`, `config`, `direction`, `dtype` ("bf16", "fp16", "fp32", "tf32") and padded rank `R` name it in reports.
+    `constants` are its compile-time arguments, strides that are 1 and pointers that are None among them. `types` gives
+    Triton's type of the other arguments; those it leaves out are "*<dtype>" if their name ends in `_ptr`, else "i32".
+    `divisible` names the integer arguments that are multiples of 16; pointers always are. `rare`: not what a training
+    step with bfloat16, float32 or TF32 products launches; the tests that are not slow leave it out.
     """
 
     kernel: str
@@ -28,6 +38,7 @@ class Variant:
     num_stages: int
     types: Mapping[str, str]
     divisible: tuple[str, ...] = ()
+    rare: bool = False
 
     def signature(self) -> dict[str, str]:
         """Triton's type of every argument, in order."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, WhisperConfig
 
-from fused_s2lora.kernels.choice import VARIABLE, Chooser
+from fused_s2lora.kernels.choice import REFERENCE_ROWS, VARIABLE, Chooser
 from fused_s2lora.kernels.s2_linear import STRATEGIES, s2_linear_group
 from fused_s2lora.kernels.strategy_record import (
     FROZEN,
@@ -43,8 +43,9 @@ SIZES = {
     "turbo": (1280, 32, 4, 128),
 }
 NO_GPU = (
-    "there is no CUDA GPU here, and strategies are timed on a GPU only: on a CPU the choice is `merged`, or `split` "
-    f"for few rows and for half-precision weights, unless {VARIABLE} or the argument `backend` names another"
+    "there is no CUDA GPU here, and strategies are timed on a GPU only: on a CPU the choice is `reference` up to "
+    f"{REFERENCE_ROWS} rows and `merged` beyond, or `split` where a weight is large for its rows or stored in half "
+    f"precision, unless {VARIABLE} or the argument `backend` names another"
 )
 _SHORTEST_AUDIO = 16_000  # samples, 1 s: the shortest batch that --window trim is tuned for
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, unfuse_whisper, whisper_fusion
-from fused_s2lora.kernels import device
+from fused_s2lora.kernels import choice, device, strategies
 from fused_s2lora.kernels import s2_linear as s2_linear_module
 from fused_s2lora.kernels import shared as shared_module
 from tests.fused_s2lora.adapters import adapted, awaken, batch, logits
@@ -144,14 +144,20 @@ def test_autocast_is_as_exact_as_unfused(tiny_whisper):
             assert fused[name] <= 2 * plain[name] + 8e-3 * value.abs().max().item(), f"{backend}: {name}"
 
 
-@pytest.mark.parametrize("backend", ["merged", "augmented", "fused"])
+@pytest.mark.parametrize("backend", ["merged", "augmented", "augmented by variable", "fused"])
 def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
     """The whole model by Triton's kernels, as exact as unfused PyTorch; LayerNorm and GELU leave nothing to project."""
     oracle = step(in_float64(tiny_whisper))
     plain = step(adapted(tiny_whisper, r=4, backend="reference").train(), torch.float32)
+    if backend == "augmented by variable":
+        monkeypatch.setenv(choice.VARIABLE, "augmented")
+        backend = "auto"
     model = adapted(tiny_whisper, r=4, backend=backend).train().to(DEVICE)
     fuse_whisper(model)
     monkeypatch.setattr(device, "runs_triton", lambda x: device.triton_is_usable(x)[0])
+    copied = []
+    copy = strategies.with_spare_columns
+    monkeypatch.setattr(strategies, "with_spare_columns", lambda x, down: copied.append(x.shape) or copy(x, down))
     projected = []
     project = s2_linear_module.project
     monkeypatch.setattr(s2_linear_module, "project", lambda x, down: projected.append(x.shape) or project(x, down))
@@ -168,11 +174,34 @@ def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
     # merged weights none is projected before the backward pass asks for it.
     outs = 2 + 2 + 2
     assert len(projected) == (outs if backend == "merged" else 0)
+    crossing = 2  # k and v of each decoder layer as one; what they share has a LayerNorm that projects for nobody
+    assert len(copied) == (outs + crossing if backend in ("augmented", "auto") else 0)
     for name, value in oracle.items():
         error, unfused = ((one[name].cpu() - value).abs().max() for one in (got, plain))
         assert error <= 2 * unfused + 2e-6 * value.abs().max(), name
     unfuse_whisper(model)
     assert not any("Projecting" in type(module).__name__ for module in model.modules())
+
+
+def test_few_rows_by_reference_and_many_merged_in_one_model(tiny_whisper, monkeypatch):
+    """The rule of a CPU as it is outside the tests: the decoder's 10 rows are left to the reference."""
+    oracle = step(in_float64(tiny_whisper, backend="reference"))
+    monkeypatch.setattr(choice, "REFERENCE_ROWS", 64)  # the encoder has 100 rows here
+    monkeypatch.setattr(choice, "_chooser", None)
+    taken = set()
+    choose = s2_linear_module._strategy
+
+    def noted(x, *operands):
+        strategy = choose(x, *operands)
+        taken.add((len(x), strategy))
+        return strategy
+
+    monkeypatch.setattr(s2_linear_module, "_strategy", noted)
+    model = in_float64(tiny_whisper)
+    fuse_whisper(model)
+    got = step(model)
+    assert taken == {(10, "reference"), (100, "merged")}
+    assert_same(got, oracle)
 
 
 def test_generation_with_a_cache_and_disabled_adapters(tiny_whisper):

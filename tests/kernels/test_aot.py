@@ -1,6 +1,7 @@
 """Every kernel build that a GPU can be asked to run, compiled without one and read from its binary."""
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -8,25 +9,32 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
+from fused_s2lora.kernels import aot, device, fused
 from fused_s2lora.kernels.aot import TENSOR_MEMORY
 from fused_s2lora.kernels.configs import SHARED_MEMORY
+from fused_s2lora.kernels.producers import gelu_project, layer_norm_project
+from fused_s2lora.kernels.s2_linear import s2_linear_group
+from fused_s2lora.kernels.shared import share_input
+from fused_s2lora.kernels.strategies import STRATEGIES
+from fused_s2lora.kernels.variants import Variant
 
 TENSOR_CORES = {"80": "mma", "89": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
 
 
 # The kernels whose arithmetic is row sums or one multiplication an entry, bound by memory.
-WITHOUT_PRODUCTS = ("merge", "layer norm", "spare columns", "input gradient of gelu")
-LOW_RANK, EVERY_RANK = (0, 16), (0, 16, 32, 64, 128, 256)
+WITHOUT_PRODUCTS = ("merge", "layer norm", "spare columns", "reduce splits", "input gradient of gelu")
+USUAL = ("--usual", "--rank", "0", "16")
 
 
 @functools.cache
-def _reports(ranks: tuple[int, ...]) -> dict[str, list[dict]]:
+def _reports(selected: tuple[str, ...]) -> dict[str, list[dict]]:
     """Builds of all targets; in processes of their own, for there is no compiler in Triton's interpreter mode."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def compiled(target: str) -> list[dict]:
-        command = [sys.executable, "-m", "fused_s2lora.kernels.aot", "--target", target, "--rank", *map(str, ranks)]
+        command = [sys.executable, "-m", "fused_s2lora.kernels.aot", "--target", target, *selected]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -37,13 +45,13 @@ def _reports(ranks: tuple[int, ...]) -> dict[str, list[dict]]:
 
 @pytest.fixture(
     params=[
-        *(pytest.param((LOW_RANK, target), id=f"{target}, rank 16") for target in SHARED_MEMORY),
-        *(pytest.param((EVERY_RANK, target), id=f"{target}", marks=pytest.mark.slow) for target in SHARED_MEMORY),
+        *(pytest.param((USUAL, target), id=f"{target}, rank 16") for target in SHARED_MEMORY),
+        *(pytest.param(((), target), id=f"{target}", marks=pytest.mark.slow) for target in SHARED_MEMORY),
     ]
 )
 def reports(request) -> list[dict]:
-    ranks, target = request.param
-    return _reports(ranks)[target]
+    selected, target = request.param
+    return _reports(selected)[target]
 
 
 def _name(report: dict) -> str:
@@ -57,10 +65,12 @@ def test_every_direction_and_precision_is_built_in_every_rank(reports):
     }
     ranks = {report["R"] for report in reports} - {0}
     assert ranks in ({16}, {16, 32, 64, 128, 256})
-    given = {(way, dtype, 16) for way in ways for dtype in ("bf16", "fp32")}
-    assert tiles >= given
-    computed = {(way, dtype, r) for way in ("forward", "input gradient") for dtype in ("bf16", "fp32") for r in ranks}
-    assert tiles >= computed
+    dtypes = ("bf16", "fp32", "tf32")
+    assert tiles >= {(way, dtype, 16) for way in ways for dtype in dtypes}
+    assert tiles >= {(way, dtype, r) for way in ("forward", "input gradient") for dtype in dtypes for r in ranks}
+    passes = {(report["direction"], report["dtype"]) for report in reports if report["kernel"] == "output gradients"}
+    wanted = ("factor and coefficients", "factor and coefficients, added")
+    assert passes >= {(f"group of {size}, {way}", dtype) for size in (1, 2, 3) for way in wanted for dtype in dtypes}
 
 
 def test_no_build_spills_registers(reports):
@@ -73,15 +83,14 @@ def test_every_build_fits_shared_memory(reports):
     assert [_name(report) for report in reports if report["shared_memory"] > report["shared_memory_limit"]] == []
 
 
-def test_half_precision_builds_use_matrix_instructions(reports):
-    half = [
-        report
-        for report in reports
-        if report["dtype"] == "bf16" and not {report["kernel"], report["direction"]} & set(WITHOUT_PRODUCTS)
-    ]
-    without = [_name(report) for report in half if not _matrix_instructions(report)]
+def test_half_precision_and_tf32_builds_use_matrix_instructions(reports):
+    products = [report for report in reports if not {report["kernel"], report["direction"]} & set(WITHOUT_PRODUCTS)]
+    half = [report for report in products if report["dtype"] in ("bf16", "fp16")]
+    tf32 = [report for report in products if report["dtype"] == "tf32"]
     assert half
-    assert without == []
+    assert tf32
+    assert [_name(report) for report in half if not _matrix_instructions(report)] == []
+    assert [_name(report) for report in tf32 if not sum(report["matrix_instructions"].values())] == []
 
 
 def _matrix_instructions(report: dict) -> int:
@@ -104,9 +113,71 @@ def test_persistent_builds_move_tiles_by_tma_and_specialise_warps_on_blackwell(r
     assert {report["partitions"] > 0 for report in persistent} <= {target == "100"}
 
 
-def test_interpreter_mode_is_refused(monkeypatch):
-    from fused_s2lora.kernels.aot import compile_variant, variants
+class Recorder:
+    """Stands for a kernel: notes how it is launched and computes nothing."""
 
+    def __init__(self, kernel, launches: dict):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            given = zip(self.kernel.arg_names, arguments, strict=False)
+            absent = {name for name, value in given if value is None}
+            self.launches[repr((self.kernel, sorted(absent), constants))] = self.kernel, absent, constants
+
+        return launch
+
+
+def was_compiled(launch: tuple, variant: Variant) -> bool:
+    """Whether the build has the launch's compile-time arguments; K, a LayerNorm's width, is only the largest."""
+    kernel, absent, constants = launch
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    without = {name for name, value in variant.constants.items() if value is None}
+    wanted = {name: value for name, value in constants.items() if name != "K"}
+    return (
+        kernel is variant.function
+        and absent == without
+        and {**variant.constants, **options, **wanted} == {**variant.constants, **options}
+    )
+
+
+@pytest.mark.parametrize("variant", ["tiles", "persistent"])
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "ieee"), ("float32", "ieee"), ("float32", "tf32")])
+def test_what_is_launched_is_what_is_compiled(dtype, precision, variant, monkeypatch):
+    """Every way to train, with kernels that only say how they were launched, on a GPU of 9.0 as to shared memory."""
+    launches: dict[str, tuple] = {}
+    builds = aot.variants("90")
+    for module in aot.MODULES:
+        for name, kernel in list(vars(module).items()):
+            if hasattr(kernel, "arg_names"):
+                monkeypatch.setattr(module, name, Recorder(kernel, launches))
+    monkeypatch.setattr(device, "runs_triton", lambda x: True)
+    monkeypatch.setattr(fused, "_variant", lambda *_: variant if dtype == "bfloat16" else "tiles")
+    monkeypatch.setattr(device, "multiplies_as_tf32", lambda kind: kind == torch.float32 and precision == "tf32")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kind = getattr(torch, dtype)
+    for strategy, group, rows, rank, shares, known in itertools.product(
+        STRATEGIES, (1, 2, 3), (40, 4100), (8, 32, 64), (False, True), (False, True)
+    ):
+        x = torch.zeros(rows, 32, dtype=kind, requires_grad=True)
+        weights = [torch.zeros(16, 32, dtype=kind) for _ in range(group)]
+        biases = None if known else torch.zeros(16 * group, dtype=kind)
+        for trained in (("down", "up", "e"), ("e",), ("down", "up")):
+            down = torch.zeros(rank, 32, requires_grad="down" in trained)
+            up = torch.zeros(16, rank, requires_grad="up" in trained)
+            coefficients = [torch.zeros(rank, requires_grad="e" in trained) for _ in range(group)]
+            z = torch.zeros(rows, rank, dtype=kind) if known else None
+            read = share_input(x, down) if shares else x
+            ys = s2_linear_group(read, weights, biases, down, up, coefficients, z=z, backend=strategy)
+            torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
+    gelu_project(x, down.detach(), kind)
+    layer_norm_project(x.detach(), x[0].detach(), x[0].detach(), 1e-5, down.detach()[:16], kind)
+    assert launches
+    strange = [name for name, launch in launches.items() if not any(was_compiled(launch, build) for build in builds)]
+    assert strange == []
+
+
+def test_interpreter_mode_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset it"):
-        compile_variant(variants("90")[0], "90")
+        aot.compile_variant(aot.variants("90")[0], "90")

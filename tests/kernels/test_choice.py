@@ -138,6 +138,19 @@ def test_tf32_is_timed_apart(make):
     assert len(timer.asked) == 2
 
 
+def test_tf32_may_change_within_a_process(make, monkeypatch):
+    timer, single = Timer(), Shape(**{**SHAPE.__dict__, "dtype": torch.float32})
+    chooser, half = make(timer), SHAPE
+    found = []
+    for precision, fastest in (("ieee", "fused"), ("tf32", "merged"), ("ieee", "augmented")):
+        is_tf32 = precision == "tf32"
+        monkeypatch.setattr(choice, "multiplies_as_tf32", lambda kind, yes=is_tf32: yes and kind == torch.float32)
+        timer.ms[fastest] = 0.9 * min(timer.ms[name] for name in NAMES)
+        found.append([chooser.pick("auto", shape, GPU, CANDIDATES) for shape in (single, half)])
+    assert found == [["fused", "fused"], ["merged", "fused"], ["fused", "fused"]]
+    assert timer.asked == [single, half, single]
+
+
 def test_remembered_on_disk_and_read_by_the_next_process(make, path):
     make().pick("auto", SHAPE, GPU, CANDIDATES)
     assert make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"

@@ -232,6 +232,18 @@ def test_kernels_write_every_entry(monkeypatch):
         check(make_problem(130, 70, 200, 17, torch.float32), operation)
 
 
+def test_merged_weights_are_kept_for_backward_on_a_cpu_only(kernels):
+    operands = make_problem(24, 40, 48, 8, torch.float32).operands
+    weight, saved = operands["weight"], []
+    operands["x"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        OPERATIONS["merged"](**operands)
+    kept = [tensor for tensor in saved if tensor.shape == weight.shape]
+    others = [tensor for tensor in kept if tensor.data_ptr() != weight.data_ptr()]
+    assert len(kept) - len(others) == 1
+    assert len(others) == (0 if kernels else 1)
+
+
 @each_operation
 def test_gradients_of_kernels_are_deterministic(operation, monkeypatch):
     use_kernels(monkeypatch)
@@ -320,3 +332,6 @@ def test_fused_by_name_never_falls_back(monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(RuntimeError, match="use backend='auto'"):
             fused(**make_problem(3, 40, 48, 8, torch.float32).operands)
+        monkeypatch.setenv("S2LORA_BACKEND", "fused")
+        with pytest.raises(RuntimeError, match=r"variable S2LORA_BACKEND=fused cannot .* off; unset it"):
+            s2_linear(**make_problem(3, 40, 48, 8, torch.float32).operands)

@@ -215,7 +215,7 @@ def test_without_a_gpu(monkeypatch):
     assert result.exit_code == 1
     (line,) = result.output.splitlines()
     assert "timed on a GPU only" in line
-    assert "on a CPU the choice is `merged`, or `split`" in line
+    assert "on a CPU the choice is `reference` up to 128 rows and `merged` beyond, or `split` where" in line
 
 
 def test_every_option_has_help():
