@@ -46,8 +46,8 @@ def count_layer(case: Case, *, only: Iterable[str] | None = None) -> list[dict[s
 def count_step(case: StepCase, methods: Iterable[str] = METHODS) -> list[dict[str, Any]]:
     """A row for every method, S2-LoRA once by strategy: forward and backward of a training step.
 
-    `state_mib` is what AdamW keeps, by its definition: two float32 numbers for each trainable one. Of ours also what the
-    first step makes for all later ones, such as the copy of W of `augmented`; a later one is what is counted.
+    `state_mib` is what AdamW keeps, by its definition: two float32 numbers for each trainable one. To ours is added
+    what the first step makes for all later ones, such as the copy of W of `augmented`; a later one is what is counted.
     """
     rows = []
     for method in on_a_gpu(methods):

@@ -359,12 +359,14 @@ def _launch_pass(
     R = rank_tile(rank)
     config = PASS[pass_config_name(rows, group, R, dys[0].dtype)]
     memory = device.shared_memory(dys[0])
+    if len(product) == 0 and partial.shape[1] == 0:
+        z = None
     given = [*dys, *(None,) * (MAX_GROUP - group)]
     _output_gradients_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
         *given, z, up, coefficients, g, product, partial, rows, outputs, rank,
         *(0 if dy is None else dy.stride(0) for dy in given), 0 if z is None else z.stride(0), *up.stride(),
         0 if g is None else g.stride(0), partial.stride(0),
-        GROUP=group, HAS_G=g is not None, ADD_TO_G=add_to_g, HAS_PRODUCT=len(product) > 0,
+        GROUP=group, HAS_G=g is not None, ADD_TO_G=g is not None and add_to_g, HAS_PRODUCT=len(product) > 0,
         HAS_COEFFICIENTS=partial.shape[1] > 0, PRECISION=device.precision(dys[0].dtype), R=R,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
         num_stages=config.fitted_stages(group, R, dys[0].element_size(), memory),
@@ -377,44 +379,54 @@ _FLOATS = dict.fromkeys(
 _DIVISIBLE = ("M", "N", "K", "stride_xm", "stride_0m", "stride_1m", "stride_2m")
 
 
-# HAS_PRODUCT, HAS_COEFFICIENTS, HAS_G, ADD_TO_G. "Added": what shares its input, or follows in a group above rank 16.
-_KINDS = {
-    "factor and coefficients": (True, True, True, False),
-    "factor and coefficients, added": (True, True, True, True),
-    "factor": (True, False, True, False),
-    "coefficients": (False, True, True, False),
-    "coefficients, added": (False, True, True, True),
-    "coefficients alone": (False, True, False, False),
-}
+def _kinds() -> dict[str, dict[str, bool]]:
+    """What a launch may write, by name, and the flags for it.
+
+    "Added": to a g of maps that share the input, or of those before in a group above rank 16.
+    """
+    kinds = {}
+    for has_product, has_coefficients, g in itertools.product((True, False), (True, False), ("", ", added", ", no g")):
+        names = ["factor"] * has_product + ["coefficients"] * has_coefficients
+        if names or g != ", no g":
+            flags = {"HAS_PRODUCT": has_product, "HAS_COEFFICIENTS": has_coefficients}
+            flags |= {"HAS_G": g != ", no g", "ADD_TO_G": g == ", added"}
+            kinds[(" and ".join(names) or "g") + g] = flags
+    return kinds
+
+
+_KINDS = _kinds()
+_USUAL = ("z", "factor and coefficients", "factor and coefficients, added", "coefficients")
+_USUAL_IN_TWO_PASSES = ("z", "coefficients", "coefficients, added")
 
 
 def variants(target: str) -> list[Variant]:
-    """What training launches: everything wanted, or the factors frozen, or the coefficients."""
+    """What training launches; usual is that all are trained, or the coefficients alone."""
     found: dict[tuple, Variant] = {}
     for (name, dtype), R, rows in itertools.product(PRODUCT_DTYPES.items(), (16, 32, 64), (512, 24_000)):
+        usual = _USUAL if R <= ONE_PASS_RANK else _USUAL_IN_TWO_PASSES
         for group in range(1, MAX_GROUP + 1) if R <= GROUP_RANK else (1,):
             config = pass_config_name(rows, group, R, dtype)
             for kind in ("z", *_KINDS) if group == 1 else _KINDS:
-                if kind == "z" or R <= ONE_PASS_RANK or not _KINDS[kind][0]:
-                    variant = _variant(config, name, R, group, kind, SHARED_MEMORY[target])
+                exists = R <= ONE_PASS_RANK or not kind.startswith("factor")
+                rare = name == "fp16" or kind not in usual or (kind == "coefficients" and group == 2)
+                if exists and (name != "fp16" or kind in usual):
+                    variant = _variant(config, name, R, group, kind, SHARED_MEMORY[target], rare)
                     found[config, name, R, group, kind] = variant
     return list(found.values())
 
 
-def _variant(config: str, dtype: str, R: int, group: int, kind: str, memory: int) -> Variant:
+def _variant(config: str, dtype: str, R: int, group: int, kind: str, memory: int, rare: bool) -> Variant:
     tiles = PASS[config]
     stages = tiles.fitted_stages(group, R, PRODUCT_DTYPES[dtype].itemsize, memory)
     constants: dict[str, Any] = {"PRECISION": precision_of(dtype), "R": R, "BLOCK_M": tiles.BLOCK_M}
-    rare = dtype == "fp16" or (kind == "coefficients" and group == 2)
-    rare |= R <= ONE_PASS_RANK and kind in ("factor", "coefficients, added", "coefficients alone")
     if kind == "z":
         constants |= {"BLOCK_K": tiles.BLOCK_N, "stride_dk": 1}
         function, kernel = _project_kernel, "project"
     else:
-        wanted = ("HAS_PRODUCT", "HAS_COEFFICIENTS", "HAS_G", "ADD_TO_G")
-        constants |= {"BLOCK_N": tiles.BLOCK_N, "stride_ur": 1, "GROUP": group}
-        constants |= dict(zip(wanted, _KINDS[kind], strict=True))
-        constants |= {} if constants["HAS_G"] else {"g_ptr": None}
+        flags = _KINDS[kind]
+        constants |= {"BLOCK_N": tiles.BLOCK_N, "stride_ur": 1, "GROUP": group, **flags}
+        constants |= {} if flags["HAS_G"] else {"g_ptr": None}
+        constants |= {} if flags["HAS_PRODUCT"] or flags["HAS_COEFFICIENTS"] else {"z_ptr": None}
         constants |= dict.fromkeys(("dy1_ptr", "dy2_ptr")[group - 1 :])
         function, kernel, kind = _output_gradients_kernel, "output gradients", f"group of {group}, {kind}"
     return Variant(

@@ -362,6 +362,9 @@ def variants(target: str) -> list[Variant]:
         added, half = constants["ACCUMULATE"], dtype.itemsize == 2
         if (constants["HAS_Z"] and rank > _Z_BLOCK) or are_cast > half or (added and half > are_cast):
             continue
+        rare = (are_cast and not added) or way.endswith("no bias")
+        if name == "fp16" and rare:
+            continue
         config_name = fused_config_name(rows, rank, dtype, memory, added)
         config = LINEAR[config_name]
         factors = dict.fromkeys(("down_ptr", "up_ptr"), TRITON_TYPES[name if are_cast else "fp32"])
@@ -370,6 +373,6 @@ def variants(target: str) -> list[Variant]:
             "fused tiles", config_name, direction, name, rank, _fused_tile_kernel,
             {**_tiles(config), **constants, "PRECISION": precision_of(name), "R": rank}, config.num_warps,
             config.fitted_stages(rank, dtype.itemsize, memory), {**factors, "coefficients_ptr": "*fp32"},
-            ("M", "N", "K", *strides), rare=name == "fp16" or direction.endswith(("cast factors", "no bias")),
+            ("M", "N", "K", *strides), rare=rare or name == "fp16",
         )  # fmt: skip
     return list(found.values())

@@ -13,7 +13,7 @@ import torch
 
 from fused_s2lora.kernels import aot, device, fused
 from fused_s2lora.kernels.aot import TENSOR_MEMORY
-from fused_s2lora.kernels.configs import SHARED_MEMORY
+from fused_s2lora.kernels.configs import PERSISTENT_MAX_RANK, SHARED_MEMORY
 from fused_s2lora.kernels.producers import gelu_project, layer_norm_project
 from fused_s2lora.kernels.s2_linear import s2_linear_group
 from fused_s2lora.kernels.shared import share_input
@@ -141,8 +141,15 @@ def was_compiled(launch: tuple, variant: Variant) -> bool:
     )
 
 
-@pytest.mark.parametrize("variant", ["tiles", "persistent"])
-@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "ieee"), ("float32", "ieee"), ("float32", "tf32")])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "variant"),
+    [
+        ("bfloat16", "ieee", "tiles"),
+        ("bfloat16", "ieee", "persistent"),
+        ("float32", "ieee", "tiles"),
+        ("float32", "tf32", "tiles"),
+    ],
+)
 def test_what_is_launched_is_what_is_compiled(dtype, precision, variant, monkeypatch):
     """Every way to train, with kernels that only say how they were launched, on a GPU of 9.0 as to shared memory."""
     launches: dict[str, tuple] = {}
@@ -152,7 +159,8 @@ def test_what_is_launched_is_what_is_compiled(dtype, precision, variant, monkeyp
             if hasattr(kernel, "arg_names"):
                 monkeypatch.setattr(module, name, Recorder(kernel, launches))
     monkeypatch.setattr(device, "runs_triton", lambda x: True)
-    monkeypatch.setattr(fused, "_variant", lambda *_: variant if dtype == "bfloat16" else "tiles")
+    persistent = PERSISTENT_MAX_RANK if variant == "persistent" else 0
+    monkeypatch.setattr(fused, "_variant", lambda *operands: "persistent" if operands[-1] <= persistent else "tiles")
     monkeypatch.setattr(device, "multiplies_as_tf32", lambda kind: kind == torch.float32 and precision == "tf32")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     kind = getattr(torch, dtype)
