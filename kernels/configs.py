@@ -30,8 +30,8 @@ LINEAR = {
     "square": LinearConfig(128, 128, 64, 8, num_warps=8, num_stages=3),
     "few rows": LinearConfig(64, 64, 64, 4, num_warps=4, num_stages=4),
     "high rank": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=3),
-    "single precision": LinearConfig(64, 64, 32, 8, num_warps=4, num_stages=2),
     # Warps of float32 are those with which no target spills: four at ranks 16 and 128, eight at 32, 64 and 256.
+    "single precision": LinearConfig(64, 64, 32, 8, num_warps=4, num_stages=2),
     "single precision, rank 32": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=2),
     "single precision, high rank": LinearConfig(16, 16, 16, 8, num_warps=8, num_stages=1),
     "single precision, rank 128": LinearConfig(16, 16, 16, 8, num_warps=4, num_stages=1),
@@ -128,6 +128,7 @@ PASS = {
     "high rank": PassConfig(64, 64, num_warps=8, num_stages=3),
     "single precision": PassConfig(64, 32, num_warps=8, num_stages=2),
     "single precision, rank 32": PassConfig(64, 16, num_warps=8, num_stages=2),
+    # Wider or with four warps, groups of two or three spill on 9.0 or 10.0, in TF32 or in float32.
     "single precision, group": PassConfig(32, 16, num_warps=8, num_stages=2),
     "single precision, high rank": PassConfig(16, 16, num_warps=8, num_stages=1),
 }
