@@ -117,11 +117,12 @@ def _fused_tile_kernel(
         mask_k = offs_k < K - k
         x_tile = tl.load(x_tile_ptr, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         weight_tile = tl.load(weight_tile_ptr, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
         if not HAS_Z:
+            # Before the dense product: after it, Triton 3.6 makes a wrong z on Hopper where A is the transpose of a B.
             down_tile = tl.load(down_tile_ptr, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
             z_acc = tl.dot(x_tile, down_tile.to(x_tile.dtype), z_acc, input_precision=PRECISION)
             down_tile_ptr += BLOCK_K * stride_dk
+        acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
         x_tile_ptr += BLOCK_K * stride_xk
         weight_tile_ptr += BLOCK_K * stride_wk
 

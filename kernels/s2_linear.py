@@ -204,6 +204,10 @@ def s2_linear_group(
         raise ValueError(f"x is {x.dtype} and weight {weights[0].dtype}: cast one of them or run under torch.autocast")
     if shared is not None and shared.rows.dtype != x.dtype:
         raise ValueError(f"x was shared as {shared.rows.dtype} and is read as {x.dtype}: share it as its maps read it")
+    if made_from is not None and (made_from.shape != x.shape or made_from.dtype != x.dtype):
+        raise ValueError(
+            f"made_from is {made_from.dtype} {tuple(made_from.shape)}, x {x.dtype} {tuple(x.shape)}: not alike"
+        )
     leading = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
     operands = (rows, weights, bias, down, up, coefficients)
@@ -219,10 +223,6 @@ def s2_linear_group(
         if z is None and shared is not None and STRATEGIES[strategy].reads_z:
             z = shared.z
         if made_from is not None:
-            if made_from.shape != x.shape or made_from.dtype != x.dtype:
-                raise ValueError(
-                    f"made_from is {made_from.dtype} {tuple(made_from.shape)}, x {x.dtype} {tuple(x.shape)}: not alike"
-                )
             made_from = made_from.detach().reshape(rows.shape)
         ys = _apply(strategy, *operands, z=z, sink=sink, shared=shared, made_from=made_from)
     return tuple(y.view(*leading, y.shape[-1]) for y in ys)

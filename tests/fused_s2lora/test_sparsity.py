@@ -8,6 +8,7 @@ from torch import nn
 from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, projection_group, s2_linear, unfuse_whisper
 from fused_s2lora import layer as layer_module
 from tests.fused_s2lora.adapters import adapted, batch, logits
+from tests.oracle import DEVICE
 
 
 @pytest.fixture
@@ -149,8 +150,11 @@ def test_dead_weights_of_a_fused_attention(tiny_whisper):
 
 @pytest.mark.parametrize("backend", ["merged", "split", "fused"])
 def test_frozen_factors_keep_z_and_not_x(backend):
-    x, weight = torch.randn(64, 24, requires_grad=True), torch.randn(20, 24)
-    down, up, coefficients = torch.randn(4, 24), torch.randn(20, 4), torch.randn(4, requires_grad=True)
+    x, weight, down, up, coefficients = (
+        torch.randn(*shape, device=DEVICE) for shape in ((64, 24), (20, 24), (4, 24), (20, 4), (4,))
+    )
+    for trained in (x, coefficients):
+        trained.requires_grad_()
 
     def kept(*operands) -> set[tuple[int, ...]]:
         shapes = set()
