@@ -13,7 +13,7 @@ from .kernels.arguments import MAX_RANK
 from .kernels.s2_linear import Backend, s2_linear, s2_linear_group
 from .kernels.shared import GradientSink, SharedPair, gelu_input, known_z
 from .projection_group import ProjectionGroup, live_operands, ranks_computed
-from .sharing import FactorPair, initial_factors
+from .sharing import AdapterParameters, FactorPair, initial_factors
 
 
 class S2LoraLinear(nn.Module, BaseTunerLayer):
@@ -36,7 +36,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.configs: dict[str, S2LoraConfig] = {}
-        self.s2lora_coefficients = nn.ParameterDict()
+        self.s2lora_coefficients = AdapterParameters()
         # The pair's own dictionaries: registered here too, so that PEFT finds and moves them; one copy, many owners.
         self.s2lora_up, self.s2lora_down = pair.up, pair.down
         self._in_use = pair.in_use

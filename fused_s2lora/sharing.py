@@ -56,13 +56,27 @@ class InUse(dict[str, SharedPair]):
         return InUse, ()
 
 
+class AdapterParameters(nn.ParameterDict):
+    """Parameters by adapter name. What replaces a parameter asks for gradients only if that did.
+
+    PEFT puts `parameter.to(...)` in the place of a parameter, to widen it or to move it, and any `nn.ParameterDict`
+    makes of that one which is trained.
+    """
+
+    def __setitem__(self, adapter_name: str, parameter: Tensor) -> None:
+        """Sets the parameter of that adapter."""
+        if adapter_name in self and not isinstance(parameter, nn.Parameter):
+            parameter = nn.Parameter(parameter.detach(), self[adapter_name].requires_grad)
+        super().__setitem__(adapter_name, parameter)
+
+
 class FactorPair(nn.Module):
     """One shared pair for each adapter: `up` [rows, r] and `down` [r, columns], both dictionaries by adapter name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.ParameterDict()
-        self.down = nn.ParameterDict()
+        self.up = AdapterParameters()
+        self.down = AdapterParameters()
         self.in_use = InUse()
 
 

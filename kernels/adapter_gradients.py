@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import device
 from .arguments import MAX_GROUP
-from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, pass_config_name, rank_tile
+from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, cdiv, pass_config_name, rank_tile
 from .ops import kernel_op
 from .row_sums import reduce_splits, tall_product
 from .variants import PRODUCT_DTYPES, Variant, precision_of
@@ -217,7 +217,7 @@ def project(x: Tensor, down: Tensor) -> Tensor:
     x = _unit_columns(x)
     R = rank_tile(rank)
     config = PASS[pass_config_name(rows, 1, R, x.dtype)]
-    _project_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
+    _project_kernel[(cdiv(rank, R), cdiv(rows, config.BLOCK_M))](
         x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
         PRECISION=device.precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
         num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), device.shared_memory(x)),
@@ -265,7 +265,8 @@ def output_gradients(
     if not device.runs_triton(dys[0]):
         return _plain_output_gradients(dys, z, up, coefficients, g, d_up, needs_coefficients, add_to_g)
     (rows, outputs), (group, rank) = dys[0].shape, coefficients.shape
-    d_coefficients = coefficients.new_empty(group if needs_coefficients else 0, rank, dtype=torch.float32)
+    counted = group if needs_coefficients else 0
+    d_coefficients = coefficients.new_empty(counted, rank, dtype=torch.float32)
     if rows == 0:
         return d_coefficients.zero_()
     dys = [_unit_columns(dy) for dy in dys]
@@ -273,15 +274,17 @@ def output_gradients(
     coefficients = coefficients.contiguous()
     one_pass = rank <= ONE_PASS_RANK
     together = group if rank <= GROUP_RANK else 1  # outputs a launch
-    blocks = triton.cdiv(rows, PASS[pass_config_name(rows, together, rank_tile(rank), dys[0].dtype)].BLOCK_M)
-    partial = d_coefficients.new_empty(blocks, len(d_coefficients), rank)
+    blocks = cdiv(rows, PASS[pass_config_name(rows, together, rank_tile(rank), dys[0].dtype)].BLOCK_M)
+    partial = d_coefficients.new_empty(blocks, counted, rank)
     launches = group // together if one_pass and d_up is not None else 0
     product = d_coefficients.new_empty(launches * blocks, rank, outputs)
-    if g is not None or needs_coefficients or len(product) > 0:
-        for i in range(0, group, together):
-            some = slice(i, i + together)
-            part = product[i * blocks : (i + 1) * blocks]
-            _launch_pass(dys[some], z, up, coefficients[some], g, part, partial[:, some], add_to_g or i > 0)
+    if g is not None or needs_coefficients or launches:
+        if together == group:
+            _launch_pass(dys, z, up, coefficients, g, product, partial, add_to_g)
+        else:
+            for i, (dy, e) in enumerate(zip(dys, coefficients.split(1), strict=True)):
+                part = product[i * blocks : (i + 1) * blocks]
+                _launch_pass([dy], z, up, e, g, part, partial[:, i : i + 1], add_to_g or i > 0)
     if d_up is not None and not one_pass:
         assert z is not None
         product = tall_product(dys, z, coefficients)
@@ -359,15 +362,16 @@ def _launch_pass(
     R = rank_tile(rank)
     config = PASS[pass_config_name(rows, group, R, dys[0].dtype)]
     memory = device.shared_memory(dys[0])
-    if len(product) == 0 and partial.shape[1] == 0:
+    has_product, has_coefficients = product.shape[0] > 0, partial.shape[1] > 0
+    if not (has_product or has_coefficients):
         z = None
     given = [*dys, *(None,) * (MAX_GROUP - group)]
-    _output_gradients_kernel[(triton.cdiv(rank, R), triton.cdiv(rows, config.BLOCK_M))](
+    _output_gradients_kernel[(cdiv(rank, R), cdiv(rows, config.BLOCK_M))](
         *given, z, up, coefficients, g, product, partial, rows, outputs, rank,
         *(0 if dy is None else dy.stride(0) for dy in given), 0 if z is None else z.stride(0), *up.stride(),
         0 if g is None else g.stride(0), partial.stride(0),
-        GROUP=group, HAS_G=g is not None, ADD_TO_G=g is not None and add_to_g, HAS_PRODUCT=len(product) > 0,
-        HAS_COEFFICIENTS=partial.shape[1] > 0, PRECISION=device.precision(dys[0].dtype), R=R,
+        GROUP=group, HAS_G=g is not None, ADD_TO_G=g is not None and add_to_g, HAS_PRODUCT=has_product,
+        HAS_COEFFICIENTS=has_coefficients, PRECISION=device.precision(dys[0].dtype), R=R,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
         num_stages=config.fitted_stages(group, R, dys[0].element_size(), memory),
     )  # fmt: skip

@@ -7,7 +7,6 @@ prints one JSON line a build: registers, spilled bytes, shared memory, and how m
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import activation, adapter_gradients, augmented, fused, fused_persistent, layer_norm, merge, row_sums
+from . import activation, adapter_gradients, augmented, device, fused, fused_persistent, layer_norm, merge, row_sums
 from .configs import SHARED_MEMORY
 from .variants import Variant
 
@@ -70,7 +69,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
     Raises:
         RuntimeError: kernels are in interpreter mode (TRITON_INTERPRET=1), where nothing can be compiled.
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if device.INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile ahead of time")
     amd = target.startswith("gfx")
     names = variant.function.arg_names

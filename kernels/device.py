@@ -9,28 +9,26 @@ from torch import Tensor
 
 from .configs import SHARED_MEMORY
 
+# As Triton does, which replaces its compiler by the interpreter where a kernel is decorated.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED_MULTIPROCESSORS = 3  # few, so that a persistent program meets several tiles
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_is_usable(x: Tensor) -> tuple[bool, str]:
     """Whether the kernels run on x's device and dtype, and if not, why."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in _DTYPES:
         return False, f"no kernel for {x.dtype}"
-    if not x.is_cuda and not interpreting():
+    if not x.is_cuda and not INTERPRETING:
         return False, f"x is on {x.device.type}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
-    if interpreting() and x.dtype == torch.bfloat16:
+    if INTERPRETING and x.dtype == torch.bfloat16:
         return False, "Triton's interpreter multiplies bfloat16 wrongly"
     return True, ""
 
 
 def runs_triton(x: Tensor) -> bool:
     """Whether operations on x are computed by our kernels: on a GPU, in the dtypes they have. Elsewhere by PyTorch."""
-    return x.is_cuda and triton_is_usable(x)[0]
+    return x.is_cuda and x.dtype in _DTYPES and not (INTERPRETING and x.dtype == torch.bfloat16)
 
 
 def attends_in_blocks(q: Tensor) -> bool:

@@ -19,13 +19,14 @@ from .configs import (
     LINEAR,
     SHARED_MEMORY,
     LinearConfig,
+    cdiv,
     fused_config_name,
     fused_variant,
     persistent_obstacle,
     persistent_operand_obstacle,
     rank_block,
 )
-from .device import capability, interpreting, multiprocessors, precision, shared_memory
+from .device import INTERPRETING, capability, multiprocessors, precision, shared_memory
 from .fused_persistent import descriptors_serve, persistent_linear, tile_position
 from .ops import kernel_op
 from .variants import PRODUCT_DTYPES, TRITON_TYPES, Variant, precision_of
@@ -177,7 +178,7 @@ def tile_linear(
     if z_given:
         padded_rank = min(padded_rank, _Z_BLOCK)
     config: LinearConfig = LINEAR[fused_config_name(rows, padded_rank, x.dtype, memory, accumulate)]
-    grid = (triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N),)
+    grid = (cdiv(rows, config.BLOCK_M) * cdiv(outputs, config.BLOCK_N),)
     _fused_tile_kernel[grid](
         x, weight, bias, down, up, coefficients, y, z, rows, outputs, inputs, rank,
         *x.stride(), *weight.stride(), *down.stride(), *up.stride(), *y.stride(),
@@ -239,7 +240,7 @@ def _variant(variant: str, x: Tensor, weight: Tensor, y: Tensor, padded_rank: in
     if variant == "auto":
         rows, outputs = y.shape
         return fused_variant(found, x.dtype, padded_rank, descriptors, rows, outputs, multiprocessors(x))
-    if interpreting():
+    if INTERPRETING:
         obstacle = persistent_operand_obstacle(padded_rank, descriptors)
     else:
         obstacle = persistent_obstacle(found, x.dtype, padded_rank, descriptors)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import PERSISTENT, PersistentConfig
+from .configs import PERSISTENT, PersistentConfig, cdiv
 from .device import capability, multiprocessors, precision
 from .variants import Variant, precision_of
 
@@ -183,7 +183,7 @@ def persistent_linear(
     natural_down, down_transposed = (None, False) if z_given else _factor(down, x.dtype)
     natural_up, up_transposed = _factor(up, x.dtype)
     blocks = _blocks(config, padded_rank, weight_transposed, down_transposed, up_transposed)
-    tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N)
+    tiles = cdiv(rows, config.BLOCK_M) * cdiv(outputs, config.BLOCK_N)
     _fused_persistent_kernel[(min(tiles, multiprocessors(x)),)](
         TensorDescriptor.from_tensor(x, blocks["x_desc"]),
         TensorDescriptor.from_tensor(natural_weight, blocks["weight_desc"]),

@@ -8,7 +8,6 @@ below half a step; there each entry goes to one of its two neighbours, up with p
 that the mean over seeds is the sum itself and an entry on the grid stays.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device
 from .arguments import MAX_GROUP
-from .configs import MERGE
+from .configs import MERGE, cdiv
 from .ops import kernel_op
 from .variants import TRITON_TYPES, Variant
 
@@ -147,7 +147,7 @@ def merge(
     merged = weight.new_empty(group * outputs, inputs, dtype=dtype)
     if merged.numel() == 0:
         return merged
-    tiles = triton.cdiv(outputs, MERGE.BLOCK_N) * triton.cdiv(inputs, MERGE.BLOCK_K)
+    tiles = cdiv(outputs, MERGE.BLOCK_N) * cdiv(inputs, MERGE.BLOCK_K)
     _merge_kernel[(tiles, group)](
         weight, weights[min(1, group - 1)], weights[-1], down, up, coefficients, merged, seed.item(),
         outputs, inputs, up.shape[1], *weight.stride(), *down.stride(), *up.stride(), *coefficients.stride(),
@@ -177,7 +177,7 @@ def merge_weights(
     if not 1 <= len(weights) <= MAX_GROUP:
         raise ValueError(f"weights holds {len(weights)}; a group is 1 to {MAX_GROUP}")
     first = weights[0]
-    for index, weight in enumerate(weights):
+    for index, weight in enumerate(weights[1:], 1):
         if (weight.shape, weight.stride(), weight.dtype) != (first.shape, first.stride(), first.dtype):
             found, needed = (f"{tuple(w.shape)} {w.stride()} {w.dtype}" for w in (weight, first))
             raise ValueError(
@@ -226,7 +226,7 @@ def _rounds_stochastically(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _kernel_serves(weight: Tensor, dtype: torch.dtype) -> bool:
-    runs = weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = weight.is_cuda or device.INTERPRETING
     return runs and torch.float64 not in (weight.dtype, dtype)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import gelu
-from .configs import ONE_PASS_RANK, REDUCE_BLOCK, REDUCE_SPLITS, TALL, rank_tile, tall_config_name
+from .configs import ONE_PASS_RANK, REDUCE_BLOCK, REDUCE_SPLITS, TALL, cdiv, rank_tile, tall_config_name
 from .device import precision
 from .variants import PRODUCT_DTYPES, Variant, precision_of
 
@@ -122,12 +122,13 @@ def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | No
     R = rank_tile(rank)
     config = TALL[tall_config_name(R, talls[0].dtype, of_gelu)]
     split_rows = config.split_rows(rows, columns)
-    splits = triton.cdiv(rows, split_rows)
+    splits = cdiv(rows, split_rows)
     product = low.new_empty(len(talls) * splits, rank, columns, dtype=torch.float32)
     for i, tall in enumerate(talls):
         e = None if coefficients is None else coefficients[i]
-        _tall_product_kernel[(triton.cdiv(rank, R), triton.cdiv(columns, config.BLOCK_C), splits)](
-            tall, low, e, product[i * splits :], rows, columns, rank, split_rows, tall.stride(0), low.stride(0),
+        part = product if len(talls) == 1 else product[i * splits :]
+        _tall_product_kernel[(cdiv(rank, R), cdiv(columns, config.BLOCK_C), splits)](
+            tall, low, e, part, rows, columns, rank, split_rows, tall.stride(0), low.stride(0),
             GELU=of_gelu, HAS_COEFFICIENTS=e is not None, PRECISION=precision(tall.dtype), R=R, BLOCK_C=config.BLOCK_C,
             BLOCK_M=config.BLOCK_M, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -136,12 +137,14 @@ def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | No
 
 def reduce_splits(product: Tensor, d_factor: Tensor | None, partial: Tensor, d_coefficients: Tensor) -> None:
     """product [splits, r, C] into d_factor [r, C], partial [splits, G, r] into d_coefficients; either may be empty."""
-    product_size, coefficient_size = product[:1].numel(), partial[:1].numel()
+    (product_splits, rank, columns), (coefficient_splits, group, its_rank) = product.shape, partial.shape
+    product_size = rank * columns if product_splits else 0
+    coefficient_size = group * its_rank if coefficient_splits else 0
     target = d_coefficients if d_factor is None else d_factor
-    blocks = triton.cdiv(product_size, REDUCE_BLOCK) + triton.cdiv(coefficient_size, REDUCE_BLOCK)
+    blocks = cdiv(product_size, REDUCE_BLOCK) + cdiv(coefficient_size, REDUCE_BLOCK)
     _reduce_kernel[(blocks,)](
-        product, target, partial, d_coefficients, len(product), product_size, len(partial), coefficient_size,
-        max(1, product.shape[2]), *target.stride(), BLOCK=REDUCE_BLOCK, SPLITS=REDUCE_SPLITS, num_warps=4,
+        product, target, partial, d_coefficients, product_splits, product_size, coefficient_splits, coefficient_size,
+        max(1, columns), *target.stride(), BLOCK=REDUCE_BLOCK, SPLITS=REDUCE_SPLITS, num_warps=4,
     )  # fmt: skip
 
 

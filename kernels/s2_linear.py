@@ -5,6 +5,7 @@ their arguments, choose a strategy (`choice.py`) and call `S2LinearFunction`, wh
 (`strategies.py`) and whose gradients of A, B and e are one pass over each dy and one over x (`adapter_gradients.py`).
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -57,7 +58,8 @@ class S2LinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         size = len(weights_and_coefficients) // 2
         weights, coefficients = weights_and_coefficients[:size], weights_and_coefficients[size:]
-        group = Group(weights, bias, down, up, _stacked(coefficients), seed)
+        stacked = coefficients[0].unsqueeze(0) if size == 1 else torch.stack(coefficients)
+        group = Group(weights, bias, down, up, stacked, seed)
         result = STRATEGIES[strategy].forward(x, group, z)
         needs_down, needs_up = ctx.needs_input_grad[3:5]
         needs_z = needs_up or any(ctx.needs_input_grad[_FIXED + size :])
@@ -66,19 +68,20 @@ class S2LinearFunction(torch.autograd.Function):
             z = project(x, down)  # x itself will not be at hand
         kept = x if made_from is None else made_from
         ctx.save_for_backward(
-            kept if needs_down and shared is None else None, z, result.dense, down, up, *weights_and_coefficients
+            kept if needs_down and shared is None else None, z, result.dense, down, up, stacked, *weights
         )
-        ctx.call = strategy, seed, sink, shared, made_from is not None, size, needs_z
+        dtypes = [e.dtype for e in coefficients]
+        ctx.call = strategy, seed, sink, shared, made_from is not None, dtypes, needs_z
         return tuple(result.ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("s2_linear has no second derivative; use backend='reference' with create_graph=True")
-        x, z, dense, down, up, *rest = ctx.saved_tensors
-        name, seed, sink, shared, of_gelu, size, needs_z = ctx.call
-        strategy = STRATEGIES[name]
-        group = Group(rest[:size], None, down, up, _stacked(rest[size:]), seed)
+        x, z, dense, down, up, stacked, *weights = ctx.saved_tensors
+        name, seed, sink, shared, of_gelu, dtypes, needs_z = ctx.call
+        strategy, size = STRATEGIES[name], len(weights)
+        group = Group(weights, None, down, up, stacked, seed)
         needs_x, _, _, needs_down, needs_up = ctx.needs_input_grad[:5]
         needs_coefficients = any(ctx.needs_input_grad[_FIXED + size :])
 
@@ -91,7 +94,8 @@ class S2LinearFunction(torch.autograd.Function):
         alone = shared is None or strategy.needs_g
         wants_g = needs_down or (needs_x and strategy.needs_g)
         if wants_g:
-            g = dys[0].new_empty(len(dys[0]), len(down), dtype=wide(dys[0].dtype)) if alone else shared.g
+            rows, rank = dys[0].shape[0], down.shape[0]
+            g = dys[0].new_empty(rows, rank, dtype=wide(dys[0].dtype)) if alone else shared.g
         if wants_g or needs_z:
             d_coefficients = output_gradients(
                 list(dys), z if needs_z else None, up, group.coefficients, g, d_up,
@@ -113,15 +117,11 @@ class S2LinearFunction(torch.autograd.Function):
         each = [None] * size
         if needs_coefficients:
             assert d_coefficients is not None
-            each = [d.to(e.dtype) for d, e in zip(d_coefficients, rest[size:], strict=True)]
+            each = [d.to(dtype) for d, dtype in zip(d_coefficients.unbind(), dtypes, strict=True)]
         return (
             dx, None, None, cast(d_down, down.dtype), cast(d_up, up.dtype), *[None] * (_FIXED - 5), *[None] * size,
             *each,
         )  # fmt: skip
-
-
-def _stacked(coefficients: Sequence[Tensor]) -> Tensor:
-    return coefficients[0][None] if len(coefficients) == 1 else torch.stack(list(coefficients))
 
 
 def s2_linear(
@@ -198,7 +198,8 @@ def s2_linear_group(
         raise ValueError(f"backend is {backend!r}, not one of {', '.join(BACKENDS)}")
     check_arguments(x, weights, bias, down, up, coefficients)
     shared = SharedInput.of(x, down)
-    if torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weights[0].dtype:
         raise ValueError(f"x is {x.dtype} and weight {weights[0].dtype}: cast one of them or run under torch.autocast")
@@ -218,7 +219,7 @@ def s2_linear_group(
             s2_linear_reference(x, weight, b, down, up, e)
             for weight, b, e in zip(weights, biases, coefficients, strict=True)
         )
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         z = None if z is None else z.reshape(-1, z.shape[-1])
         if z is None and shared is not None and STRATEGIES[strategy].reads_z:
             z = shared.z
@@ -263,7 +264,7 @@ def _strategy(
     """The strategy for operands x [M, K] of the products' dtype."""
     outputs, inputs = weights[0].shape
     trained = any(tensor.requires_grad for tensor in (x, down, up, *coefficients)) and torch.is_grad_enabled()
-    shape = shape_of(len(x), inputs, outputs, len(down), len(weights), x.dtype, weights[0].dtype, trained)
+    shape = shape_of(x.shape[0], inputs, outputs, down.shape[0], len(weights), x.dtype, weights[0].dtype, trained)
     chosen = pick(backend, shape, x.device, _CANDIDATES)
     if chosen == "fused" and not device.runs_triton(x):
         usable, reason = device.triton_is_usable(x)

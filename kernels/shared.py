@@ -17,7 +17,7 @@ from .adapter_gradients import input_gradient_factor, project
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums over `dtype` are kept in: float32, or float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def write_count(tensor: Tensor) -> int:
@@ -158,7 +158,7 @@ class SharedInput:
         """Σ g ⊙ e so far, [M, r] in float32, to add to in place."""
         sums = self._sums.so_far()
         if "g" not in sums:
-            sums["g"] = self.rows.new_zeros(len(self.rows), len(self.down), dtype=wide(self.rows.dtype))
+            sums["g"] = self.rows.new_zeros(self.rows.shape[0], self.down.shape[0], dtype=wide(self.rows.dtype))
         return sums["g"]
 
     def add_dx(self, gradient: Callable[[Tensor | None], Tensor]) -> None:

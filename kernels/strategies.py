@@ -45,7 +45,13 @@ class Group:
     def biases(self) -> Sequence[Tensor | None]:
         """The part of `bias` that belongs to each weight."""
         count = len(self.weights)
-        return [None] * count if self.bias is None else self.bias.chunk(count)
+        if self.bias is None or count == 1:
+            return [self.bias] * count
+        return self.bias.chunk(count)
+
+    def outputs(self, y: Tensor) -> list[Tensor]:
+        """y [M, G · N] as one [M, N] for each weight."""
+        return [y] if len(self.weights) == 1 else list(y.chunk(len(self.weights), dim=1))
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def _merged_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     dense = _dense(x, group)
     y = F.linear(x, dense, cast(group.bias, x.dtype))
     # A GPU writes the weights again in a few microseconds; on a CPU keeping them is the cheaper of the two.
-    return Forward(list(y.chunk(len(group.weights), dim=1)), z, None if device.runs_triton(x) else dense)
+    return Forward(group.outputs(y), z, None if device.runs_triton(x) else dense)
 
 
 def _dense(x: Tensor, group: Group) -> Tensor:
@@ -97,7 +103,7 @@ def _merged_input_gradient(
     dys: Sequence[Tensor], group: Group, g: Tensor | None, dense: Tensor | None, dx: Tensor | None
 ) -> Tensor:
     dense = _dense(dys[0], group) if dense is None else dense
-    for dy, weight in zip(dys, dense.chunk(len(dys)), strict=True):
+    for dy, weight in zip(dys, [dense] if len(dys) == 1 else dense.chunk(len(dys)), strict=True):
         dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
     assert dx is not None
     return dx
@@ -110,10 +116,15 @@ def _split_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     if weights[0] is not group.weights[0] and not device.runs_triton(x):
         dense = torch.cat(weights) if len(weights) > 1 else weights[0]  # on a CPU the cast is kept, as W' of `merged`
     ys = [
-        F.linear(x, weight, cast(bias, x.dtype)).addmm_(z * e, up)
+        _plus_product(F.linear(x, weight, cast(bias, x.dtype)), z * e, up)
         for weight, bias, e in zip(weights, group.biases(), group.coefficients.to(x.dtype), strict=True)
     ]
     return Forward(ys, z, dense)
+
+
+def _plus_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y + left right, in y's place but for torch.compile: torch 2.11 makes a Function's gradients zero where it was."""
+    return torch.addmm(y, left, right) if torch.compiler.is_compiling() else y.addmm_(left, right)
 
 
 def _split_input_gradient(
@@ -177,7 +188,7 @@ def _augmented_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     if buffer is None:
         buffer = with_spare_columns(x, group.down)
     y = augmented_forward(buffer, _augmented(group, x.dtype), cast(group.bias, x.dtype))
-    return Forward(list(y.chunk(len(group.weights), dim=1)), split_spare(buffer, group.down)[1])
+    return Forward(group.outputs(y), split_spare(buffer, group.down)[1])
 
 
 def _augmented_input_gradient(

@@ -52,6 +52,27 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
         assert error <= 1e-9 * value.abs().max() + 1e-12, f"{name} is off by {error:.1e}"
 
 
+def assert_as_exact(
+    got: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor], floor: float
+) -> None:
+    """Relative to its largest entry, every gradient is off by at most twice what `plain` is in any of its kind.
+
+    Of its kind, because the four coefficients of one weight are too few to say how large errors of rounding can be.
+    """
+
+    def off(values: dict[str, torch.Tensor], name: str) -> float:
+        return ((values[name].cpu() - oracle[name]).abs().max() / oracle[name].abs().max()).item()
+
+    def kind(name: str) -> str:
+        return name.removesuffix(".default").rpartition(".")[2]
+
+    allowed: dict[str, float] = {}
+    for name in oracle:
+        allowed[kind(name)] = max(allowed.get(kind(name), 0.0), 2 * off(plain, name) + floor)
+    for name in oracle:
+        assert off(got, name) <= allowed[kind(name)], name
+
+
 def groups_of(model: nn.Module) -> int:
     return len({id(layer.group) for layer in model.modules() if isinstance(layer, S2LoraLinear) and layer.group})
 
@@ -129,26 +150,23 @@ def test_autocast_is_as_exact_as_unfused(tiny_whisper):
     """On a GPU with every strategy, so that a whole model's kernels are held to float64 there."""
     oracle = step(in_float64(tiny_whisper))
 
-    def errors(fused: bool, backend: str = "reference") -> dict[str, float]:
+    def gradients(fused: bool, backend: str = "reference") -> dict[str, torch.Tensor]:
         model = adapted(tiny_whisper, r=4, backend=backend).train().to(DEVICE)
         if fused:
             fuse_whisper(model)
         with torch.autocast(DEVICE, torch.bfloat16):
-            got = step(model, torch.float32)
-        return {name: (got[name].cpu() - value).abs().max().item() for name, value in oracle.items()}
+            return step(model, torch.float32)
 
-    plain = errors(False)
+    plain = gradients(False)
     for backend in ("auto", "merged", "split", *(["fused"] if DEVICE == "cuda" else [])):
-        fused = errors(True, backend)
-        for name, value in oracle.items():
-            assert fused[name] <= 2 * plain[name] + 8e-3 * value.abs().max().item(), f"{backend}: {name}"
+        assert_as_exact(gradients(True, backend), plain, oracle, 8e-3)
 
 
 @pytest.mark.parametrize("backend", ["merged", "augmented", "augmented by variable", "fused"])
 def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
     """The whole model by Triton's kernels, as exact as unfused PyTorch; LayerNorm and GELU leave nothing to project."""
     oracle = step(in_float64(tiny_whisper))
-    plain = step(adapted(tiny_whisper, r=4, backend="reference").train(), torch.float32)
+    plain = step(adapted(tiny_whisper, r=4, backend="reference").train().to(DEVICE), torch.float32)
     if backend == "augmented by variable":
         monkeypatch.setenv(choice.VARIABLE, "augmented")
         backend = "auto"
@@ -176,9 +194,7 @@ def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
     assert len(projected) == (outs if backend == "merged" else 0)
     crossing = 2  # k and v of each decoder layer as one; what they share has a LayerNorm that projects for nobody
     assert len(copied) == (outs + crossing if backend in ("augmented", "auto") else 0)
-    for name, value in oracle.items():
-        error, unfused = ((one[name].cpu() - value).abs().max() for one in (got, plain))
-        assert error <= 2 * unfused + 2e-6 * value.abs().max(), name
+    assert_as_exact(got, plain, oracle, 2e-6)
     unfuse_whisper(model)
     assert not any("Projecting" in type(module).__name__ for module in model.modules())
 

@@ -162,7 +162,7 @@ def test_what_is_launched_is_what_is_compiled(dtype, precision, variant, monkeyp
     persistent = PERSISTENT_MAX_RANK if variant == "persistent" else 0
     monkeypatch.setattr(fused, "_variant", lambda *operands: "persistent" if operands[-1] <= persistent else "tiles")
     monkeypatch.setattr(device, "multiplies_as_tf32", lambda kind: kind == torch.float32 and precision == "tf32")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(device, "INTERPRETING", True)
     kind = getattr(torch, dtype)
     for strategy, group, rows, rank, shares, known in itertools.product(
         STRATEGIES, (1, 2, 3), (40, 4100), (8, 32, 64), (False, True), (False, True)
@@ -186,6 +186,6 @@ def test_what_is_launched_is_what_is_compiled(dtype, precision, variant, monkeyp
 
 
 def test_interpreter_mode_is_refused(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(device, "INTERPRETING", True)
     with pytest.raises(RuntimeError, match="unset it"):
         aot.compile_variant(aot.variants("90")[0], "90")

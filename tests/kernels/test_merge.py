@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_s2lora.kernels import device
 from fused_s2lora.kernels.merge import merge, merge_weights, merge_weights_reference
 from tests.oracle import DEVICE, FLOOR, check_close
 
@@ -93,6 +94,13 @@ def check_unbiased(group: Group, dtype: torch.dtype, operation: Merge = merge_we
     assert (error.abs() <= 6 * variance.sqrt() + 2 / draws).all(), "an entry's mean is off"
     assert error.sum().abs() <= 4 * variance.sum().sqrt(), "the mean of all entries is off"
     assert (error.square().sum() / variance.sum() - 1).abs() < 0.2, "the spread is not that of independent draws"
+    # Sums along a row or a column spread as those of independent draws do; one draw for all of it spreads them by more.
+    error, variance = (
+        value.where(~certain, 0.0) for value in (ups.mean(0) - fraction, fraction * (1 - fraction) / draws)
+    )
+    for axis in (0, 1):
+        spread = error.sum(axis).square().sum() / variance.sum()
+        assert spread < 2.5, "a row's or a column's draws are not independent"
 
 
 def toward_zero(value: Tensor) -> Tensor:
@@ -236,6 +244,7 @@ def test_biased_rounding_is_caught(dtype):
         "up": fault(lambda exact, generator: torch.zeros_like(exact)),
         "one coin": fault(lambda exact, generator: uniform((1, 1), generator).expand_as(exact)),
         "coin of the column": fault(lambda exact, generator: uniform((1, exact.shape[1]), generator).expand_as(exact)),
+        "coin of the row": fault(lambda exact, generator: uniform((exact.shape[0], 1), generator).expand_as(exact)),
         "too little": fault(lambda exact, generator: uniform(exact.shape, generator) * 0.9 + 0.1),
     }
     for name, operation in faults.items():
@@ -326,7 +335,7 @@ def test_the_kernel_writes_every_entry(monkeypatch):
 
 
 def test_without_a_kernel_pytorch_answers(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(device, "INTERPRETING", False)
     group = make_group(40, 70, 8, 2, torch.float64)
     up, down, coefficients = (factor.double() for factor in (group.up, group.down, group.coefficients))
     oracle = torch.cat([group.weights[i] + up @ torch.diag(coefficients[i]) @ down for i in range(2)])

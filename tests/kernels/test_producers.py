@@ -120,7 +120,12 @@ def check_producer(
     floor = FLOOR[out_dtype]
     check_close("h", h, oracle["h"], eager["h"], floor)
     check_close("z", z, oracle["z"], eager["z"], floor)
-    check_close("dx", dx, oracle["dx"], eager["dx"], FLOOR[operands["x"].dtype] if rows else floor)
+    floor = FLOOR[operands["x"].dtype] if rows else floor
+    if operation == "layer norm" and width == 1:  # dx is zero: what is left is the rounding of two equal terms
+        term = dh.double() * operands["weight"].double() * EPS**-0.5
+        assert (dx.double().abs() <= 2 * floor * term.abs()).all()
+    else:
+        check_close("dx", dx, oracle["dx"], eager["dx"], floor)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
