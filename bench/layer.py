@@ -26,9 +26,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Result rows of one case: a provider that is wrong, or fails, gives one row with the reason and no time.
 
-    Latencies of forward, backward and both, p20, p50 and p80 over `rounds` or what `seconds` allow; peak memory of
-    both (of the allocator on CUDA, counted on CPU); bytes, flops and launches as dispatched; and the ratio to the
-    roofline floor of the case. Nothing is timed before every output and gradient has been held to float64.
+    Latencies of forward, backward and both, p20, p50 and p80 over `rounds` or what `seconds` allow, on CUDA also the
+    median of the GPU's own time (`queued` of `latencies`); peak memory of both (of the allocator on CUDA, counted on
+    CPU); bytes, flops and launches as dispatched; and the ratio to the roofline floor of the case. Nothing is timed
+    before every output and gradient has been held to float64.
     """
     torch.compiler.reset()
     groups = make_operands(case, device.type)
@@ -47,11 +48,15 @@ def measure(
         except Exception as error:  # a provider that cannot run here must not end the run, and is shown
             rows.append(row(case, name, "refused", reason=reason_of(error)))
     for which in PASSES:
-        times = latencies({name: passes[which] for name, passes in calls.items()}, rounds=rounds, seconds=seconds)
+        timed = {name: passes[which] for name, passes in calls.items()}
+        times = latencies(timed, rounds=rounds, seconds=seconds)
+        on_gpu = latencies(timed, rounds=10, seconds=seconds / 2, queued=True) if torch.cuda.is_available() else {}
         floor_ms = device.floor_ms(case, which)
         for name, latency in times.items():
             extra = {} if which != "both" else {**counted[name], **_peak(calls[name]["both"], counted[name])}
             fields = {"pass": which, **latency_fields(latency), "floor_ms": round(floor_ms, 4), **extra}
+            if name in on_gpu:
+                fields["gpu_p50_ms"] = round(on_gpu[name].p50_ms, 4)
             rows.append(row(case, name, "measured", **fields))
     del calls, groups
     gc.collect()

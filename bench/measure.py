@@ -1,6 +1,7 @@
 """Time and peak memory of callables, side by side, and the JSON line each result becomes."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -20,6 +21,7 @@ import torch
 from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory, source_commit
 
 RESULTS = Path(__file__).parent / "results"
+_HEAD_START_CYCLES = 60_000_000  # 30 ms of a GPU at 2 GHz, several times what the host takes for a layer
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,21 @@ class Staged:
 
 
 def latencies(
-    providers: Mapping[str, Callable[[], Any] | Staged], *, rounds: int, warmup: int = 2, seconds: float = math.inf
+    providers: Mapping[str, Callable[[], Any] | Staged],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    seconds: float = math.inf,
+    queued: bool = False,
 ) -> dict[str, Latency]:
     """Wall time of every provider, one call of each per round, so that drift of the machine meets all of them alike.
 
     On CUDA a call is timed between two events after a write over the L2 cache; on CPU by the host clock. After
-    `seconds` no further round is begun, though three are always made.
+    `seconds` no further round is begun, though three are always made. `queued`, on CUDA alone, keeps the GPU busy until
+    the host has issued the whole call: what is timed is the GPU's own time, as in a model that is ahead of its GPU.
     """
     samples: dict[str, list[float]] = {name: [] for name in providers}
-    timer = _cuda_ms if torch.cuda.is_available() else _host_ms
+    timer = functools.partial(_cuda_ms, queued=queued) if torch.cuda.is_available() else _host_ms
     began = time.perf_counter()
     for index in range(warmup + rounds):
         if index >= warmup + 3 and time.perf_counter() - began > seconds:
@@ -81,9 +89,11 @@ def _host_ms(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _cuda_ms(call: Callable[[], Any]) -> float:
+def _cuda_ms(call: Callable[[], Any], *, queued: bool) -> float:
     torch.empty(256 << 20, dtype=torch.int8, device="cuda").zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if queued:
+        torch.cuda._sleep(_HEAD_START_CYCLES)
     start.record()
     call()
     end.record()

@@ -104,6 +104,7 @@ def _devices(rows: list[Row]) -> str:
 def _measured_layer(device: str, rows: list[Row]) -> str:
     passes = {(row["provider"], row["pass"]): row for row in rows}
     both = {row["provider"]: row for row in rows if row["pass"] == "both"}
+    on_gpu = any("gpu_p50_ms" in row for row in rows)
     lines = []
     for name, row in both.items():
         single = [
@@ -113,10 +114,14 @@ def _measured_layer(device: str, rows: list[Row]) -> str:
         percentiles = " / ".join(_number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms"))
         ratios = [_ratio(row, both.get(other), "p50_ms") for other in ("frozen", "addmm-lora", "peft-lora")]
         over_floor = f"{row['p50_ms'] / row['floor_ms']:.2f}"
-        lines.append([name, *single, percentiles, *ratios, over_floor, peak, str(row.get("counted_launches", "–"))])
+        line = [name, *single, percentiles, *ratios, over_floor, peak, str(row.get("counted_launches", "–"))]
+        if on_gpu:
+            ratio = _ratio(row, both.get("frozen"), "gpu_p50_ms")
+            line += [_number(row["gpu_p50_ms"]), ratio] if "gpu_p50_ms" in row else ["–", "–"]
+        lines.append(line)
     heads = [
         "provider", "forward ms", "backward ms", "both p20 / p50 / p80 ms", "/ frozen", "/ addmm-lora", "/ peft-lora",
-        "/ floor", "peak MiB", "launches c",
+        "/ floor", "peak MiB", "launches c", *(["both, queued ms", "/ frozen"] if on_gpu else []),
     ]  # fmt: skip
     return _markdown(heads, lines)
 

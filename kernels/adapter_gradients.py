@@ -1,11 +1,11 @@
 """The adapter's gradients: each of x and dy read once, sums kept in float32 buffers that other layers may share.
 
-    z  = x Aᵀ
     gᵢ = dyᵢ B                    g  += Σᵢ gᵢ ⊙ eᵢ                 deᵢ = colsum(z ⊙ gᵢ)
     Pᵢ = dyᵢᵀ z                   dB += Σᵢ Pᵢ diag(eᵢ)             dA += gᵀ x
 
-i runs over a group of one to three weights that read one x and share A and B. Sums over all rows are formed in two
-launches, over blocks of rows into a workspace and then over the blocks: deterministic, no atomics.
+z = x Aᵀ is made by `project.py`; i runs over a group of one to three weights that read one x and share A and B. Sums
+over all rows are formed in two launches, over blocks of rows into a workspace and then over the blocks: deterministic,
+no atomics.
 """
 
 import itertools
@@ -22,49 +22,9 @@ from . import device
 from .arguments import MAX_GROUP
 from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, cdiv, pass_config_name, rank_tile
 from .ops import kernel_op
+from .project import unit_columns
 from .row_sums import reduce_splits, tall_product
 from .variants import PRODUCT_DTYPES, Variant, precision_of
-
-
-@triton.jit
-def _project_kernel(
-    x_ptr,
-    down_ptr,
-    z_ptr,
-    M,
-    K,
-    rank,
-    stride_xm,
-    stride_dr,
-    stride_dk,
-    PRECISION: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """z = x Aᵀ
-
-    x [M, K], down [rank, K] -> z [M, rank]
-    """
-    # Neighbouring programs share the rows: what the first reads is in the L2 cache for the others.
-    offs_r = tl.program_id(0) * R + tl.arange(0, R)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    mask_r = offs_r < rank
-    rows_m = offs_m.to(tl.int64)
-    x_tile_ptr = x_ptr + rows_m[:, None] * stride_xm + offs_k[None, :]
-    offs_down = offs_k[:, None] * stride_dk + offs_r[None, :] * stride_dr
-    acc = tl.zeros((BLOCK_M, R), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
-        x_tile = tl.load(x_tile_ptr, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        down_tile = tl.load(down_ptr + offs_down, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, R]
-        acc = tl.dot(x_tile, down_tile.to(x_tile.dtype), acc, input_precision=PRECISION)
-        x_tile_ptr += BLOCK_K
-        down_ptr += BLOCK_K * stride_dk
-    z_tile_ptr = z_ptr + rows_m[:, None] * rank + offs_r[None, :]
-    tl.store(z_tile_ptr, acc.to(z_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit
@@ -200,31 +160,6 @@ def _output_gradients_kernel(
         tl.store(g_tile_ptr, g, mask=mask_mr)
 
 
-def _fake_project(x, down):
-    return x.new_empty(x.shape[0], down.shape[0])
-
-
-@kernel_op("project", _fake_project)
-def project(x: Tensor, down: Tensor) -> Tensor:
-    """z = x Aᵀ in one launch: x [M, K], down [r, K] of any strides -> z [M, r] in x's dtype."""
-    if not device.runs_triton(x):
-        return (down.to(x.dtype) @ x.mT).mT.contiguous()  # a CPU multiplies faster with the few rows on the left
-    rows, inputs = x.shape
-    rank = down.shape[0]
-    z = x.new_empty(rows, rank)
-    if rows == 0:
-        return z
-    x = _unit_columns(x)
-    R = rank_tile(rank)
-    config = PASS[pass_config_name(rows, 1, R, x.dtype)]
-    _project_kernel[(cdiv(rank, R), cdiv(rows, config.BLOCK_M))](
-        x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
-        PRECISION=device.precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
-        num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), device.shared_memory(x)),
-    )  # fmt: skip
-    return z
-
-
 def _fake_output_gradients(dys, z, up, coefficients, g, d_up, *, needs_coefficients=True, add_to_g=True):
     group, rank = coefficients.shape
     wide = torch.promote_types(dys[0].dtype, torch.float32)
@@ -269,8 +204,8 @@ def output_gradients(
     d_coefficients = coefficients.new_empty(counted, rank, dtype=torch.float32)
     if rows == 0:
         return d_coefficients.zero_()
-    dys = [_unit_columns(dy) for dy in dys]
-    z = None if z is None else _unit_columns(z)
+    dys = [unit_columns(dy) for dy in dys]
+    z = None if z is None else unit_columns(z)
     coefficients = coefficients.contiguous()
     one_pass = rank <= ONE_PASS_RANK
     together = group if rank <= GROUP_RANK else 1  # outputs a launch
@@ -307,7 +242,7 @@ def input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor, *, of_gelu: bool
         x = F.gelu(x) if of_gelu else x
         d_down += (g.to(x.dtype).mT.contiguous() @ x).to(d_down.dtype)
     elif x.shape[0] > 0:
-        product = tall_product([_unit_columns(x)], _unit_columns(g), None, of_gelu=of_gelu)
+        product = tall_product([unit_columns(x)], unit_columns(g), None, of_gelu=of_gelu)
         nothing = product.new_empty(0, 0, 0)
         reduce_splits(product, d_down, nothing, nothing)
 
@@ -343,11 +278,6 @@ def _plain_output_gradients(
     return torch.stack(d_coefficients) if needs_coefficients else coefficients.new_empty(0, coefficients.shape[1])
 
 
-def _unit_columns(rows: Tensor) -> Tensor:
-    """`rows` itself if its columns are adjacent in memory, as all that a layer produces, else a copy."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def _launch_pass(
     dys: Sequence[Tensor],
     z: Tensor | None,
@@ -377,10 +307,8 @@ def _launch_pass(
     )  # fmt: skip
 
 
-_FLOATS = dict.fromkeys(
-    ("down_ptr", "up_ptr", "coefficients_ptr", "g_ptr", "product_ptr", "d_coefficients_ptr"), "*fp32"
-)
-_DIVISIBLE = ("M", "N", "K", "stride_xm", "stride_0m", "stride_1m", "stride_2m")
+_FLOATS = dict.fromkeys(("up_ptr", "coefficients_ptr", "g_ptr", "product_ptr", "d_coefficients_ptr"), "*fp32")
+_DIVISIBLE = ("M", "N", "stride_0m", "stride_1m", "stride_2m")
 
 
 def _kinds() -> dict[str, dict[str, bool]]:
@@ -399,8 +327,8 @@ def _kinds() -> dict[str, dict[str, bool]]:
 
 
 _KINDS = _kinds()
-_USUAL = ("z", "factor and coefficients", "factor and coefficients, added", "coefficients")
-_USUAL_IN_TWO_PASSES = ("z", "coefficients", "coefficients, added")
+_USUAL = ("factor and coefficients", "factor and coefficients, added", "coefficients")
+_USUAL_IN_TWO_PASSES = ("coefficients", "coefficients, added")
 
 
 def variants(target: str) -> list[Variant]:
@@ -410,7 +338,7 @@ def variants(target: str) -> list[Variant]:
         usual = _USUAL if R <= ONE_PASS_RANK else _USUAL_IN_TWO_PASSES
         for group in range(1, MAX_GROUP + 1) if R <= GROUP_RANK else (1,):
             config = pass_config_name(rows, group, R, dtype)
-            for kind in ("z", *_KINDS) if group == 1 else _KINDS:
+            for kind in _KINDS:
                 exists = R <= ONE_PASS_RANK or not kind.startswith("factor")
                 rare = name == "fp16" or kind not in usual or (kind == "coefficients" and group == 2)
                 if exists and (name != "fp16" or kind in usual):
@@ -422,17 +350,13 @@ def variants(target: str) -> list[Variant]:
 def _variant(config: str, dtype: str, R: int, group: int, kind: str, memory: int, rare: bool) -> Variant:
     tiles = PASS[config]
     stages = tiles.fitted_stages(group, R, PRODUCT_DTYPES[dtype].itemsize, memory)
+    flags = _KINDS[kind]
     constants: dict[str, Any] = {"PRECISION": precision_of(dtype), "R": R, "BLOCK_M": tiles.BLOCK_M}
-    if kind == "z":
-        constants |= {"BLOCK_K": tiles.BLOCK_N, "stride_dk": 1}
-        function, kernel = _project_kernel, "project"
-    else:
-        flags = _KINDS[kind]
-        constants |= {"BLOCK_N": tiles.BLOCK_N, "stride_ur": 1, "GROUP": group, **flags}
-        constants |= {} if flags["HAS_G"] else {"g_ptr": None}
-        constants |= {} if flags["HAS_PRODUCT"] or flags["HAS_COEFFICIENTS"] else {"z_ptr": None}
-        constants |= dict.fromkeys(("dy1_ptr", "dy2_ptr")[group - 1 :])
-        function, kernel, kind = _output_gradients_kernel, "output gradients", f"group of {group}, {kind}"
+    constants |= {"BLOCK_N": tiles.BLOCK_N, "stride_ur": 1, "GROUP": group, **flags}
+    constants |= {} if flags["HAS_G"] else {"g_ptr": None}
+    constants |= {} if flags["HAS_PRODUCT"] or flags["HAS_COEFFICIENTS"] else {"z_ptr": None}
+    constants |= dict.fromkeys(("dy1_ptr", "dy2_ptr")[group - 1 :])
     return Variant(
-        kernel, config, kind, dtype, R, function, constants, tiles.num_warps, stages, _FLOATS, _DIVISIBLE, rare
-    )
+        "output gradients", config, f"group of {group}, {kind}", dtype, R, _output_gradients_kernel, constants,
+        tiles.num_warps, stages, _FLOATS, _DIVISIBLE, rare,
+    )  # fmt: skip

@@ -17,11 +17,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import activation, adapter_gradients, augmented, device, fused, fused_persistent, layer_norm, merge, row_sums
+from . import (
+    activation,
+    adapter_gradients,
+    augmented,
+    device,
+    fused,
+    fused_persistent,
+    layer_norm,
+    merge,
+    project,
+    row_sums,
+)
 from .configs import SHARED_MEMORY
 from .variants import Variant
 
-MODULES = (fused, fused_persistent, merge, adapter_gradients, row_sums, layer_norm, activation, augmented)
+MODULES = (fused, fused_persistent, merge, project, adapter_gradients, row_sums, layer_norm, activation, augmented)
 _AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
 TENSOR_MEMORY = 512  # columns of it that one program may hold on Blackwell; a build that needs more is an empty kernel
 _MATRIX_INSTRUCTIONS = {

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import device
-from .adapter_gradients import input_gradient_factor, output_gradients, project
+from .adapter_gradients import input_gradient_factor, output_gradients
 from .arguments import check_arguments
 from .choice import VARIABLE, pick
+from .project import project
 from .reference import s2_linear_reference
 from .shared import GradientSink, SharedInput, wide
 from .strategies import STRATEGIES, Group, cast

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_gradients import input_gradient_factor, project
+from .adapter_gradients import input_gradient_factor
+from .project import project
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import device
-from .adapter_gradients import project
 from .augmented import (
     AugmentedWeight,
     augmented_forward,
@@ -26,6 +25,7 @@ from .augmented import (
 from .fused import fused_linear
 from .merge import merge_weights, merge_weights_reference
 from .producers import split_spare
+from .project import project
 
 
 @dataclass

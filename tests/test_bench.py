@@ -112,6 +112,28 @@ def test_latency_is_that_of_the_call():
     assert measure.latencies({"long": lambda: time.sleep(0.02)}, rounds=50, seconds=0.1)["long"].rounds < 10
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="queued launches are timed on a GPU only")
+def test_queued_calls_are_timed_without_their_host():
+    x = torch.randn(64, 64, device="cuda")
+
+    def call() -> None:
+        for _ in range(20):
+            time.sleep(1e-4)
+            x.mul_(1.0)
+
+    plain = measure.latencies({"call": call}, rounds=5)["call"]
+    queued = measure.latencies({"call": call}, rounds=5, queued=True)["call"]
+    assert queued.p50_ms < 1 < plain.p50_ms
+
+
+def test_time_on_the_gpu_has_columns_where_it_was_measured():
+    case = {**Case("fc1", "tiny", 40).fields(), "section": "layer", "kind": "measured", "pass": "both", "floor_ms": 1.0}
+    case |= {"p20_ms": 4.0, "p50_ms": 4.0, "p80_ms": 4.0, "device": "a GPU", "utc": "2026-11-26T00:00:00+00:00"}
+    rows = [{**case, "provider": "frozen", "gpu_p50_ms": 2.0}, {**case, "provider": "s2-auto", "gpu_p50_ms": 2.5}]
+    assert "| 2.5 | 1.25 |" in report.tables(rows)
+    assert "queued" not in report.tables([{**case, "provider": "frozen"}])
+
+
 def test_counter_adds_up_a_small_network():
     x = torch.randn(10, 8, requires_grad=True)
     linear = nn.Linear(8, 4)

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_s2lora.kernels import adapter_gradients, device, row_sums
-from fused_s2lora.kernels.adapter_gradients import input_gradient_factor, output_gradients, project
+from fused_s2lora.kernels import project as project_module
+from fused_s2lora.kernels.adapter_gradients import input_gradient_factor, output_gradients
 from fused_s2lora.kernels.configs import PASS, PassConfig
+from fused_s2lora.kernels.project import project
 from tests.oracle import DEVICE, FLOOR, check_close
 
 ON_GPU = DEVICE == "cuda"
@@ -116,7 +118,8 @@ def test_every_output(shape, dtype):
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_blocks_of_many_rows(group, dtype, monkeypatch):
     """The tiles that thousands of rows get, on fewer."""
-    monkeypatch.setattr(adapter_gradients, "pass_config_name", lambda rows, group, *_: many_rows(group))
+    for module in (adapter_gradients, project_module):
+        monkeypatch.setattr(module, "pass_config_name", lambda rows, group, *_: many_rows(group))
     check(operands(300, 72, 136, 8, group, dtype))
 
 
