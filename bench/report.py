@@ -54,6 +54,7 @@ def tables(rows: Iterable[Row]) -> str:
         _devices([row for row in rows if row["section"] == "device"]),
         *_each_case(rows, "step", "measured", _measured_step),
         *_each_case(rows, "layer", "measured", _measured_layer),
+        _host([row for row in rows if row["section"] == "host"]),
         *_each_case(rows, "layer", "counted", _counted),
         *_each_case(rows, "step", "counted", _counted),
         _static([row for row in rows if row["section"] == "static"]),
@@ -171,6 +172,19 @@ def _counted(device: str, rows: list[Row]) -> str:
         )
     heads = ["provider", "launches", "GB", "launches beyond", "GB beyond", "peak MiB", *(f"{gpu} ms" for gpu in gpus)]
     return _markdown(heads, lines)
+
+
+def _host(rows: list[Row]) -> str:
+    """Milliseconds of the host's time of each provider, by layer and pass."""
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys((row["layer"], row["pass"]) for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        found = {(row["layer"], row["pass"]): row for row in rows if row["provider"] == name}
+        lines.append([name, *(_number(found[column]["p50_ms"]) if column in found else "–" for column in columns)])
+    heads = ["provider", *(f"{layer}, {which}, ms" for layer, which in columns)]
+    return f"### The host's time, without a GPU · {_device(rows[0])}\n\n" + _markdown(heads, lines)
 
 
 def _static(rows: list[Row]) -> str:

@@ -25,6 +25,7 @@ from .configs import (
     rank_block,
 )
 from .device import precision
+from .launch import launch
 from .ops import kernel_op
 from .variants import PRODUCT_DTYPES, TRITON_TYPES, Variant, precision_of
 
@@ -163,7 +164,8 @@ def activation_project(
     z_out = h[:, inputs:] if spare else z
     padded_rank = rank_block(rank)
     tiles = ACTIVATION[activation_config_name(rows, padded_rank, out_dtype)]
-    _activation_project_kernel[(cdiv(rows, tiles.BLOCK_M),)](
+    launch(
+        _activation_project_kernel, (cdiv(rows, tiles.BLOCK_M),),
         x, down, h, z_out, rows, inputs, rank, z_out.shape[1],
         *x.stride(), *down.stride(), h.stride(0), z_out.stride(0),
         GELU=gelu, PRECISION=precision(out_dtype), R=padded_rank, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K,
@@ -210,7 +212,8 @@ def _launch_input_gradient(dh: Tensor, ge: Tensor | None, down: Tensor | None, x
     if ge is not None and down is not None:
         rank, strides = down.shape[0], [*ge.stride(), *down.stride()]
     tiles = ACTIVATION_INPUT_GRADIENT[activation_gradient_config_name(dh.dtype)]
-    _activation_input_gradient_kernel[(cdiv(rows, tiles.BLOCK_M), cdiv(inputs, tiles.BLOCK_K))](
+    launch(
+        _activation_input_gradient_kernel, (cdiv(rows, tiles.BLOCK_M), cdiv(inputs, tiles.BLOCK_K)),
         dh, ge, down, x, dx, rows, inputs, rank,
         *dh.stride(), *strides, *((0, 0) if x is None else x.stride()), dx.stride(0),
         GELU=x is not None, PRECISION=precision(dh.dtype),

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import device
 from .arguments import MAX_GROUP
 from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, cdiv, pass_config_name, rank_tile
+from .launch import launch
 from .ops import kernel_op
 from .project import unit_columns
 from .row_sums import reduce_splits, tall_product
@@ -296,7 +297,8 @@ def _launch_pass(
     if not (has_product or has_coefficients):
         z = None
     given = [*dys, *(None,) * (MAX_GROUP - group)]
-    _output_gradients_kernel[(cdiv(rank, R), cdiv(rows, config.BLOCK_M))](
+    launch(
+        _output_gradients_kernel, (cdiv(rank, R), cdiv(rows, config.BLOCK_M)),
         *given, z, up, coefficients, g, product, partial, rows, outputs, rank,
         *(0 if dy is None else dy.stride(0) for dy in given), 0 if z is None else z.stride(0), *up.stride(),
         0 if g is None else g.stride(0), partial.stride(0),

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import device
 from .activation import activation_project, add_low_rank_
 from .configs import SPARE_BLOCK_N, cdiv, rank_block
+from .launch import launch
 from .ops import kernel_op
 from .producers import split_spare
 from .shared import write_count
@@ -65,7 +66,8 @@ def _fake_write_spare_columns(spare, up, coefficients):
 def write_spare_columns_(spare: Tensor, up: Tensor, coefficients: Tensor) -> None:
     """One launch: up [N, r], coefficients e [G, r] -> up diag(e_g) in spare [G N, rank_block(r)], zeros behind."""
     outputs, rank = up.shape
-    _write_spare_columns_kernel[(cdiv(outputs, SPARE_BLOCK_N), coefficients.shape[0])](
+    launch(
+        _write_spare_columns_kernel, (cdiv(outputs, SPARE_BLOCK_N), coefficients.shape[0]),
         spare, up, coefficients, outputs, rank, spare.stride(0), *up.stride(), *coefficients.stride(),
         R=rank_block(rank), BLOCK_N=SPARE_BLOCK_N, num_warps=4,
     )  # fmt: skip

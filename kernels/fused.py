@@ -28,6 +28,7 @@ from .configs import (
 )
 from .device import INTERPRETING, capability, multiprocessors, precision, shared_memory
 from .fused_persistent import descriptors_serve, persistent_linear, tile_position
+from .launch import launch
 from .ops import kernel_op
 from .variants import PRODUCT_DTYPES, TRITON_TYPES, Variant, precision_of
 
@@ -179,7 +180,8 @@ def tile_linear(
         padded_rank = min(padded_rank, _Z_BLOCK)
     config: LinearConfig = LINEAR[fused_config_name(rows, padded_rank, x.dtype, memory, accumulate)]
     grid = (cdiv(rows, config.BLOCK_M) * cdiv(outputs, config.BLOCK_N),)
-    _fused_tile_kernel[grid](
+    launch(
+        _fused_tile_kernel, grid,
         x, weight, bias, down, up, coefficients, y, z, rows, outputs, inputs, rank,
         *x.stride(), *weight.stride(), *down.stride(), *up.stride(), *y.stride(),
         *((0, 0) if z is None else z.stride()),

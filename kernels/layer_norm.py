@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import NORM, NORM_INPUT_GRADIENT, NORM_MAX_RANK, NORM_MAX_WIDTH, PassTiles, cdiv, rank_block
+from .launch import launch
 from .ops import kernel_op
 from .variants import Variant
 
@@ -171,7 +172,8 @@ def layer_norm_project(
     z_out = h[:, inputs:] if spare else z
     tiles = NORM
     fused = rank <= NORM_MAX_RANK
-    _layer_norm_project_kernel[(cdiv(rows, tiles.BLOCK_M),)](
+    launch(
+        _layer_norm_project_kernel, (cdiv(rows, tiles.BLOCK_M),),
         x, weight.contiguous(), bias.contiguous(), down, h, z_out, mean, rstd,
         rows, rank if fused else 0, z_out.shape[1], eps, *x.stride(), *down.stride(), h.stride(0), z_out.stride(0),
         K=inputs, R=rank_block(rank), BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K, num_warps=tiles.num_warps,
@@ -200,7 +202,8 @@ def layer_norm_input_gradient(dh: Tensor, x: Tensor, weight: Tensor, mean: Tenso
     if rows == 0:
         return dx
     tiles = NORM_INPUT_GRADIENT
-    _layer_norm_input_gradient_kernel[(cdiv(rows, tiles.BLOCK_M),)](
+    launch(
+        _layer_norm_input_gradient_kernel, (cdiv(rows, tiles.BLOCK_M),),
         dh, x, weight.contiguous(), mean, rstd, dx, rows, *dh.stride(), *x.stride(),
         K=inputs, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K, num_warps=tiles.num_warps,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import device
 from .arguments import MAX_GROUP
 from .configs import MERGE, cdiv
+from .launch import launch
 from .ops import kernel_op
 from .variants import TRITON_TYPES, Variant
 
@@ -148,11 +149,12 @@ def merge(
     if merged.numel() == 0:
         return merged
     tiles = cdiv(outputs, MERGE.BLOCK_N) * cdiv(inputs, MERGE.BLOCK_K)
-    _merge_kernel[(tiles, group)](
+    launch(
+        _merge_kernel, (tiles, group),
         weight, weights[min(1, group - 1)], weights[-1], down, up, coefficients, merged, seed.item(),
         outputs, inputs, up.shape[1], *weight.stride(), *down.stride(), *up.stride(), *coefficients.stride(),
         GROUP=group, STOCHASTIC=_rounds_stochastically(weight, dtype), BLOCK_N=MERGE.BLOCK_N, BLOCK_K=MERGE.BLOCK_K,
-        num_warps=MERGE.num_warps,
+        num_warps=MERGE.num_warps, any_value=7,
     )  # fmt: skip
     return merged
 

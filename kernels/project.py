@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import device
 from .configs import PASS, SHARED_MEMORY, cdiv, pass_config_name, rank_tile
+from .launch import launch
 from .ops import kernel_op
 from .variants import PRODUCT_DTYPES, Variant, precision_of
 
@@ -71,7 +72,8 @@ def project(x: Tensor, down: Tensor) -> Tensor:
     x = unit_columns(x)
     R = rank_tile(rank)
     config = PASS[pass_config_name(rows, 1, R, x.dtype)]
-    _project_kernel[(cdiv(rank, R), cdiv(rows, config.BLOCK_M))](
+    launch(
+        _project_kernel, (cdiv(rank, R), cdiv(rows, config.BLOCK_M)),
         x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
         PRECISION=device.precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
         num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), device.shared_memory(x)),

@@ -17,6 +17,7 @@ from torch import Tensor
 from .activation import gelu
 from .configs import ONE_PASS_RANK, REDUCE_BLOCK, REDUCE_SPLITS, TALL, cdiv, rank_tile, tall_config_name
 from .device import precision
+from .launch import launch
 from .variants import PRODUCT_DTYPES, Variant, precision_of
 
 
@@ -127,7 +128,8 @@ def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | No
     for i, tall in enumerate(talls):
         e = None if coefficients is None else coefficients[i]
         part = product if len(talls) == 1 else product[i * splits :]
-        _tall_product_kernel[(cdiv(rank, R), cdiv(columns, config.BLOCK_C), splits)](
+        launch(
+            _tall_product_kernel, (cdiv(rank, R), cdiv(columns, config.BLOCK_C), splits),
             tall, low, e, part, rows, columns, rank, split_rows, tall.stride(0), low.stride(0),
             GELU=of_gelu, HAS_COEFFICIENTS=e is not None, PRECISION=precision(tall.dtype), R=R, BLOCK_C=config.BLOCK_C,
             BLOCK_M=config.BLOCK_M, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -142,7 +144,8 @@ def reduce_splits(product: Tensor, d_factor: Tensor | None, partial: Tensor, d_c
     coefficient_size = group * its_rank if coefficient_splits else 0
     target = d_coefficients if d_factor is None else d_factor
     blocks = cdiv(product_size, REDUCE_BLOCK) + cdiv(coefficient_size, REDUCE_BLOCK)
-    _reduce_kernel[(blocks,)](
+    launch(
+        _reduce_kernel, (blocks,),
         product, target, partial, d_coefficients, product_splits, product_size, coefficient_splits, coefficient_size,
         max(1, columns), *target.stride(), BLOCK=REDUCE_BLOCK, SPLITS=REDUCE_SPLITS, num_warps=4,
     )  # fmt: skip

@@ -1,6 +1,9 @@
 """The benchmarks measure and count what they say, and refuse what computes something else."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -9,12 +12,14 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from bench import cases, counted, layer, measure, plots, report, run, static, step
+from bench import cases, counted, host, layer, measure, plots, report, run, static, step
 from bench.cases import LAYERS, PRECISIONS, SIZES, Case, make_operands
 from bench.providers import Provided, WrongResultError, providers, refuse_wrong
 from bench.roofline import Device
 from bench.step import StepCase
+from fused_s2lora.kernels import device as kernels_device
 from tests.bench_cases import TINY, built
+from tests.conftest import ROOT
 from tests.oracle import DEVICE
 
 DEVICE_IN_HAND = Device(DEVICE, 10.0, dict.fromkeys(PRECISIONS, 0.1))
@@ -89,6 +94,23 @@ def test_a_planted_fault_is_shown_and_not_timed(monkeypatch):
     assert "output is off by" in refused["reason"]
     assert "p50_ms" not in refused
     assert {row["pass"] for row in rows if row["provider"] == "s2-auto"} == set(layer.PASSES)
+
+
+def test_the_hosts_time_is_measured_without_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = "from bench import host, report; rows = host.measure('fc1', 3); print(len(rows)); "
+    code += "print(report.tables([{**row, 'device': 'a CPU', 'utc': '2026-11-26T'} for row in rows]))"
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(str(2 * len(host.PROVIDERS)))
+    assert "| provider | fc1, forward, ms | fc1, both, ms |" in done.stdout
+
+
+@pytest.mark.skipif(not kernels_device.INTERPRETING, reason="kernels are compiled here, and could be launched")
+def test_nothing_is_launched_in_the_interpreter():
+    with pytest.raises(RuntimeError, match="unset it"), host.launches_do_nothing(host.NoDriver()):
+        pytest.fail("kernels are interpreted")
 
 
 def test_latency_is_that_of_the_call():

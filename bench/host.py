@@ -1,0 +1,132 @@
+"""Section `host`: what the host spends on a layer, without a GPU: Python, PyTorch's dispatch, Triton's launcher.
+
+    python -m bench.host
+
+Our kernels are compiled for compute capability 9.0 and launched by Triton's own code, up to a driver that does nothing.
+PyTorch's operations run as they are, on operands so small that next to nothing is computed. What a CUDA launch takes is
+in none of it. Processor time, so that other work on the machine does not count.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from bench import cases, report
+from bench.cases import Case, make_operands
+from bench.counted import as_on_a_gpu
+from bench.layer import passes
+from bench.measure import RESULTS, record
+from bench.providers import providers
+from fused_s2lora.kernels import device, merge
+from fused_s2lora.kernels.configs import SHARED_MEMORY
+
+TARGET = "90"
+PROVIDERS = ("frozen", "addmm-lora", "peft-lora", "s2-merged", "s2-split", "s2-fused", "s2-augmented")
+_WIDTH, _ROWS = 64, 16
+_MULTIPROCESSORS = 132
+
+
+class NoDriver:
+    """What Triton asks of a GPU's driver, for a GPU that is not there; `launched` takes what would be launched."""
+
+    def __init__(self, launched: Callable[..., None] = lambda *arguments: None) -> None:
+        self.utils = self
+        self._launched = launched
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """The launcher of one build: called with grid, stream, function, metadata, hooks and the kernel's arguments."""
+        return lambda *given: self._launched(metadata.name, *given)
+
+    def load_binary(self, name: str, binary: bytes, shared: int, index: int) -> tuple[None, str, int, int, int]:
+        """Module, function, registers, spills and threads: the binary itself names the function."""
+        return None, f"{name} {hash(binary)}", 0, 0, 1024
+
+    def get_device_properties(self, index: int) -> dict[str, int]:
+        """Of a GPU of capability 9.0."""
+        return {"max_shared_mem": SHARED_MEMORY[TARGET], "multiprocessor_count": _MULTIPROCESSORS}
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return GPUTarget("cuda", int(TARGET), 32)
+
+    def get_current_device(self) -> int:
+        """The one there is."""
+        return 0
+
+    def get_current_stream(self, index: int) -> int:
+        """The default one."""
+        return 0
+
+
+@contextlib.contextmanager
+def launches_do_nothing(driver: NoDriver) -> Iterator[None]:
+    """Inside, operations on a CPU take the kernels' path and launch by `driver`.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET=1 is set, which leaves nothing to launch.
+    """
+    if device.INTERPRETING:
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler and the launcher: unset it")
+    triton.runtime.driver.set_active(driver)
+
+    def shared_memory(x: Tensor) -> int:
+        return SHARED_MEMORY[TARGET]
+
+    def multiprocessors(x: Tensor) -> int:
+        return _MULTIPROCESSORS
+
+    def kernel_serves(weight: Tensor, dtype: torch.dtype) -> bool:
+        return True
+
+    patches = [
+        mock.patch.object(device, "shared_memory", shared_memory),
+        mock.patch.object(device, "multiprocessors", multiprocessors),
+        mock.patch.object(merge, "_kernel_serves", kernel_serves),
+    ]
+    with as_on_a_gpu(), contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def measure(layer: str, rounds: int = 60) -> list[dict[str, Any]]:
+    """A row for every provider and pass: median milliseconds of processor time, with one thread."""
+    torch.set_num_threads(1)
+    rows = []
+    with mock.patch.object(cases, "SIZES", {"tiny": (_WIDTH, 1, 1, 80)}), launches_do_nothing(NoDriver()):
+        case = Case(layer, "tiny", _ROWS, precision="fp32")
+        groups = make_operands(case, "cpu")
+        builds = providers(case, "cpu", counting=True)
+        for name in PROVIDERS:
+            calls = passes([builds[name](group) for group in groups], groups)
+            for which in ("forward", "both"):
+                milliseconds = round(_processor_ms(calls[which], rounds), 3)
+                rows.append(
+                    {"section": "host", "layer": layer, "provider": name, "kind": "measured", "pass": which}
+                    | {"p50_ms": milliseconds, "rounds": rounds}
+                )
+    return rows
+
+
+def _processor_ms(call: Callable[[], Any], rounds: int) -> float:
+    samples = []
+    for index in range(rounds + 3):
+        start = time.process_time()
+        call()
+        if index >= 3:  # the first ones compile
+            samples.append(time.process_time() - start)
+    return 1e3 * sorted(samples)[len(samples) // 2]
+
+
+if __name__ == "__main__":
+    for layer in ("encoder-layer", "decoder-layer"):
+        for row in record(RESULTS / "host.jsonl", measure(layer)):
+            print(f"{row['layer']} {row['provider']} {row['pass']}: {row['p50_ms']} ms")
+    report.write(RESULTS)

@@ -1,0 +1,80 @@
+"""A launch looked up by sizes, strides, types and addresses is the one that Triton's own look at them makes."""
+
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+SCRIPT = """
+import itertools
+
+import torch
+
+from bench.host import NoDriver, launches_do_nothing
+from fused_s2lora import s2_linear_group
+from fused_s2lora.kernels import launch
+from fused_s2lora.kernels.producers import gelu_project, layer_norm_project
+
+launched = []
+
+
+def keep(name, grid_0, grid_1, grid_2, stream, function, packed, metadata, enter, leave, *arguments):
+    seen = [(v.dtype, v.shape, v.stride()) if isinstance(v, torch.Tensor) else v for v in arguments]
+    launched.append((name, grid_0, grid_1, grid_2, stream, function, packed, enter, leave, *map(str, seen)))
+
+
+def calls():
+    for strategy, group, rows, offset in itertools.product(("merged", "fused"), (1, 2), (16, 17, 32), (0, 1)):
+        torch.manual_seed(rows)
+        x = torch.zeros(rows * 64 + 8, dtype=torch.bfloat16)[offset : offset + rows * 64].view(rows, 64)
+        x.requires_grad_()
+        weights = [torch.zeros(48, 64, dtype=torch.bfloat16) for _ in range(group)]
+        down, up = torch.zeros(8, 64, requires_grad=True), torch.zeros(48, 8, requires_grad=True)
+        coefficients = [torch.zeros(8, requires_grad=True) for _ in range(group)]
+        ys = s2_linear_group(x, weights, None, down, up, coefficients, backend=strategy)
+        torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
+        h, _ = gelu_project(x, down.detach(), torch.bfloat16)
+        h.backward(torch.zeros_like(h))
+        ones = torch.ones(64, dtype=torch.bfloat16)
+        layer_norm_project(x, ones, ones, 1e-5, down.detach(), torch.bfloat16)
+
+
+def twice():
+    launched.clear()
+    calls(), calls()
+    return list(launched)
+
+
+class Forgetful(dict):
+    def get(self, key):
+        return None
+
+
+with launches_do_nothing(NoDriver(keep)):
+    looked_up = twice()
+    found = len(launch._known)
+    launch._known = Forgetful()
+    looked_at = twice()
+assert found > 20, found
+assert len({one[5] for one in looked_at}) > 15  # builds
+print("equal" if looked_up == looked_at else "different")
+"""
+
+
+def both_ways(fault: str = "") -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.replace("launched = []", f"launched = []\n{fault}", 1)],
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_a_build_that_is_looked_up_is_the_one_triton_finds():
+    assert both_ways() == "equal"
+
+
+def test_a_lookup_that_forgets_alignment_is_caught():
+    assert both_ways("launch._ALIGNED = 1") == "different"
