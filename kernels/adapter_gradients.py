@@ -244,8 +244,7 @@ def input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor, *, of_gelu: bool
         d_down += (g.to(x.dtype).mT.contiguous() @ x).to(d_down.dtype)
     elif x.shape[0] > 0:
         product = tall_product([unit_columns(x)], unit_columns(g), None, of_gelu=of_gelu)
-        nothing = product.new_empty(0, 0, 0)
-        reduce_splits(product, d_down, nothing, nothing)
+        reduce_splits(product, d_down)
 
 
 def _plain_output_gradients(

@@ -137,11 +137,17 @@ def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | No
     return product
 
 
-def reduce_splits(product: Tensor, d_factor: Tensor | None, partial: Tensor, d_coefficients: Tensor) -> None:
+def reduce_splits(
+    product: Tensor, d_factor: Tensor | None, partial: Tensor | None = None, d_coefficients: Tensor | None = None
+) -> None:
     """product [splits, r, C] into d_factor [r, C], partial [splits, G, r] into d_coefficients; either may be empty."""
-    (product_splits, rank, columns), (coefficient_splits, group, its_rank) = product.shape, partial.shape
+    product_splits, rank, columns = product.shape
+    coefficient_splits, group, its_rank = (0, 0, 0) if partial is None else partial.shape
     product_size = rank * columns if product_splits else 0
     coefficient_size = group * its_rank if coefficient_splits else 0
+    # What is not wanted is neither read nor written, but its pointer is a pointer to floats in every build.
+    partial = product if partial is None else partial
+    d_coefficients = product if d_coefficients is None else d_coefficients
     target = d_coefficients if d_factor is None else d_factor
     blocks = cdiv(product_size, REDUCE_BLOCK) + cdiv(coefficient_size, REDUCE_BLOCK)
     launch(

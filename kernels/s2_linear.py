@@ -115,10 +115,11 @@ class S2LinearFunction(torch.autograd.Function):
                 input_gradient_factor(x, g, d_down, of_gelu=of_gelu)
         if sink is not None:
             d_up = d_down = None
-        each = [None] * size
+        each: list[Tensor | None] = [None] * size
         if needs_coefficients:
             assert d_coefficients is not None
-            each = [d.to(dtype) for d, dtype in zip(d_coefficients.unbind(), dtypes, strict=True)]
+            rows_of = d_coefficients.unbind() if size > 1 else (d_coefficients.view(-1),)
+            each = [cast(d, dtype) for d, dtype in zip(rows_of, dtypes, strict=True)]
         return (
             dx, None, None, cast(d_down, down.dtype), cast(d_up, up.dtype), *[None] * (_FIXED - 5), *[None] * size,
             *each,

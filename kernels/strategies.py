@@ -167,7 +167,8 @@ def _factors(group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor in `dtype`, if there is one."""
-    return None if tensor is None else tensor.to(dtype)
+    # `to` takes microseconds to find that there is nothing to do.
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 _augmented_weights: MutableMapping[Tensor, AugmentedWeight] = WeakTensorKeyDictionary()
