@@ -35,9 +35,8 @@ LINEAR = {
     "square": LinearConfig(128, 128, 64, 8, num_warps=8, num_stages=3),
     "few rows": LinearConfig(64, 64, 64, 4, num_warps=4, num_stages=4),
     "high rank": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=3),
-    # Warps of float32 are those with which no target spills: four at ranks 16 and 128, eight at 32, 64 and 256.
-    "single precision": LinearConfig(64, 64, 32, 8, num_warps=4, num_stages=2),
-    "single precision, rank 32": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=2),
+    # Warps of float32 are those with which no target spills: four at rank 128, eight at all others.
+    "single precision": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=2),
     "single precision, high rank": LinearConfig(16, 16, 16, 8, num_warps=8, num_stages=1),
     "single precision, rank 128": LinearConfig(16, 16, 16, 8, num_warps=4, num_stages=1),
 }
@@ -51,9 +50,9 @@ def rank_block(rank: int) -> int:
 def linear_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_memory: int) -> str:
     """Which of `LINEAR` serves M = `rows` rows in `dtype` on a GPU with that much shared memory a program."""
     if dtype == torch.float32:
-        if padded_rank in (32, 128):
-            return f"single precision, rank {padded_rank}"
-        return "single precision" if padded_rank == 16 else "single precision, high rank"
+        if padded_rank == 128:
+            return "single precision, rank 128"
+        return "single precision" if padded_rank <= 32 else "single precision, high rank"
     if padded_rank > 32:
         return "high rank"
     if rows <= 1024:
