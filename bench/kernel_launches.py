@@ -14,6 +14,7 @@ from fused_s2lora.kernels.configs import (
     PERSISTENT,
     PERSISTENT_MAX_RANK,
     TALL,
+    cdiv,
     pass_config_name,
     rank_block,
     rank_tile,
@@ -80,7 +81,7 @@ def _output_gradients(
     tile, half = rank_tile(rank), _half(dys[0])
     needs_coefficients = needs_coefficients and z is not None
     together = group if rank <= GROUP_RANK else 1
-    blocks = -(-rows // PASS[pass_config_name(rows, together, tile, dys[0].dtype)].BLOCK_M)
+    blocks = cdiv(rows, PASS[pass_config_name(rows, together, tile, dys[0].dtype)].BLOCK_M)
     one_pass = rank <= ONE_PASS_RANK and d_up is not None
     partial = 4 * blocks * group * rank if needs_coefficients else 0
     product = 4 * blocks * (group // together) * rank * outputs if one_pass else 0
@@ -111,7 +112,7 @@ def _tall_products(
     """A pass over each tall matrix, and the bytes of the workspace it leaves."""
     rows, columns = talls[0].shape
     config = TALL[tall_config_name(rank_tile(rank), talls[0].dtype, of_gelu)]
-    product = 4 * -(-rows // config.split_rows(rows, columns)) * rank * columns
+    product = 4 * cdiv(rows, config.split_rows(rows, columns)) * rank * columns
     one = Launch("tall product", touched_bytes(talls[0], low) + product, 2 * rows * columns * rank, _half(talls[0]))
     return [one] * len(talls), product * len(talls)
 
@@ -128,7 +129,7 @@ def _fused_linear(
         touched_bytes(z) if z is not None else touched_bytes(down) + (rows * rank * x.element_size() if want_z else 0)
     )
     flops = 2 * rows * (inputs * outputs + rank * outputs + (rank * inputs if z is None else 0))
-    tiles = -(-rows // PERSISTENT[9].BLOCK_M) * -(-outputs // PERSISTENT[9].BLOCK_N)
+    tiles = cdiv(rows, PERSISTENT[9].BLOCK_M) * cdiv(outputs, PERSISTENT[9].BLOCK_N)
     persistent = _half(x) and rank_block(rank) <= PERSISTENT_MAX_RANK and tiles >= _MULTIPROCESSORS
     cast = [factor for factor in (down if z is None else None, up) if persistent and _wider(factor, x)]
     casts = [Launch("cast", touched_bytes(factor) + factor.numel() * x.element_size(), 0, half=True) for factor in cast]

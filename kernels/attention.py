@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .configs import cdiv
+
 _SCORES_A_THREAD = 2**20  # 2 MiB in bfloat16: about a core's second-level cache
 
 
@@ -86,8 +88,8 @@ def _blocks(q: Tensor, k: Tensor, *, buffers: int) -> Iterator[tuple[slice, list
     """Slices of heads whose scores fit the cache together, at least one head each, and buffers of their shape."""
     rows, columns = q.shape[1], k.shape[1]
     at_once = max(1, torch.get_num_threads() * _SCORES_A_THREAD // max(1, rows * columns))
-    count = -(-len(q) // at_once)
-    at_once = -(-len(q) // max(1, count))  # as even as can be
+    count = cdiv(len(q), at_once)
+    at_once = cdiv(len(q), max(1, count))  # as even as can be
     scratch = [q.new_empty(at_once, rows, columns) for _ in range(buffers)]
     for first in range(0, len(q), max(1, at_once)):
         heads = slice(first, min(first + at_once, len(q)))

@@ -120,8 +120,8 @@ class TallConfig:
 
     def split_rows(self, rows: int, columns: int) -> int:
         """Rows of a split, so that splits times blocks of columns are about two programs a multiprocessor."""
-        splits = max(1, 264 // -(-columns // self.BLOCK_C))
-        return self.BLOCK_M * -(-rows // (splits * self.BLOCK_M))
+        splits = max(1, 264 // cdiv(columns, self.BLOCK_C))
+        return self.BLOCK_M * cdiv(rows, splits * self.BLOCK_M)
 
 
 PASS = {
@@ -243,7 +243,7 @@ def fused_variant(
     if capability is None or persistent_obstacle(capability, dtype, padded_rank, descriptors) is not None:
         return "tiles"
     config = PERSISTENT[capability[0]]
-    tiles = -(-rows // config.BLOCK_M) * -(-outputs // config.BLOCK_N)
+    tiles = cdiv(rows, config.BLOCK_M) * cdiv(outputs, config.BLOCK_N)
     return "persistent" if tiles >= multiprocessors else "tiles"
 
 

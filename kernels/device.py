@@ -28,7 +28,7 @@ def triton_is_usable(x: Tensor) -> tuple[bool, str]:
 
 def runs_triton(x: Tensor) -> bool:
     """Whether operations on x are computed by our kernels: on a GPU, in the dtypes they have. Elsewhere by PyTorch."""
-    return x.is_cuda and x.dtype in _DTYPES and not (INTERPRETING and x.dtype == torch.bfloat16)
+    return x.is_cuda and triton_is_usable(x)[0]
 
 
 def attends_in_blocks(q: Tensor) -> bool:

@@ -150,7 +150,7 @@ def _factor(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     natural = factor.mT if transposed else factor
     if natural.dtype != dtype or not describable(natural):
         columns = _ALIGNMENT // dtype.itemsize
-        padded = natural.new_empty(natural.shape[0], -(-natural.shape[1] // columns) * columns, dtype=dtype)
+        padded = natural.new_empty(natural.shape[0], cdiv(natural.shape[1], columns) * columns, dtype=dtype)
         natural = padded[:, : natural.shape[1]].copy_(natural)
     return natural, transposed
 

@@ -154,7 +154,7 @@ def merge(
         weight, weights[min(1, group - 1)], weights[-1], down, up, coefficients, merged, seed.item(),
         outputs, inputs, up.shape[1], *weight.stride(), *down.stride(), *up.stride(), *coefficients.stride(),
         GROUP=group, STOCHASTIC=_rounds_stochastically(weight, dtype), BLOCK_N=MERGE.BLOCK_N, BLOCK_K=MERGE.BLOCK_K,
-        num_warps=MERGE.num_warps, any_value=7,
+        num_warps=MERGE.num_warps, any_value=7,  # the seed
     )  # fmt: skip
     return merged
 

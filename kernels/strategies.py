@@ -45,13 +45,16 @@ class Group:
     def biases(self) -> Sequence[Tensor | None]:
         """The part of `bias` that belongs to each weight."""
         count = len(self.weights)
-        if self.bias is None or count == 1:
-            return [self.bias] * count
-        return self.bias.chunk(count)
+        return [None] * count if self.bias is None else _parts(self.bias, count)
 
     def outputs(self, y: Tensor) -> list[Tensor]:
         """y [M, G · N] as one [M, N] for each weight."""
-        return [y] if len(self.weights) == 1 else list(y.chunk(len(self.weights), dim=1))
+        return _parts(y, len(self.weights), dim=1)
+
+
+def _parts(tensor: Tensor, count: int, dim: int = 0) -> list[Tensor]:
+    """`tensor.chunk`, which takes microseconds to make one of one."""
+    return [tensor] if count == 1 else list(tensor.chunk(count, dim))
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _merged_input_gradient(
     dys: Sequence[Tensor], group: Group, g: Tensor | None, dense: Tensor | None, dx: Tensor | None
 ) -> Tensor:
     dense = _dense(dys[0], group) if dense is None else dense
-    for dy, weight in zip(dys, [dense] if len(dys) == 1 else dense.chunk(len(dys)), strict=True):
+    for dy, weight in zip(dys, _parts(dense, len(dys)), strict=True):
         dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
     assert dx is not None
     return dx
