@@ -103,13 +103,17 @@ def _merge_kernel(
 
 @triton.jit
 def _random_bits(seed, member, offs_n, pid_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Philox at counter (column // 4, row, member): four words a counter -> uint32 [BLOCK_N, BLOCK_K]"""
-    quarters = pid_k * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
-    zeros = tl.zeros((BLOCK_N, BLOCK_K // 4), dtype=tl.int32)
+    """Philox at counter (column // 8, row, member): four words, each for two entries -> uint32 [BLOCK_N, BLOCK_K]
+
+    The upper half of each entry is its own; rounding to bfloat16 reads 16 bits, to float16 13.
+    """
+    eighths = pid_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+    zeros = tl.zeros((BLOCK_N, BLOCK_K // 8), dtype=tl.int32)
     word0, word1, word2, word3 = tl.philox(
-        seed, zeros + quarters[None, :], zeros + offs_n[:, None], zeros + member, zeros
+        seed, zeros + eighths[None, :], zeros + offs_n[:, None], zeros + member, zeros
     )
-    return tl.join(tl.join(word0, word1), tl.join(word2, word3)).reshape(BLOCK_N, BLOCK_K)
+    words = tl.join(tl.join(word0, word1), tl.join(word2, word3))
+    return tl.join(words, words << 16).reshape(BLOCK_N, BLOCK_K)
 
 
 @triton.jit
