@@ -23,6 +23,7 @@ from bench.cases import SIZES
 from bench.measure import Latency, latencies, latency_fields, peak_mib, reason_of
 from fused_s2lora import S2LoraConfig, fuse_whisper, parameter_groups
 from fused_s2lora.training.audio_window import POSITIONS, AudioWindow, window_of
+from fused_s2lora.training.cuda_graphs import GraphedBackward
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 SIX = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -41,6 +42,8 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "s2lora": lambda rank: S2LoraConfig(r=rank),
     TORCH_ATTENTION: lambda rank: S2LoraConfig(r=rank),
 }
+# On a CUDA GPU these are also measured with forward and backward replayed as a CUDA graph.
+GRAPHED = ("frozen", ADDMM_LORA, "lora-six", "s2lora")
 LEARNING_RATE = 1e-3
 
 
@@ -121,8 +124,10 @@ class Step:
     def __init__(self, method: str, case: StepCase, device: str, *, initialised: bool = True) -> None:
         self.case, self.device = case, device
         model: Any = whisper(case.size, device, initialised=initialised)
-        self.features = torch.randn(case.batch, model.config.num_mel_bins, case.mel_frames, device=device)
-        self.labels = torch.randint(0, 50257, (case.batch, case.tokens), device=device)
+        self.batch = {
+            "input_features": torch.randn(case.batch, model.config.num_mel_bins, case.mel_frames, device=device),
+            "labels": torch.randint(0, 50257, (case.batch, case.tokens), device=device),
+        }
         configuration = METHODS[method](case.rank)
         self.optimizer: torch.optim.Optimizer | None = None
         if method == "frozen":
@@ -142,16 +147,27 @@ class Step:
         if self.trainable:
             self.optimizer = torch.optim.AdamW(parameter_groups(model, LEARNING_RATE))
         self.model, self.steps = model.train(), 0
+        self.graphed: GraphedBackward | None = None
 
     def loss(self) -> Tensor:
         """The forward pass."""
+        return self._losses(self.batch)["loss"]
+
+    def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         with window_of(self.model, self.case.mel_frames), torch.autocast(self.device, torch.bfloat16):
-            return self.model(input_features=self.features, labels=self.labels).loss
+            return {"loss": self.model(**batch).loss}
+
+    def record(self) -> None:
+        """From now on forward and backward are a CUDA graph, recorded at the second step."""
+        self.graphed = GraphedBackward(self._losses, self.trainable)
 
     def __call__(self) -> float:
         """The whole step; returns its loss."""
-        loss = self.loss()
-        loss.backward()
+        if self.graphed is None:
+            loss = self.loss()
+            loss.backward()
+        else:
+            loss = self.graphed(self.batch)["loss"]
         if self.optimizer is not None:
             nn.utils.clip_grad_norm_(self.trainable, 1.0)
             self.optimizer.step()
@@ -178,38 +194,51 @@ def measure(
     """A row for every method: latency, audio seconds per second, peak memory; on CUDA also launches.
 
     On CPU the methods take turns, and each one's memory is measured in a process of its own. On CUDA, where several
-    models might not fit, each is built, measured and let go in turn.
+    models might not fit, each is built, measured and let go in turn; those of `GRAPHED` also with a CUDA graph, in a
+    row of their own.
     """
     methods = list(methods)
     if torch.cuda.is_available():
         methods = on_a_gpu(methods)
-        return [_measure_on_cuda(case, method, rounds, seconds / len(methods)) for method in methods]
+        seconds /= len(methods)
+        return [row for method in methods for row in _measure_on_cuda(case, method, rounds, seconds)]
     peaks = {method: peak_mib(build_step, method, case) for method in methods}
     steps = {method: build_step(method, case) for method in methods}
     times = latencies(steps, rounds=rounds, seconds=seconds)
     return [_timed_row(case, method, times[method], peak_mib=round(peaks[method], 1)) for method in methods]
 
 
-def _measure_on_cuda(case: StepCase, method: str, rounds: int, seconds: float) -> dict[str, Any]:
-    step = None
+def _measure_on_cuda(case: StepCase, method: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    step, rows = None, []
+    name = method
     try:
         step = build_step(method, case)
-        step(), step()
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        peak = (torch.cuda.max_memory_allocated() - held) / 2**20
-        launches = _launches(step)
-        (latency,) = latencies({method: step}, rounds=rounds, seconds=seconds).values()
-        memory = {"peak_mib": round(peak, 1), "held_mib": round(held / 2**20, 1)}
-        return _timed_row(case, method, latency, launches=launches, **memory)
+        rows.append(_measure_step(step, name, rounds, seconds))
+        if method in GRAPHED:
+            name = f"{method}-graphed"
+            step.record()
+            rows.append(_measure_step(step, name, rounds, seconds))
     except Exception as error:  # too little memory, say: the other methods are measured all the same
-        return step_row(case, method, "refused", reason=reason_of(error))
+        rows.append(step_row(case, name, "refused", reason=reason_of(error)))
     finally:
         del step
         gc.collect()
         torch.cuda.empty_cache()
+    return rows
+
+
+def _measure_step(step: Step, name: str, rounds: int, seconds: float) -> dict[str, Any]:
+    step()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()  # records where there is a graph to record: a replay allocates nothing
+    torch.cuda.synchronize()
+    memory = {"peak_mib": round((torch.cuda.max_memory_allocated() - held) / 2**20, 1)}
+    memory["held_mib"] = round(held / 2**20, 1)
+    launches = {} if step.graphed else {"launches": _launches(step)}
+    (latency,) = latencies({name: step}, rounds=rounds, seconds=seconds).values()
+    return _timed_row(step.case, name, latency, **launches, **memory)
 
 
 def _launches(step: Step) -> int:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .configs import PASS, SHARED_MEMORY, cdiv, pass_config_name, rank_tile
+from .configs import PROJECT, SHARED_MEMORY, cdiv, pass_config_name, rank_tile
 from .launch import launch
 from .ops import kernel_op
 from .variants import PRODUCT_DTYPES, Variant, precision_of
@@ -71,7 +71,7 @@ def project(x: Tensor, down: Tensor) -> Tensor:
         return z
     x = unit_columns(x)
     R = rank_tile(rank)
-    config = PASS[pass_config_name(rows, 1, R, x.dtype)]
+    config = PROJECT[pass_config_name(rows, 1, R, x.dtype)]
     launch(
         _project_kernel, (cdiv(rank, R), cdiv(rows, config.BLOCK_M)),
         x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
@@ -91,7 +91,7 @@ def variants(target: str) -> list[Variant]:
     found: dict[tuple, Variant] = {}
     for (name, dtype), R, rows in itertools.product(PRODUCT_DTYPES.items(), (16, 32, 64), (512, 24_000)):
         config = pass_config_name(rows, 1, R, dtype)
-        tiles = PASS[config]
+        tiles = PROJECT[config]
         constants: dict[str, Any] = {"PRECISION": precision_of(name), "R": R, "BLOCK_M": tiles.BLOCK_M}
         constants |= {"BLOCK_K": tiles.BLOCK_N, "stride_dk": 1}
         found[config, name, R] = Variant(

@@ -201,7 +201,7 @@ def test_lora_by_hand_is_that_of_peft():
                 twin.up.copy_(module.lora_B["default"].weight)
             pairs[twin.down], pairs[twin.up] = module.lora_A["default"].weight, module.lora_B["default"].weight
     assert len(pairs) == len(ours.trainable) == len(theirs.trainable)
-    theirs.features, theirs.labels = ours.features, ours.labels
+    theirs.batch = ours.batch
     losses = [one.loss() for one in (ours, theirs)]
     torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
     for loss in losses:

@@ -126,6 +126,14 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
     ] = False,
     half_base: Annotated[bool, typer.Option("--half-base", help="Store the frozen weights in half precision.")] = False,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs",
+            help="On a CUDA GPU record a step once for each length of transcripts and replay it, several times faster "
+            "where the GPU waits for the host. Only with the full window.",
+        ),
+    ] = False,
     workers: Annotated[int, typer.Option(help="Processes that read audio.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     logging_steps: Annotated[int, typer.Option(help="Steps between two log lines.")] = 10,

@@ -1,6 +1,5 @@
 """Utterances to batches: waveforms padded to the longest, labels, and the window the batch is given."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,13 +33,23 @@ class SpeechCollator:
     "answer_tokens" and "answer_probabilities" [B, ANSWER_TOKENS, candidates], with zeros for other rows, where a row of
     the batch has them; "answer_start" is the position that writes the first.
 
+    Tokens are padded to the longest, or to the next multiple of `token_multiple`, so that shapes come again; the
+    padding is not learnt from, and nothing before it reads it.
+
     A trimmed batch is given the full window with probability `full_share`, decided by the batch's own text and `seed`,
     so that a resumed run decides alike.
     """
 
     def __init__(
-        self, tokenizer: WhisperTokenizer, window: AudioWindow, *, full_share: float = 0.0, seed: int = 0
+        self,
+        tokenizer: WhisperTokenizer,
+        window: AudioWindow,
+        *,
+        full_share: float = 0.0,
+        seed: int = 0,
+        token_multiple: int = 1,
     ) -> None:
+        self.token_multiple = token_multiple
         self.tokenizer = tokenizer
         self.window = window
         self.full_share = full_share
@@ -70,12 +79,15 @@ class SpeechCollator:
                 kept = [IGNORED, *ids[2:prefix]] + [IGNORED] * len(row["answer"])
             read.append(torch.tensor(ids[:-1]))
             write.append(torch.tensor(kept))
-        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         batch = {
-            "decoder_input_ids": pad(read, padding_value=self.tokenizer.pad_token_id),
-            "labels": pad(write, padding_value=IGNORED),
+            "decoder_input_ids": self._padded(read, self.tokenizer.pad_token_id),
+            "labels": self._padded(write, IGNORED),
         }
         return batch | self._answers(rows, prefix - 1)
+
+    def _padded(self, sequences: list[torch.Tensor], value: int) -> torch.Tensor:
+        padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+        return torch.nn.functional.pad(padded, (0, -padded.shape[1] % self.token_multiple), value=value)
 
     @staticmethod
     def _answers(rows: Sequence[dict[str, Any]], start: int) -> dict[str, Any]:

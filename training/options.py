@@ -61,6 +61,7 @@ class TrainOptions:
     precision: str = "auto"
     gradient_checkpointing: bool = False
     half_base: bool = False
+    cuda_graphs: bool = False
     workers: int = 0
     seed: int = 0
     logging_steps: int = 10
@@ -103,10 +104,26 @@ class TrainOptions:
             raise UserError("--dev and --dev-share exclude each other; give one of them")
         if self.early_stopping and self.dev is None and not self.dev_share:
             raise UserError("--early-stopping needs a development set; give --dev or --dev-share")
+        if self.cuda_graphs:
+            self._check_cuda_graphs()
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr is {self.lr}; give a positive learning rate")
         if not 0 < self.interpolation <= 1:
             raise UserError(f"--interpolation is {self.interpolation}; give a share above 0, at most 1")
+
+    def _check_cuda_graphs(self) -> None:
+        """What a recorded step cannot have: another shape every time, and anything drawn or decided on the host."""
+        without = {
+            "--window trim": self.window != "full",
+            "--accumulation": self.accumulation > 1,
+            "--gradient-checkpointing": self.gradient_checkpointing,
+            "--half-base": self.half_base,
+            "--spec-augment": self.spec_augment,
+            "--precision fp16": self.precision == "fp16",
+        }
+        for option, given in without.items():
+            if given:
+                raise UserError(f"--cuda-graphs does not go with {option}; leave out one of them")
 
     def audio_window(self) -> AudioWindow:
         """The window of training."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from .text import language_code
 from .trainer import AdaLoraCallback, SpeechTrainer, StepTimes
 
 MAX_LABEL_TOKENS = 448
+GRAPH_TOKENS = 16  # CUDA graphs are recorded for transcripts of so many tokens more each; divides 448
 
 
 def train(options: TrainOptions, *, fresh: bool = False, console: Console | None = None) -> list[Evaluation]:
@@ -51,6 +53,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         UserError: bad input of any kind, in one sentence.
     """
     console = console or Console()
+    if options.cuda_graphs:
+        _check_one_gpu(options)
     run = RunFolder(options, fresh=fresh)
     speech, dev = training_speech(options)
     tests = named_sets(
@@ -120,6 +124,15 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     trainable, total = summary["trainable_parameters"], summary["parameters"]
     console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)")
     return evaluations
+
+
+def _check_one_gpu(options: TrainOptions) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("--cuda-graphs needs a CUDA GPU, and torch sees none; leave it out")
+    if resolved(options.precision) == "fp16":
+        raise UserError("--cuda-graphs does not go with fp16, which this GPU trains in; give --precision fp32")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--cuda-graphs is for one process; leave it out under torchrun")
 
 
 def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
@@ -332,10 +345,15 @@ def _train(
         train_dataset=speech.dataset,
         eval_dataset=None if dev is None else dev.dataset,
         data_collator=SpeechCollator(
-            processor.tokenizer, options.audio_window(), full_share=options.full_share, seed=options.seed
+            processor.tokenizer,
+            options.audio_window(),
+            full_share=options.full_share,
+            seed=options.seed,
+            token_multiple=GRAPH_TOKENS if options.cuda_graphs else 1,
         ),
         callbacks=callbacks,
         feature_extractor=processor.feature_extractor,
+        cuda_graphs=options.cuda_graphs,
     )
     checkpoint = run.last_checkpoint()
     if checkpoint is not None and options.method.startswith("adalora"):

@@ -1,5 +1,6 @@
 """Hugging Face's Seq2SeqTrainer for waveforms, two learning rates and penalties that are logged apart."""
 
+import functools
 import statistics
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from fused_s2lora import S2LoraModel, parameter_groups
 
 from .audio_window import window_of
 from .collate import IGNORED
+from .cuda_graphs import GraphedBackward
 from .errors import DivergedError, UserError
 from .features import LogMel
 
@@ -22,15 +24,20 @@ class SpeechTrainer(Seq2SeqTrainer):
     """Batches of `SpeechCollator` in, log-mel features made on the training device, cross-entropy out.
 
     The optimizer has the groups of `parameter_groups`. The logged `loss` is what is minimised; `cross_entropy`,
-    `other_languages`, `sparsity` and `norm` are its parts.
+    `other_languages`, `sparsity` and `norm` are its parts. With `cuda_graphs` forward and backward are recorded for
+    each shape of batch and replayed (`GraphedBackward`).
 
     Raises:
         DivergedError: the loss stops being finite, naming the step.
         UserError: audio that was readable before no longer is.
     """
 
-    def __init__(self, *args: Any, feature_extractor: WhisperFeatureExtractor, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, feature_extractor: WhisperFeatureExtractor, cuda_graphs: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.cuda_graphs = cuda_graphs
+        self._graphed: GraphedBackward | None = None
         self.log_mel = LogMel(feature_extractor).to(self.args.device)
         # Whisper's forward takes any keyword but averages its loss over the micro-batch, whatever the Trainer passes:
         # left as inferred, accumulated gradients would be too large by the number of accumulation steps.
@@ -64,36 +71,65 @@ class SpeechTrainer(Seq2SeqTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean cross-entropy per token plus, in training, the adapter's penalties and what keeps other languages."""
+        outputs, losses = self._forward(model, self._with_features(inputs))
+        if model.training:
+            self._note(losses)
+        return (losses["loss"], outputs) if return_outputs else losses["loss"]
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Loss and gradients of a batch, with `cuda_graphs` from a graph that is recorded for its shape."""
+        if not self.cuda_graphs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if self._graphed is None:
+            parameters = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            self._graphed = GraphedBackward(functools.partial(self._losses, model), parameters)
+        losses = self._graphed(self._with_features(self._prepare_inputs(inputs)))
+        self._note(losses)
+        return losses["loss"]
+
+    def _losses(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with self.compute_loss_context_manager():
+            return self._forward(model, batch)[1]
+
+    def _with_features(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        others = {name: value for name, value in inputs.items() if name != "waveforms"}
+        return others | {"features": self.log_mel(inputs["waveforms"], inputs["mel_frames"])}
+
+    def _forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        """Whisper's outputs, and the loss with its parts."""
         whisper = self.accelerator.unwrap_model(model)
-        features = self.log_mel(inputs["waveforms"], inputs["mel_frames"])
         # AdaLoRA's orthogonality term is added by PEFT's tuner, which PeftModel passes by for a model like Whisper.
         tuner = getattr(model, "base_model", None)
         called = tuner if model.training and isinstance(tuner, AdaLoraModel) else model
-        with window_of(whisper, inputs["mel_frames"]):
+        with window_of(whisper, batch["mel_frames"]):
             outputs = called(
-                input_features=features.to(whisper.dtype),
-                decoder_input_ids=inputs["decoder_input_ids"],
-                labels=inputs["labels"],
+                input_features=batch["features"].to(whisper.dtype),
+                decoder_input_ids=batch["decoder_input_ids"],
+                labels=batch["labels"],
             )
-        loss, answers = outputs.loss, torch.zeros((), device=outputs.loss.device)
-        if "answer_tokens" in inputs:
-            answers = _answer_loss(outputs.logits, inputs)
-            loss = loss + answers
-        if model.training:
-            if not torch.isfinite(loss):
-                raise DivergedError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr, or raise --warmup; "
-                    "the last checkpoint is unharmed"
-                )
-            self._note_parts(whisper, loss.detach(), answers.detach())
-        return (loss, outputs) if return_outputs else loss
-
-    def _note_parts(self, whisper: nn.Module, loss: Tensor, answers: Tensor) -> None:
+        answers = torch.zeros((), device=outputs.loss.device)
+        if "answer_tokens" in batch:
+            answers = _answer_loss(outputs.logits, batch)
         tuner = getattr(whisper, "base_model", None)
-        penalties = tuner.last_penalties if isinstance(tuner, S2LoraModel) else {}
-        parts = {"cross_entropy": loss - answers - sum(penalties.values()), "other_languages": answers, **penalties}
-        for name, value in parts.items():
-            self._parts[name] = self._parts.get(name, 0.0) + value
+        penalties = tuner.last_penalties if model.training and isinstance(tuner, S2LoraModel) else {}
+        cross_entropy = (outputs.loss - sum(penalties.values())).detach()
+        loss = outputs.loss + answers if "answer_tokens" in batch else outputs.loss
+        parts = {"cross_entropy": cross_entropy, "other_languages": answers.detach(), **penalties}
+        return outputs, {"loss": loss, **parts}
+
+    def _note(self, losses: dict[str, Tensor]) -> None:
+        loss = losses["loss"]
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr, or raise --warmup; "
+                "the last checkpoint is unharmed"
+            )
+        for name, value in losses.items():
+            if name != "loss":
+                self._parts[name] = self._parts.get(name, 0.0) + value
         self._part_steps += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
