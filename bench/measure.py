@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fused_s2lora.kernels.choice import VARIABLE
 from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory, source_commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -156,9 +158,13 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
-        "command": " ".join(["python", "-m", *_module_and_arguments()]),
+        "command": " ".join([*_variables(), "python", "-m", *_module_and_arguments()]),
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _variables() -> list[str]:
+    return [f"{VARIABLE}={os.environ[VARIABLE]}"] if VARIABLE in os.environ else []
 
 
 def _module_and_arguments() -> Iterable[str]:

@@ -278,8 +278,8 @@ class PassTiles:
 
 # Columns of a LayerNorm's tile: no more than threads, so that a row of A is loaded in the tile's layout, without
 # shared memory.
-NORM = PassTiles(8, 128, num_warps=4)
-NORM_INPUT_GRADIENT = PassTiles(4, 128, num_warps=4)
+NORM = PassTiles(8, 128, num_warps=8)
+NORM_INPUT_GRADIENT = PassTiles(8, 128, num_warps=8)
 ACTIVATION = {
     "many rows": PassTiles(64, 64, num_warps=4, num_stages=3),
     "few rows": PassTiles(16, 128, num_warps=8, num_stages=3),

@@ -1,9 +1,11 @@
-"""LayerNorm and GELU that make the input h of a linear map and z = h Aᵀ, of its low-rank part, in one pass.
+"""LayerNorm and GELU that make the input h of a linear map and z = h Aᵀ, of its low-rank part.
 
     h  = LayerNorm(x) or GELU(x)            z  = h Aᵀ, from the rounded h
 
-z is a by-product without a gradient: what uses h and z returns as dh the gradient of its whole map. With spare columns
-h and z lie in one matrix [h | z | 0], as a product of depth K + R wants them (`augmented.py`).
+z is a by-product without a gradient: what uses h and z returns as dh the gradient of its whole map. A LayerNorm makes
+it in its own pass. A GELU's rows are too long for that: a pass of its own, measured on an H100, costs less than erf, a
+product and two streams in one kernel. With spare columns h and z lie in one matrix [h | z | 0], written in one pass, as
+a product of depth K + R wants them (`augmented.py`).
 """
 
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from . import activation, device, layer_norm
 from .configs import NORM_MAX_WIDTH, rank_block
+from .project import project
 
 
 class LayerNormProjectFunction(torch.autograd.Function):
@@ -45,8 +48,12 @@ class GeluProjectFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, out_dtype: torch.dtype, spare: int) -> tuple[Tensor, Tensor]:
-        buffer, z = activation.activation_project(x, down, True, out_dtype, spare)
         ctx.save_for_backward(x)
+        if spare:
+            buffer, z = activation.activation_project(x, down, True, out_dtype, spare)
+        else:
+            buffer = F.gelu(x).to(out_dtype)
+            z = project(buffer, down)
         return _by_product(ctx, buffer, z, down, spare)
 
     @staticmethod

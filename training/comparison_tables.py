@@ -13,9 +13,9 @@ from .run import write_json
 from .text import UNSPACED_LANGUAGES
 
 ALL = "all"
-_METHOD_OPTIONS = (
+METHOD_OPTIONS = (
     "preset", "target_modules", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty",
-    "freeze_factors", "lr", "coefficient_lr_ratio", "interpolation", "utterances",
+    "freeze_factors", "lr", "coefficient_lr_ratio", "interpolation", "utterances", "keep_share", "keep_languages",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ class Line:
     def changed(self) -> set[str]:
         """The options of the method that are not left at their defaults."""
         config, default = self.cells[0]["config"], TrainOptions(["-"], "-")
-        return {name for name in _METHOD_OPTIONS if config.get(name, getattr(default, name)) != getattr(default, name)}
+        return {name for name in METHOD_OPTIONS if config.get(name, getattr(default, name)) != getattr(default, name)}
 
     @property
     def published(self) -> str | None:

@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,10 @@ import yaml
 from fused_s2lora.training import comparison as comparison_module
 from fused_s2lora.training.comparison import read_comparison, read_part, results_of, run_comparison
 from fused_s2lora.training.comparison_figures import draw_figures
-from fused_s2lora.training.comparison_tables import columns_of, lines_of, write_tables
+from fused_s2lora.training.comparison_tables import METHOD_OPTIONS, columns_of, lines_of, write_tables
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.methods import METHODS
+from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.report import write_report
 from fused_s2lora.training.run import RunFolder
 from tests.training.comparisons import QUIET, ROWS, write
@@ -72,6 +73,19 @@ def test_a_cell_whose_loss_breaks_is_named_and_the_rest_runs(quick, tmp_path, sh
     assert "the loss is" in results_of(broken)["cell"]["failed"]
     assert results_of(lora)["cell"]["failed"] is None
     assert re.search(r"\| Broken \(failed: the loss is .*\| – \|", write_tables(comparison))
+
+
+def test_a_row_is_the_papers_only_with_every_option_of_the_method_at_its_default():
+    of_every_method = {
+        "data", "output", "model", "test", "dev", "dev_share", "language", "task", "text_column", "audio_column",
+        "keep_case", "limit", "strict", "method", "rank", "epochs", "max_steps", "batch_size", "accumulation", "warmup",
+        "weight_decay", "spec_augment", "early_stopping", "window", "margin", "full_share", "precision",
+        "gradient_checkpointing", "half_base", "cuda_graphs", "workers", "seed", "logging_steps", "save_steps",
+        "before", "group_by", "eval_batch_size",
+    }  # fmt: skip
+    options = {option.name for option in fields(TrainOptions)}
+    assert of_every_method <= options
+    assert options - of_every_method == set(METHOD_OPTIONS)
 
 
 def test_tables_hold_our_figures_and_the_published_ones(compared):

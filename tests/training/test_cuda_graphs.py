@@ -7,6 +7,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 from fused_s2lora import S2LoraConfig, fuse_whisper
+from fused_s2lora.kernels.choice import VARIABLE
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.collate import IGNORED, SpeechCollator
 from fused_s2lora.training.cuda_graphs import GraphedBackward
@@ -21,6 +22,12 @@ ADAPTERS = {
     "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
     "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj", "v_proj"]),
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_timed(monkeypatch):
+    """Timing every strategy at every shape takes a minute."""
+    monkeypatch.setenv(VARIABLE, "merged")
 
 
 def adapted(tiny_whisper, adapter: str, *, fused: bool = True) -> torch.nn.Module:
