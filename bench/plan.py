@@ -85,10 +85,14 @@ def layer_cases(
 
 
 def step_cases(
-    sizes: Iterable[str], batches: Iterable[int], windows: Iterable[str], ranks: Iterable[int]
+    sizes: Iterable[str],
+    batches: Iterable[int],
+    windows: Iterable[str],
+    tokens: Iterable[int],
+    ranks: Iterable[int],
 ) -> list[StepCase]:
     """Every combination of what was selected."""
     return [
-        StepCase(size, batch, window, rank=rank)
-        for size, batch, window, rank in product(sizes, batches, windows, ranks)
+        StepCase(size, batch, window, tokens=count, rank=rank)
+        for size, batch, window, count, rank in product(sizes, batches, windows, tokens, ranks)
     ]

@@ -130,8 +130,10 @@ def _measured_layer(device: str, rows: list[Row]) -> str:
 def _measured_step(device: str, rows: list[Row]) -> str:
     named = {row["provider"]: row for row in rows}
     frozen, lora = named.get("frozen"), named.get("lora-six")
-    lines = [
-        [
+    on_gpu = any("gpu_ms" in row for row in rows)
+    lines = []
+    for name, row in named.items():
+        line = [
             name,
             " / ".join(_number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms")),
             _ratio(row, frozen, "p50_ms"),
@@ -141,10 +143,13 @@ def _measured_step(device: str, rows: list[Row]) -> str:
             _ratio(row, lora, "peak_mib"),
             str(row.get("launches", "–")),
         ]
-        for name, row in named.items()
-    ]
+        if on_gpu:
+            measured = "gpu_ms" in row
+            line += [_number(row["gpu_ms"]), _ratio(row, frozen, "gpu_ms")] if measured else ["–", "–"]
+        lines.append(line)
     heads = [
         "method", "p20 / p50 / p80 ms", "/ frozen", "/ lora-six", "audio s / s", "peak MiB", "/ lora-six", "launches",
+        *(["GPU ms", "/ frozen"] if on_gpu else []),
     ]  # fmt: skip
     return _markdown(heads, lines)
 

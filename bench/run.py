@@ -39,6 +39,7 @@ def main(
     provider: Annotated[Many, typer.Option(help="Only these providers of a layer. Repeat.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes of a step. Repeat.")] = None,
     window: Annotated[Many, typer.Option(help="Of a step: full, trim. Repeat.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step's transcripts. Repeat.")] = None,
     method: Annotated[Many, typer.Option(help=f"Of a step: {', '.join(step.METHODS)}. Repeat.")] = None,
     target: Annotated[Many, typer.Option(help=f"Of static: {', '.join(static.TARGETS)}. Repeat.")] = None,
     rounds: Annotated[int | None, typer.Option(min=3, help="Calls of each, at most.")] = None,
@@ -60,8 +61,8 @@ def main(
         defaults = (layer or ["encoder-layer"], size or ["base"], rows or [1040], rank or [8], precision or ["bf16"])
         cases = plan.layer_cases(*defaults)
         chosen = replace(chosen, layers=cases, sweep=[], counted_layers=cases)
-    if batch or window or (size and section and "step" in section):
-        steps = plan.step_cases(size or ["base"], batch or [4], window or ["full"], rank or [8])
+    if batch or window or tokens or (size and section and "step" in section):
+        steps = plan.step_cases(size or ["base"], batch or [4], window or ["full"], tokens or [16], rank or [8])
         chosen = replace(chosen, steps=steps, counted_steps=steps)
     # Builds of every rank take several minutes more, so that they have to be asked for.
     static_ranks = rank or ([] if section and "static" in section else [8])
@@ -109,7 +110,8 @@ class Run:
         elif name == "step":
             for case in self.within(self.plan.steps):
                 seconds = 3 * self.plan.seconds
-                self.keep(step.measure(case, methods=self.methods, rounds=self.rounds, seconds=seconds))
+                for row in step.measure(case, methods=self.methods, rounds=self.rounds, seconds=seconds):
+                    self.keep([row])
         elif name == "counted":
             for case in self.within(self.plan.counted_layers):
                 self.keep(count_layer(case, only=self.providers))

@@ -8,7 +8,7 @@ import contextlib
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -190,8 +190,8 @@ def build_step(method: str, case: StepCase, device: str | None = None) -> Step:
 
 def measure(
     case: StepCase, *, methods: Iterable[str] = METHODS, rounds: int = 7, seconds: float = math.inf
-) -> list[dict[str, Any]]:
-    """A row for every method: latency, audio seconds per second, peak memory; on CUDA also launches.
+) -> Iterator[dict[str, Any]]:
+    """A row for every method: latency, audio seconds per second, peak memory; on CUDA also launches and GPU time.
 
     On CPU the methods take turns, and each one's memory is measured in a process of its own. On CUDA, where several
     models might not fit, each is built, measured and let go in turn; those of `GRAPHED` also with a CUDA graph, in a
@@ -200,31 +200,31 @@ def measure(
     methods = list(methods)
     if torch.cuda.is_available():
         methods = on_a_gpu(methods)
-        seconds /= len(methods)
-        return [row for method in methods for row in _measure_on_cuda(case, method, rounds, seconds)]
+        for method in methods:
+            yield from _measure_on_cuda(case, method, rounds, seconds / len(methods))
+        return
     peaks = {method: peak_mib(build_step, method, case) for method in methods}
     steps = {method: build_step(method, case) for method in methods}
     times = latencies(steps, rounds=rounds, seconds=seconds)
-    return [_timed_row(case, method, times[method], peak_mib=round(peaks[method], 1)) for method in methods]
+    for method in methods:
+        yield _timed_row(case, method, times[method], peak_mib=round(peaks[method], 1))
 
 
-def _measure_on_cuda(case: StepCase, method: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    step, rows = None, []
-    name = method
+def _measure_on_cuda(case: StepCase, method: str, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    step, name = None, method
     try:
         step = build_step(method, case)
-        rows.append(_measure_step(step, name, rounds, seconds))
+        yield _measure_step(step, name, rounds, seconds)
         if method in GRAPHED:
             name = f"{method}-graphed"
             step.record()
-            rows.append(_measure_step(step, name, rounds, seconds))
+            yield _measure_step(step, name, rounds, seconds)
     except Exception as error:  # too little memory, say: the other methods are measured all the same
-        rows.append(step_row(case, name, "refused", reason=reason_of(error)))
+        yield step_row(case, name, "refused", reason=reason_of(error))
     finally:
         del step
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
 def _measure_step(step: Step, name: str, rounds: int, seconds: float) -> dict[str, Any]:
@@ -236,19 +236,19 @@ def _measure_step(step: Step, name: str, rounds: int, seconds: float) -> dict[st
     torch.cuda.synchronize()
     memory = {"peak_mib": round((torch.cuda.max_memory_allocated() - held) / 2**20, 1)}
     memory["held_mib"] = round(held / 2**20, 1)
-    launches = {} if step.graphed else {"launches": _launches(step)}
+    launches = {} if step.graphed else _kernels(step)
     (latency,) = latencies({name: step}, rounds=rounds, seconds=seconds).values()
     return _timed_row(step.case, name, latency, **launches, **memory)
 
 
-def _launches(step: Step) -> int:
-    """Kernels that one step starts on the GPU, as its profiler sees them; copies and fills are not counted."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+def _kernels(step: Step) -> dict[str, float]:
+    """Kernels that one step starts on the GPU, without copies and fills, and the GPU's time with all it does."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launches = sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+    return {"launches": launches, "gpu_ms": round(sum(event.device_time for event in events) / 1e3, 3)}
 
 
 def _timed_row(case: StepCase, method: str, latency: Latency, **fields: Any) -> dict[str, Any]:
