@@ -162,6 +162,18 @@ def _add_low_rank(buffer: Tensor, down: Tensor) -> list[Launch]:
     return [Launch("add low rank", moved, 2 * len(buffer) * rank * inputs, _half(buffer))]
 
 
+def _activation_project(x: Tensor, down: Tensor, gelu: bool, out_dtype: torch.dtype, spare: int) -> list[Launch]:
+    """A GELU and a pass for z, or both in one where z lies in spare columns."""
+    (rows, inputs), rank = x.shape, len(down)
+    h, z = (rows * columns * out_dtype.itemsize for columns in (inputs, spare or rank))
+    flops, half = 2 * rows * rank * inputs, out_dtype.itemsize == 2
+    if spare or not gelu:
+        return [Launch("activation", touched_bytes(x, down) + h + z, flops, half)]
+    casts = [] if x.dtype == out_dtype else [Launch("cast", touched_bytes(x) + h, 0, half)]
+    gelu_bytes = 2 * touched_bytes(x)
+    return [Launch("gelu", gelu_bytes, 0, half), *casts, Launch("project", h + touched_bytes(down) + z, flops, half)]
+
+
 KERNELS: dict[str, Callable[..., list[Launch]]] = {
     "fused_s2lora.merge": _merge,
     "fused_s2lora.project": _project,
@@ -171,4 +183,5 @@ KERNELS: dict[str, Callable[..., list[Launch]]] = {
     "fused_s2lora.fused_linear_add": _fused_linear_add,
     "fused_s2lora.write_spare_columns_": _write_spare_columns,
     "fused_s2lora.add_low_rank_": _add_low_rank,
+    "fused_s2lora.activation_project": _activation_project,
 }

@@ -10,6 +10,7 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,6 +28,7 @@ from .configs import (
 from .device import precision
 from .launch import launch
 from .ops import kernel_op
+from .project import project
 from .variants import PRODUCT_DTYPES, TRITON_TYPES, Variant, precision_of
 
 
@@ -152,12 +154,15 @@ def _fake_activation_project(x, down, gelu, out_dtype, spare):
 def activation_project(
     x: Tensor, down: Tensor, gelu: bool, out_dtype: torch.dtype, spare: int
 ) -> tuple[Tensor, Tensor]:
-    """One launch: x [M, K], down [r, K] -> h [M, K + spare] with z in its spare columns and zeros behind, z.
+    """x [M, K], down [r, K] -> h [M, K + spare] with z in its spare columns and zeros behind, z.
 
-    z is [M, r] where there are no spare columns, otherwise [0, r].
+    z is [M, r] where there are no spare columns, otherwise [0, r]. One launch, but for a GELU without spare columns.
     """
     rows, inputs = x.shape
     rank = down.shape[0]
+    if gelu and not spare:
+        h = F.gelu(x).to(out_dtype)
+        return h, project(h, down)
     h, z = _outputs(x, down, out_dtype, spare)
     if rows == 0:
         return h, z

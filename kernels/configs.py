@@ -36,10 +36,15 @@ LINEAR = {
     "few rows": LinearConfig(64, 64, 64, 4, num_warps=4, num_stages=4),
     "few rows, deep": LinearConfig(64, 128, 128, 4, num_warps=4, num_stages=3),  # 0.8 of the time of "few rows" on 9.0
     "high rank": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=3),
-    # Warps of float32 are those with which no target spills: four at rank 128, eight at all others.
+    # Where compute capability 8.x spills with the tiles before.
+    "square, shallow": LinearConfig(128, 128, 32, 8, num_warps=8, num_stages=3),
+    "high rank, low": LinearConfig(32, 64, 32, 8, num_warps=8, num_stages=2),
+    # Tiles and warps of float32 are those with which no target spills.
     "single precision": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=2),
-    "single precision, high rank": LinearConfig(16, 16, 16, 8, num_warps=8, num_stages=1),
+    "single precision, rank 32": LinearConfig(64, 32, 32, 8, num_warps=8, num_stages=2),
+    "single precision, rank 64": LinearConfig(16, 16, 16, 8, num_warps=8, num_stages=1),
     "single precision, rank 128": LinearConfig(16, 16, 16, 8, num_warps=4, num_stages=1),
+    "single precision, rank 256": LinearConfig(16, 32, 16, 8, num_warps=8, num_stages=1),
 }
 
 
@@ -50,16 +55,16 @@ def rank_block(rank: int) -> int:
 
 def linear_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_memory: int) -> str:
     """Which of `LINEAR` serves M = `rows` rows in `dtype` on a GPU with that much shared memory a program."""
-    if dtype == torch.float32:
-        if padded_rank == 128:
-            return "single precision, rank 128"
-        return "single precision" if padded_rank <= 32 else "single precision, high rank"
-    if padded_rank > 32:
-        return "high rank"
     large = shared_memory >= SHARED_MEMORY["90"]
+    if dtype == torch.float32:
+        return "single precision" + (f", rank {padded_rank}" if padded_rank > 16 else "")
+    if padded_rank > 32:
+        return "high rank" if large or padded_rank == 64 else "high rank, low"
     if rows <= 1024:
         return "few rows, deep" if large else "few rows"
-    return "wide" if large else "square"
+    if large:
+        return "wide"
+    return "square, shallow" if padded_rank == 32 and shared_memory < SHARED_MEMORY["80"] else "square"
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,9 @@ MERGE = MergeConfig(64, 64, num_warps=4)
 #
 # One pass over dy in blocks of BLOCK_M rows writes zᵀ dy of each block, N · r floats, to a workspace that is read once
 # again. In bfloat16 each is 2 · r / (BLOCK_M · group) of dy's bytes: at r = 8 12.5 % for one dy in blocks of 128 rows,
-# 8 % for three in blocks of 64. M = 24,000 makes 188 (375) programs, one or two a multiprocessor, each with three tiles
-# of 16 (24) KiB in flight: more than the 4 MB that hide the latency of 3 TB/s. A workspace of rank 32 costs as much as
-# a second pass over dy; beyond, that pass is cheaper (r = 128: little more than two passes in all, not five).
+# 17 % for three in blocks of 32, which was faster all the same than 8 % in blocks of 64. M = 24,000 makes 188 (750)
+# programs, each with three tiles in flight: more than the 4 MB that hide the latency of 3 TB/s. A workspace of rank 32
+# costs as much as a second pass over dy; beyond, that pass is cheaper (r = 128: little more than two passes, not five).
 ONE_PASS_RANK = 32
 # A launch holds the g of all outputs of a group in registers; beyond this rank it takes them one by one.
 GROUP_RANK = 16
@@ -128,8 +133,8 @@ class TallConfig:
 
 
 PASS = {
-    "many rows": PassConfig(128, 128, num_warps=8, num_stages=3),
-    "many rows, group": PassConfig(32, 128, num_warps=4, num_stages=3),
+    "many rows": PassConfig(128, 64, num_warps=8, num_stages=4),
+    "many rows, group": PassConfig(32, 64, num_warps=4, num_stages=4),
     "many rows, rank 32": PassConfig(128, 32, num_warps=8, num_stages=4),
     "few rows": PassConfig(16, 128, num_warps=4, num_stages=3),  # 32 programs at M = 512, not 4
     "few rows, group": PassConfig(16, 128, num_warps=8, num_stages=3),
@@ -137,8 +142,8 @@ PASS = {
     "high rank": PassConfig(64, 64, num_warps=8, num_stages=3),
     "single precision": PassConfig(64, 32, num_warps=8, num_stages=2),
     "single precision, rank 32": PassConfig(64, 16, num_warps=8, num_stages=2),
-    # Wider or with four warps, groups of two or three spill on 9.0 or 10.0, in TF32 or in float32.
-    "single precision, group": PassConfig(32, 16, num_warps=8, num_stages=2),
+    # Wider, deeper or with four warps, groups of two or three spill on 9.0 or 10.0, in TF32 or in float32.
+    "single precision, group": PassConfig(16, 16, num_warps=8, num_stages=2),
     "single precision, high rank": PassConfig(16, 16, num_warps=8, num_stages=1),
 }
 # z = x Aᵀ (project.py) walks along x as the pass over one dy does, with less in registers.
@@ -148,7 +153,7 @@ PROJECT = {
     "few rows": PassConfig(16, 128, num_warps=4, num_stages=4),
 }
 TALL = {
-    "low rank": TallConfig(256, 32, num_warps=4, num_stages=4),
+    "low rank": TallConfig(256, 64, num_warps=8, num_stages=3),
     "low rank, GELU": TallConfig(128, 32, num_warps=8, num_stages=4, programs=528),
     "high rank": TallConfig(64, 64, num_warps=4, num_stages=2),
     "single precision": TallConfig(32, 16, num_warps=8, num_stages=1),

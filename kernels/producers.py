@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import activation, device, layer_norm
 from .configs import NORM_MAX_WIDTH, rank_block
-from .project import project
 
 
 class LayerNormProjectFunction(torch.autograd.Function):
@@ -48,12 +47,8 @@ class GeluProjectFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, out_dtype: torch.dtype, spare: int) -> tuple[Tensor, Tensor]:
+        buffer, z = activation.activation_project(x, down, True, out_dtype, spare)
         ctx.save_for_backward(x)
-        if spare:
-            buffer, z = activation.activation_project(x, down, True, out_dtype, spare)
-        else:
-            buffer = F.gelu(x).to(out_dtype)
-            z = project(buffer, down)
         return _by_product(ctx, buffer, z, down, spare)
 
     @staticmethod
