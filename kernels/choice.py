@@ -28,9 +28,6 @@ from .strategy_timing import THREAD, Candidate, time_candidates
 
 VARIABLE = "S2LORA_BACKEND"
 AUTO = "auto"
-# Merging reads and writes a weight once, whatever the rows: next to nothing beside the product of many rows, as much
-# as the product itself with few, which is bound by reading that weight. By arithmetic; not measured.
-MERGE_ROWS = 1024
 # Up to so many rows a call on a CPU takes a millisecond or two, and what the operation does beside the products is as
 # much as what it saves (measured: kernels/README.md).
 REFERENCE_ROWS = 128
@@ -47,14 +44,13 @@ def named_backend(backend: str) -> str:
 def default_strategy(shape: Shape, device: torch.device, names: Collection[str]) -> str:
     """The choice without timing, of those in `names`.
 
-    On a CUDA GPU `fused` for up to 1,024 rows, else `merged`; float64 is always `merged`. Elsewhere `reference` for up
-    to 128 rows, and beyond by memory traffic: `merged` reads W and writes it again once, in float32; `split` reads and
-    writes y and dx. Half-precision weights are not merged there.
+    On a CUDA GPU `merged`, measured the fastest or near it for 24,000 rows and for 512 (kernels/README.md). Elsewhere
+    `reference` for up to 128 rows, and beyond by memory traffic: `merged` reads W and writes it again once, in float32;
+    `split` reads and writes y and dx. Half-precision weights are not merged there.
     """
     outputs, inputs, rows = shape.outputs, shape.inputs, shape.rows_bucket
     if device.type == "cuda":
-        few = rows <= MERGE_ROWS and shape.dtype != torch.float64  # for which there is no Triton kernel
-        order: tuple[str, ...] = ("fused", "merged") if few else ("merged",)
+        order: tuple[str, ...] = ("merged",)
     elif rows <= REFERENCE_ROWS:
         order = ()
     elif shape.weight_dtype.itemsize == 2 or rows * (inputs + outputs) < 2 * inputs * outputs:

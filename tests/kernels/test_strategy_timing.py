@@ -159,7 +159,7 @@ def test_the_callers_state_does_not_reach_the_timing_nor_the_other_way_round(few
 
 def test_a_candidate_that_asks_for_a_choice_does_not_wait_for_itself(make, few_rounds):
     def candidate(operands):
-        assert chooser.pick("auto", FEW_ROWS, GPU, CANDIDATES) == "fused"
+        assert chooser.pick("auto", FEW_ROWS, GPU, CANDIDATES) == "merged"
         return real(operands)
 
     real = candidates_of(s2_linear_group, ["reference"])["reference"]
