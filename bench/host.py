@@ -8,7 +8,6 @@ in none of it. Processor time, so that other work on the machine does not count.
 """
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +22,7 @@ from bench import cases, report
 from bench.cases import Case, make_operands
 from bench.counted import as_on_a_gpu
 from bench.layer import passes
-from bench.measure import RESULTS, record
+from bench.measure import RESULTS, latencies, latency_fields, record
 from bench.providers import providers
 from fused_s2lora.kernels import device, merge
 from fused_s2lora.kernels.configs import SHARED_MEMORY
@@ -91,25 +90,15 @@ def measure(layer: str, rounds: int = 60) -> list[dict[str, Any]]:
         case = Case(layer, "tiny", _ROWS, precision="fp32")
         groups = make_operands(case, "cpu")
         builds = providers(case, "cpu", counting=True)
-        for name in PROVIDERS:
-            calls = passes([builds[name](group) for group in groups], groups)
-            for which in ("forward", "both"):
-                milliseconds = round(_processor_ms(calls[which], rounds), 3)
+        calls = {name: passes([builds[name](group) for group in groups], groups) for name in PROVIDERS}
+        for which in ("forward", "both"):
+            timed = {name: calls[name][which] for name in PROVIDERS}
+            for name, latency in latencies(timed, rounds=rounds, warmup=3, clock=time.process_time).items():
                 rows.append(
                     {"section": "host", "layer": layer, "provider": name, "kind": "measured", "pass": which}
-                    | {"p50_ms": milliseconds, "rounds": rounds}
+                    | latency_fields(latency)
                 )
     return rows
-
-
-def _processor_ms(call: Callable[[], Any], rounds: int) -> float:
-    samples = []
-    for index in range(rounds + 3):
-        start = time.process_time()
-        call()
-        if index >= 3:  # the first ones compile
-            samples.append(time.process_time() - start)
-    return 1e3 * statistics.median(samples)
 
 
 if __name__ == "__main__":

@@ -51,15 +51,19 @@ def latencies(
     warmup: int = 2,
     seconds: float = math.inf,
     queued: bool = False,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Latency]:
     """Wall time of every provider, one call of each per round, so that drift of the machine meets all of them alike.
 
     On CUDA a call is timed between two events after a write over the L2 cache; on CPU by the host clock. After
     `seconds` no further round is begun, though three are always made. `queued`, on CUDA alone, keeps the GPU busy until
     the host has issued the whole call: what is timed is the GPU's own time, as in a model that is ahead of its GPU.
+    `clock`, in seconds, times calls on the host whatever the device.
     """
     samples: dict[str, list[float]] = {name: [] for name in providers}
-    timer = functools.partial(_cuda_ms, queued=queued) if torch.cuda.is_available() else _host_ms
+    timer = functools.partial(_host_ms, clock=clock or time.perf_counter)
+    if torch.cuda.is_available() and clock is None:
+        timer = functools.partial(_cuda_ms, queued=queued)
     began = time.perf_counter()
     for index in range(warmup + rounds):
         if index >= warmup + 3 and time.perf_counter() - began > seconds:
@@ -85,10 +89,10 @@ def _percentiles(values: list[float]) -> Latency:
     return Latency(cuts[1], cuts[4], cuts[7], len(values))
 
 
-def _host_ms(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _host_ms(call: Callable[[], Any], *, clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def _cuda_ms(call: Callable[[], Any], *, queued: bool) -> float:

@@ -130,8 +130,8 @@ def train(
         bool,
         typer.Option(
             "--cuda-graphs",
-            help="On a CUDA GPU record a step once for each length of transcripts and replay it, several times faster "
-            "where the GPU waits for the host. Only with the full window.",
+            help="On a CUDA GPU record a step once for each length of transcripts and replay it, which spares the host "
+            "most of its work. New, and not yet measured. Only with the full window.",
         ),
     ] = False,
     workers: Annotated[int, typer.Option(help="Processes that read audio.")] = 0,
