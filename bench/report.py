@@ -117,8 +117,7 @@ def _measured_layer(device: str, rows: list[Row]) -> str:
         over_floor = f"{row['p50_ms'] / row['floor_ms']:.2f}"
         line = [name, *single, percentiles, *ratios, over_floor, peak, str(row.get("counted_launches", "–"))]
         if on_gpu:
-            ratio = _ratio(row, both.get("frozen"), "gpu_p50_ms")
-            line += [_number(row["gpu_p50_ms"]), ratio] if "gpu_p50_ms" in row else ["–", "–"]
+            line += _gpu_time(row, both.get("frozen"), "gpu_p50_ms")
         lines.append(line)
     heads = [
         "provider", "forward ms", "backward ms", "both p20 / p50 / p80 ms", "/ frozen", "/ addmm-lora", "/ peft-lora",
@@ -144,8 +143,7 @@ def _measured_step(device: str, rows: list[Row]) -> str:
             str(row.get("launches", "–")),
         ]
         if on_gpu:
-            measured = "gpu_ms" in row
-            line += [_number(row["gpu_ms"]), _ratio(row, frozen, "gpu_ms")] if measured else ["–", "–"]
+            line += _gpu_time(row, frozen, "gpu_ms")
         lines.append(line)
     heads = [
         "method", "p20 / p50 / p80 ms", "/ frozen", "/ lora-six", "audio s / s", "peak MiB", "/ lora-six", "launches",
@@ -221,6 +219,11 @@ def _resources(row: Row) -> str:
 
 def _ratio(row: Row, other: Row | None, key: str) -> str:
     return f"{row[key] / other[key]:.2f}" if other and other.get(key) else "–"
+
+
+def _gpu_time(row: Row, frozen: Row | None, key: str) -> list[str]:
+    """The GPU's own time and its ratio, where it was measured."""
+    return [_number(row[key]), _ratio(row, frozen, key)] if key in row else ["–", "–"]
 
 
 def _number(value: float) -> str:

@@ -141,6 +141,7 @@ def test_time_on_the_gpu_has_columns_where_it_was_measured():
     case = {**Case("fc1", "tiny", 40).fields(), "section": "layer", "kind": "measured", "pass": "both", "floor_ms": 1.0}
     case |= {"p20_ms": 4.0, "p50_ms": 4.0, "p80_ms": 4.0, "device": "a GPU", "utc": "2026-11-26T00:00:00+00:00"}
     rows = [{**case, "provider": "frozen", "gpu_p50_ms": 2.0}, {**case, "provider": "s2-auto", "gpu_p50_ms": 2.5}]
+    rows.append({**case, "provider": "s2-split"})  # of an earlier run
     assert "| 2.5 | 1.25 |" in report.tables(rows)
     assert "queued" not in report.tables([{**case, "provider": "frozen"}])
 
