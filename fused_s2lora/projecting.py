@@ -1,4 +1,4 @@
-"""LayerNorm and GELU that also compute z = h Aᵀ for the adapted map that reads them, in one pass on a GPU."""
+"""LayerNorm and GELU that also compute z = h Aᵀ for the adapted map that reads them, a LayerNorm in its own pass."""
 
 from __future__ import annotations
 

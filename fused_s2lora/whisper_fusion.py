@@ -97,7 +97,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 def _let_producers_project(layer: Any) -> None:
-    """LayerNorms and GELU of one layer compute z of what reads them, in one pass on a GPU."""
+    """LayerNorms and GELU of one layer compute z of what reads them, on a GPU."""
     reads = [(layer.self_attn_layer_norm, layer.self_attn.q_proj), (layer.final_layer_norm, layer.fc1)]
     if isinstance(layer, WhisperDecoderLayer):
         reads.append((layer.encoder_attn_layer_norm, layer.encoder_attn.q_proj))
