@@ -36,7 +36,7 @@ LINEAR = {
     "few rows": LinearConfig(64, 64, 64, 4, num_warps=4, num_stages=4),
     "few rows, deep": LinearConfig(64, 128, 128, 4, num_warps=4, num_stages=3),  # 0.8 of the time of "few rows" on 9.0
     "high rank": LinearConfig(64, 64, 32, 8, num_warps=8, num_stages=3),
-    # Where compute capability 8.x spills with the tiles before.
+    # Where compute capability 8.x spills with "square" and "high rank".
     "square, shallow": LinearConfig(128, 128, 32, 8, num_warps=8, num_stages=3),
     "high rank, low": LinearConfig(32, 64, 32, 8, num_warps=8, num_stages=2),
     # Tiles and warps of float32 are those with which no target spills.
@@ -58,13 +58,14 @@ def linear_config_name(rows: int, padded_rank: int, dtype: torch.dtype, shared_m
     large = shared_memory >= SHARED_MEMORY["90"]
     if dtype == torch.float32:
         return "single precision" + (f", rank {padded_rank}" if padded_rank > 16 else "")
+    small = SHARED_MEMORY["89"] <= shared_memory < SHARED_MEMORY["90"]
     if padded_rank > 32:
-        return "high rank" if large or padded_rank == 64 else "high rank, low"
+        return "high rank, low" if small and padded_rank > 64 else "high rank"
     if rows <= 1024:
         return "few rows, deep" if large else "few rows"
     if large:
         return "wide"
-    return "square, shallow" if padded_rank == 32 and shared_memory < SHARED_MEMORY["80"] else "square"
+    return "square, shallow" if small and padded_rank == 32 else "square"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from fused_s2lora.kernels import aot, device, fused
 from fused_s2lora.kernels.aot import TENSOR_MEMORY
-from fused_s2lora.kernels.configs import PERSISTENT_MAX_RANK, SHARED_MEMORY
+from fused_s2lora.kernels.configs import PASS, PERSISTENT_MAX_RANK, SHARED_MEMORY
 from fused_s2lora.kernels.producers import gelu_project, layer_norm_project
 from fused_s2lora.kernels.s2_linear import s2_linear_group
 from fused_s2lora.kernels.shared import share_input
@@ -96,8 +96,10 @@ def test_half_precision_and_tf32_builds_use_matrix_instructions(reports):
 def _matrix_instructions(report: dict) -> int:
     """Those of the target's newest kind; it takes 64 rows, so that blocks of fewer use the older `mma`."""
     counts = report["matrix_instructions"]
-    of_few_rows = report["kernel"] in ("activation", "project", "output gradients")
-    few_rows = of_few_rows and report["config"].startswith("few rows")
+    few_rows = report["kernel"] in ("activation", "project") and report["config"].startswith("few rows")
+    if report["kernel"] == "output gradients":
+        only_the_factor = report["direction"].endswith("factor, no g")  # zᵀ dy, of as many rows as the rank
+        few_rows = PASS[report["config"]].BLOCK_M < 64 or only_the_factor
     return counts[TENSOR_CORES[report["target"]]] + (counts["mma"] if few_rows else 0)
 
 
