@@ -1,5 +1,10 @@
-"""Steps replayed as CUDA graphs: the same losses and gradients, and what they do not go with."""
+"""Steps replayed as CUDA graphs: the same losses and gradients, and what they do not go with.
 
+Without a GPU a stand-in for a graph computes again what was recorded, from the recorded inputs into the recorded
+outputs: what is left to test is which batches are recorded, and what is read, written and handed over.
+"""
+
+import contextlib
 import json
 
 import pytest
@@ -16,7 +21,8 @@ from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 ADAPTERS = {
     "s2lora": lambda: S2LoraConfig(r=4),
     "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
@@ -30,9 +36,48 @@ def nothing_is_timed(monkeypatch):
     monkeypatch.setenv(VARIABLE, "merged")
 
 
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """Makes a GraphedBackward."""
+
+    def make(losses, parameters, **settings) -> GraphedBackward:
+        calls = []
+
+        class Graph:
+            def replay(self):
+                recorded = next(one for one in made._recorded.values() if one.graph is self)
+                inputs = recorded.inputs.items()
+                batch = next(call for call in calls if all(call[name] is value for name, value in inputs))
+                before = [parameter.grad for parameter in made._parameters]
+                for name, loss in made._forward_and_backward(batch).items():
+                    recorded.losses[name].copy_(loss)
+                for gradient, parameter, left in zip(recorded.gradients, made._parameters, before, strict=True):
+                    if gradient is not None:
+                        gradient.copy_(parameter.grad)
+                    parameter.grad = left
+
+        if DEVICE == "cpu":
+            monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        made = GraphedBackward(lambda batch: calls.append(batch) or losses(batch), parameters, **settings)
+        return made
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda *given, **named: contextlib.nullcontext())
+    return make
+
+
 def adapted(tiny_whisper, adapter: str, *, fused: bool = True) -> torch.nn.Module:
-    """A tiny adapted Whisper on the GPU, whose update is not zero."""
-    model = get_peft_model(tiny_whisper(), ADAPTERS[adapter]()).cuda()
+    """A tiny adapted Whisper, whose update is not zero."""
+    model = get_peft_model(tiny_whisper(), ADAPTERS[adapter]()).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -47,8 +92,8 @@ def batches() -> list[dict]:
     generator = torch.Generator().manual_seed(2)
     return [
         {
-            "input_features": torch.randn(2, 8, 100, generator=generator).cuda(),
-            "labels": torch.randint(3, 90, (2, tokens), generator=generator).cuda(),
+            "input_features": torch.randn(2, 8, 100, generator=generator).to(DEVICE),
+            "labels": torch.randint(3, 90, (2, tokens), generator=generator).to(DEVICE),
         }
         for tokens in (5, 8, 5, 8, 5, 5, 8, 8, 5)
     ]
@@ -56,23 +101,22 @@ def batches() -> list[dict]:
 
 def losses_of(model: torch.nn.Module):
     def losses(batch: dict) -> dict:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             loss = model(**batch).loss
         return {"loss": loss, "doubled": 2 * loss.detach()}
 
     return losses
 
 
-@gpu
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_replayed_steps_are_the_steps(tiny_whisper, adapter):
+def test_replayed_steps_are_the_steps(tiny_whisper, adapter, graphed):
     model, plain = (adapted(tiny_whisper, adapter) for _ in range(2))
     parameters, others = ([p for p in one.parameters() if p.requires_grad] for one in (model, plain))
     optimizers = [torch.optim.AdamW(some, lr=1e-2) for some in (parameters, others)]
-    graphed = GraphedBackward(losses_of(model), parameters)
+    steps = graphed(losses_of(model), parameters)
     last = 0.0
     for index, batch in enumerate(batches()):
-        got = graphed(batch)
+        got = steps(batch)
         expected = losses_of(plain)(batch)
         expected["loss"].backward()
         for name in ("loss", "doubled"):
@@ -88,15 +132,26 @@ def test_replayed_steps_are_the_steps(tiny_whisper, adapter):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    assert len(steps._recorded) == 2
 
 
-@gpu
-def test_shapes_beyond_the_most_are_computed_as_usual(tiny_whisper):
+def test_shapes_beyond_the_most_are_computed_as_usual(tiny_whisper, graphed):
     model = adapted(tiny_whisper, "s2lora")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    graphed = GraphedBackward(losses_of(model), parameters, most=1)
-    expected = [float(losses_of(model)(batch)["loss"]) for batch in batches()]
-    assert [float(graphed(batch)["loss"]) for batch in batches()] == pytest.approx(expected, rel=1e-3)
+    steps = graphed(losses_of(model), parameters, most=1)
+    expected = [losses_of(model)(batch)["loss"].item() for batch in batches()]
+    assert [float(steps(batch)["loss"]) for batch in batches()] == pytest.approx(expected, rel=1e-3)
+    assert len(steps._recorded) == 1
+
+
+def test_values_that_are_no_tensors_are_part_of_the_shape(tiny_whisper, graphed):
+    parameter = torch.nn.Parameter(torch.ones(1, device=DEVICE))
+    steps = graphed(lambda batch: {"loss": (batch["factor"] * parameter * batch["x"]).sum()}, [parameter])
+    for factor in (2, 3, 2, 3, 2, 3):
+        batch = {"x": torch.full((1,), 5.0, device=DEVICE), "factor": factor}
+        assert float(steps(batch)["loss"]) == 5 * factor
+        assert float(parameter.grad) == 5 * factor
+    assert len(steps._recorded) == 2
 
 
 @gpu
