@@ -143,7 +143,7 @@ def _panels(
             )
         axes.set(xscale="log", xlabel=label, ylabel=f"{column}, capped, %")
         positions = sorted({position(line) for line in lines})
-        if all(after > 1.5 * before for before, after in itertools.pairwise(positions)) and len(positions) < 6:
+        if all(after > 1.8 * before for before, after in itertools.pairwise(positions)) and len(positions) < 6:
             axes.set_xticks(positions, [f"{value:,}" for value in positions])
             axes.minorticks_off()
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -166,7 +166,7 @@ def learning_figure(lines: list[Line]) -> Figure | None:
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return None
-    figure, grid = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, sharey=True)
+    figure, grid = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 4.2), squeeze=False, sharey=True)
     for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
         looks = itertools.product(("-", "--", ":"), plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
         for (label, (steps, losses)), (dashes, colour) in zip(curves.items(), looks, strict=False):
@@ -174,7 +174,7 @@ def learning_figure(lines: list[Line]) -> Figure | None:
             smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
             axes.plot(steps[window - 1 :], smooth, linewidth=1, linestyle=dashes, color=colour, label=label)
         axes.set(xlabel="step", ylabel="cross-entropy per token", yscale="log", title=title)
-        axes.legend(fontsize=6.5, loc="upper right", ncols=2)
+        axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
 
