@@ -8,6 +8,7 @@ with the L2 cache written over between calls. Nothing is checked here, nor chang
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import time
@@ -62,14 +63,10 @@ def _project(device: str, dtype: torch.dtype, M: int, K: int) -> Call:
     return lambda: project(x, down)
 
 
-def _tall(device: str, dtype: torch.dtype, M: int, K: int, of_gelu: bool = False) -> Call:
+def _tall(device: str, dtype: torch.dtype, M: int, K: int, of_gelu: bool) -> Call:
     x = normal(M, K, dtype=dtype, device=device)
     g, d_down = (normal(*shape, dtype=torch.float32, device=device) for shape in ((M, RANK), (RANK, K)))
     return lambda: input_gradient_factor(x, g, d_down, of_gelu=of_gelu)
-
-
-def _tall_of_gelu(device: str, dtype: torch.dtype, M: int, K: int) -> Call:
-    return _tall(device, dtype, M, K, of_gelu=True)
 
 
 def _merge(device: str, dtype: torch.dtype, N: int, K: int, G: int) -> Call:
@@ -126,7 +123,8 @@ def trials(rows: Sequence[int], width: int) -> Iterator[Trial]:
             name = configs.pass_config_name(M, 1, 16, torch.bfloat16)
             for tiles in [configs.PROJECT[name], *_pass_tiles(few, 1)]:
                 yield trial("project", {"M": M, "K": K}, _project, tiles, configs.PROJECT, name)
-            for gelu, make in ((False, _tall), (True, _tall_of_gelu)):
+            for gelu in (False, True):
+                make = functools.partial(_tall, of_gelu=gelu)
                 name = configs.tall_config_name(16, torch.bfloat16, gelu)
                 shapes = ((c, m, w, s) for c in (128, 256) for m in (32, 64) for w, s in ((4, 4), (8, 3), (8, 4)))
                 others = [TallConfig(*shape, programs=count) for shape in shapes for count in (264, 528)]

@@ -143,7 +143,7 @@ PASS = {
     "high rank": PassConfig(64, 64, num_warps=8, num_stages=3),
     "single precision": PassConfig(64, 32, num_warps=8, num_stages=2),
     "single precision, rank 32": PassConfig(64, 16, num_warps=8, num_stages=2),
-    # Wider, deeper or with four warps, groups of two or three spill on 9.0 or 10.0, in TF32 or in float32.
+    # Taller, wider or with four warps, groups of two or three spill on 9.0 or 10.0, in TF32 or in float32.
     "single precision, group": PassConfig(16, 16, num_warps=8, num_stages=2),
     "single precision, high rank": PassConfig(16, 16, num_warps=8, num_stages=1),
 }

@@ -56,6 +56,8 @@ class GraphedBackward:
         key = (*shapes, *((name, value) for name, value in batch.items() if name not in tensors))
         recorded = self._recorded.get(key)
         if recorded is None:
+            for parameter in self._parameters:
+                parameter.grad = None
             if key not in self._seen or len(self._recorded) >= self._most:
                 self._seen.add(key)
                 return self._run(batch)
@@ -78,15 +80,11 @@ class GraphedBackward:
     def _record(self, batch: dict[str, Any], tensors: dict[str, Tensor]) -> _Recorded:
         inputs = {name: value.clone() for name, value in tensors.items()}
         graph = torch.cuda.CUDAGraph()
-        for parameter in self._parameters:
-            parameter.grad = None
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):  # gives cached memory back first
             losses = self._forward_and_backward(batch | inputs)
         return _Recorded(graph, inputs, losses, [parameter.grad for parameter in self._parameters])
 
     def _forward_and_backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        for parameter in self._parameters:
-            parameter.grad = None
         losses = self._losses(batch)
         losses["loss"].backward()
         return {name: value.detach() for name, value in losses.items()}

@@ -110,13 +110,13 @@ class SpeechTrainer(Seq2SeqTrainer):
                 decoder_input_ids=batch["decoder_input_ids"],
                 labels=batch["labels"],
             )
-        answers = torch.zeros((), device=outputs.loss.device)
+        loss, answers = outputs.loss, torch.zeros((), device=outputs.loss.device)
         if "answer_tokens" in batch:
             answers = _answer_loss(outputs.logits, batch)
+            loss = loss + answers
         tuner = getattr(whisper, "base_model", None)
         penalties = tuner.last_penalties if model.training and isinstance(tuner, S2LoraModel) else {}
         cross_entropy = (outputs.loss - sum(penalties.values())).detach()
-        loss = outputs.loss + answers if "answer_tokens" in batch else outputs.loss
         parts = {"cross_entropy": cross_entropy, "other_languages": answers.detach(), **penalties}
         return outputs, {"loss": loss, **parts}
 

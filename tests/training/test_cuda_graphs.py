@@ -54,6 +54,8 @@ def graphed(monkeypatch):
                 inputs = recorded.inputs.items()
                 batch = next(call for call in calls if all(call[name] is value for name, value in inputs))
                 before = [parameter.grad for parameter in made._parameters]
+                for parameter in made._parameters:
+                    parameter.grad = None
                 for name, loss in made._forward_and_backward(batch).items():
                     recorded.losses[name].copy_(loss)
                 for gradient, parameter, left in zip(recorded.gradients, made._parameters, before, strict=True):
