@@ -30,6 +30,10 @@ Test = Annotated[
 Margin = Annotated[
     int | None, typer.Option(help="Positions after the longest. [dim]default: the adapter's, else 64[/dim]")
 ]
+Beams = Annotated[int, typer.Option(help="Beams of the search for a transcript; 1 is greedy.")]
+DecodeOnce = Annotated[
+    bool, typer.Option("--decode-once", help="Leave a transcript that does not end; do not decode it again.")
+]
 EvalBatch = Annotated[int, typer.Option(help="Utterances decoded at once.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first so many utterances of each set, for a quick try.")]
 
@@ -139,6 +143,8 @@ def train(
     logging_steps: Annotated[int, typer.Option(help="Steps between two log lines.")] = 10,
     save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
     before: Annotated[bool, typer.Option(help="Also score the tests before training.")] = True,
+    beams: Beams = 1,
+    decode_once: DecodeOnce = False,
     group_by: GroupBy = [],  # noqa: B006
     eval_batch_size: EvalBatch = 8,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is in --output and start anew.")] = False,
@@ -204,11 +210,14 @@ def evaluate(
     audio_column: AudioColumn = None,
     limit: Limit = None,
     strict: Strict = False,
+    beams: Beams = 1,
+    decode_once: DecodeOnce = False,
     precision: Precision = "auto",
     group_by: GroupBy = [],  # noqa: B006
     eval_batch_size: EvalBatch = 8,
 ) -> None:
     """Score a Whisper, with or without an adapter, on test sets."""
+    from .decoding import Decoding
     from .evaluate import evaluate as run
     from .models import remembered_speech
     from .train import named_sets
@@ -222,6 +231,7 @@ def evaluate(
         adapter=adapter,
         window=window,
         margin=margin,
+        decoding=Decoding(beams, decode_once),
         precision=precision,
         batch_size=eval_batch_size,
         group_by=group_by,
@@ -238,6 +248,7 @@ def transcribe(
     ] = None,
     window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
     margin: Margin = None,
+    beams: Beams = 1,
     precision: Precision = "auto",
     eval_batch_size: EvalBatch = 8,
     strict: Strict = False,
@@ -253,6 +264,7 @@ def transcribe(
         language=language,
         window=window,
         margin=margin,
+        beams=beams,
         precision=precision,
         batch_size=eval_batch_size,
         strict=strict,

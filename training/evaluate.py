@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .decoding import Decoding
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
 from .output import check_writable, writing
@@ -20,6 +21,7 @@ def evaluate(
     window: str | None = None,
     margin: int | None = None,
     task: str | None = None,
+    decoding: Decoding | None = None,
     precision: str = "auto",
     batch_size: int = 8,
     group_by: Sequence[str] = (),
@@ -51,6 +53,7 @@ def evaluate(
         label="adapted" if adapter else "zero-shot",
         window=chosen,
         task=task or trained.get("task"),
+        decoding=decoding,
         batch_size=batch_size,
         dtype=dtype,
         group_by=group_by,

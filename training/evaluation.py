@@ -1,33 +1,27 @@
-"""Greedy transcription of test sets and their error rates, overall and by group."""
+"""Test sets transcribed, and their error rates, overall and by group."""
 
-import copy
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 from transformers import WhisperProcessor
-from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from .audio import read_audio
-from .audio_window import AudioWindow, window_of
+from .audio_window import AudioWindow
 from .data import Speech
+from .decoding import MAX_NEW_TOKENS, Decoding, Heard, transcribe_speech
 from .errors import UserError
-from .features import LogMel
 from .metrics import ErrorRate, UtteranceErrors, score, summarize
-from .precision import autocast
 from .text import normalizer
 
 ALL = "all"
-MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding
 _AGE_GROUPS = ((0, 5), (6, 8), (9, 12), (13, 17))
 _OWN_COLUMNS = ("audio", "target", "text", "utterance")
 
@@ -42,28 +36,34 @@ class TestSet:
     __test__ = False  # not a pytest class
 
 
-@dataclass(frozen=True)
-class Heard:
-    """A transcript, and whether it came to its end before the most tokens that are decoded."""
-
-    text: str
-    ended: bool
-
-
 @dataclass
 class SetResult:
     """One scored set: transcripts in the set's own order, errors by utterance, rates by group."""
 
     name: str
     language: str | None
-    hypotheses: list[str]
+    heard: list[Heard]
     words: list[UtteranceErrors]
     characters: list[UtteranceErrors]
     rates: dict[str, dict[str, ErrorRate]]  # group -> {"wer": ..., "cer": ...}
     wordless: list[str]  # groups without a word to be counted, which have no rates
     skipped: int
-    cut_off: list[bool]  # transcripts that had not come to their end after `MAX_NEW_TOKENS`
     speech: Speech = field(repr=False)
+
+    @property
+    def hypotheses(self) -> list[str]:
+        """The transcripts' texts."""
+        return [one.text for one in self.heard]
+
+    @property
+    def cut_off(self) -> list[bool]:
+        """Which transcripts have no end after `MAX_NEW_TOKENS`."""
+        return [not one.ended for one in self.heard]
+
+    @property
+    def again(self) -> list[bool]:
+        """Which transcripts are of a second decoding, because the first had no end."""
+        return [one.again for one in self.heard]
 
 
 @dataclass
@@ -83,6 +83,7 @@ class Evaluation:
                     "language": result.language,
                     "skipped": result.skipped,
                     "cut_off": sum(result.cut_off),
+                    "decoded_again": sum(result.again),
                     "groups_without_words": result.wordless,
                     "groups": {
                         group: {unit: asdict(rate) for unit, rate in rates.items()}
@@ -102,113 +103,6 @@ class Evaluation:
         (folder / "results.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
-def transcribe_speech(
-    model: nn.Module,
-    processor: WhisperProcessor,
-    audio: Sequence[dict[str, Any]],
-    *,
-    window: AudioWindow,
-    language: str | None,
-    task: str | None = None,
-    batch_size: int = 8,
-    dtype: torch.dtype | None = None,
-    max_new_tokens: int | None = None,
-    on_batch: Callable[[int], None] = lambda utterances: None,
-) -> list[Heard]:
-    """Greedy transcripts of audio entries ("path" or "bytes"), in their order; each at most 30 s.
-
-    Utterances are batched by length, and each batch has the window of its longest. `language` and `task` are ignored by
-    English-only models; None is what the model's generation configuration says, else the language is detected and the
-    task is to transcribe. `dtype` runs the model under autocast. Decoding stops at
-    `max_new_tokens`, by default `MAX_NEW_TOKENS`. `on_batch` is told how many utterances were done.
-
-    Raises:
-        UserError: an audio file cannot be read, or is longer than 30 s; no utterance a batch.
-    """
-    if batch_size < 1:
-        raise UserError(f"--eval-batch-size is {batch_size}; give at least 1")
-    waveforms = [torch.from_numpy(read_audio(entry)) for entry in audio]
-    for entry, waveform in zip(audio, waveforms, strict=True):
-        if len(waveform) > AudioWindow().mel_frames(0) * processor.feature_extractor.hop_length:
-            raise UserError(f"{entry['path']}: more than 30 s of audio; cut it into utterances")
-    model = _for_decoding(model, dtype)
-    device = next(model.parameters()).device
-    log_mel = LogMel(processor.feature_extractor).to(device)
-    limit = max_new_tokens or MAX_NEW_TOKENS
-    order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
-    heard: dict[int, Heard] = {}
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        padded = torch.nn.utils.rnn.pad_sequence([waveforms[index] for index in batch], batch_first=True)
-        mel_frames = window.mel_frames(padded.shape[1])
-        features = log_mel(padded.to(device), mel_frames)
-        tokens = _generate(model, features, mel_frames, language, task, dtype, limit)
-        decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        # What ended has no end token left, but padding up to the longest of the batch, or is the longest itself.
-        ended = (tokens[:, -1] == processor.tokenizer.pad_token_id) | (tokens.shape[1] < limit)
-        for index, text, whole in zip(batch, decoded, ended.tolist(), strict=True):
-            heard[index] = Heard(text.strip(), whole)
-        on_batch(len(batch))
-    return [heard[index] for index in range(len(waveforms))]
-
-
-def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy with the adapter merged and every linear map in `dtype`, to be run under autocast to that dtype.
-
-    It computes what the model computes under autocast, but does not add the update and cast every weight again at every
-    token. In float32 (None) only the adapter is merged.
-    """
-    whole = dtype is None or dtype == torch.float32
-    if whole and not isinstance(model, PeftModel):
-        return model
-    decoder: Any = copy.deepcopy(model)
-    if isinstance(decoder, PeftModel):
-        decoder = decoder.merge_and_unload()
-    if whole:
-        return decoder
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear):
-            # A new parameter, for the last one's is the embedding's too.
-            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
-            if module.bias is not None:
-                module.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-    if next(decoder.parameters()).device.type == "cpu":
-        # PyTorch's fused attention in half precision takes a CPU several times as long for one query.
-        plain = copy.deepcopy(decoder.config)
-        plain._attn_implementation = "eager"
-        decoder.get_decoder().config = plain  # which makes the causal mask; "sdpa" would be given none for the prompt
-        for module in decoder.get_decoder().modules():
-            if isinstance(module, WhisperAttention):
-                module.config = plain
-    return decoder
-
-
-@torch.inference_mode()
-def _generate(
-    model: Any,
-    features: torch.Tensor,
-    mel_frames: int,
-    language: str | None,
-    task: str | None,
-    dtype: torch.dtype | None,
-    max_new_tokens: int,
-) -> torch.Tensor:
-    configured = model.generation_config
-    task = task or getattr(configured, "task", None) or "transcribe"
-    prompt = {"language": language, "task": task} if configured.is_multilingual else {}
-    weight_dtype = next(model.parameters()).dtype
-    with window_of(model, mel_frames), autocast(features.device, dtype):
-        return model.generate(
-            input_features=features.to(weight_dtype),
-            attention_mask=torch.ones(features.shape[0], mel_frames, dtype=torch.long, device=features.device),
-            num_beams=1,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            **prompt,
-        )
-
-
 def evaluate_sets(
     model: nn.Module,
     processor: WhisperProcessor,
@@ -217,6 +111,7 @@ def evaluate_sets(
     label: str,
     window: AudioWindow,
     task: str | None = None,
+    decoding: Decoding | None = None,
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     group_by: Sequence[str] = (),
@@ -252,6 +147,7 @@ def evaluate_sets(
                 window=window,
                 language=test.language,
                 task=task,
+                decoding=decoding,
                 batch_size=batch_size,
                 dtype=dtype,
                 on_batch=lambda done, bar=bar: bars.advance(bar, done),  # type: ignore[misc]
@@ -262,7 +158,7 @@ def evaluate_sets(
 
 def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequence[str] = ()) -> SetResult:
     """Error rates of transcripts given in the set's order, of every group with a word in its references."""
-    hypotheses, cut_off = [one.text for one in heard], [not one.ended for one in heard]
+    hypotheses = [one.text for one in heard]
     references = test.speech.dataset["text"][:]
     words = score(references, hypotheses, language=test.language, unit="wer")
     characters = score(references, hypotheses, language=test.language, unit="cer")
@@ -274,7 +170,7 @@ def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequen
         else:
             wordless.append(group)
     skipped = len(test.speech.skipped)
-    return SetResult(name, test.language, hypotheses, words, characters, rates, wordless, skipped, cut_off, test.speech)
+    return SetResult(name, test.language, list(heard), words, characters, rates, wordless, skipped, test.speech)
 
 
 def read_evaluation(
@@ -296,8 +192,11 @@ def read_evaluation(
             rows = list(csv.DictReader(stream, delimiter="\t"))
         if [row["utterance"] for row in rows] != test.speech.dataset["utterance"][:]:
             return None
-        # Written before there was the column: not known to be cut off.
-        heard = [Heard(row["hypothesis"], row.get("cut_off", "0") == "0") for row in rows]
+        # Written before there was the column: not known to be cut off, or decoded once.
+        heard = [
+            Heard(row["hypothesis"], row.get("cut_off", "0") == "0", row.get("decoded_again", "0") == "1")
+            for row in rows
+        ]
         results.append(score_set(name, test, heard, group_by))
     return Evaluation(label, results)
 
@@ -352,15 +251,24 @@ def results_table(evaluations: Sequence[Evaluation], title: str = "") -> Table:
             name = first.name if group == ALL else ""
             table.add_row(name, group, str(first.rates[group]["wer"].utterances), *cells, end_section=False)
         table.add_section()
-    cut_off = [
-        f"{evaluation.label}, {result.name}: {sum(result.cut_off)}"
+    told = [
+        f"{what}: {found}"
+        for what, of in ((f"without an end after {MAX_NEW_TOKENS} tokens", "cut_off"), ("decoded again", "again"))
+        if (found := _counted(evaluations, of))
+    ]
+    if told:
+        table.caption = f"transcripts {'; '.join(told)}"
+    return table
+
+
+def _counted(evaluations: Sequence[Evaluation], of: str) -> str:
+    """Where, and how many of, what `SetResult` lists under the name `of`."""
+    counts = [
+        (f"{evaluation.label}, {result.name}", sum(getattr(result, of)))
         for evaluation in evaluations
         for result in evaluation.sets
-        if any(result.cut_off)
     ]
-    if cut_off:
-        table.caption = f"transcripts without an end after {MAX_NEW_TOKENS} tokens: {'; '.join(cut_off)}"
-    return table
+    return ", ".join(f"{count} ({where})" for where, count in counts if count)
 
 
 def _write_utterances(file: Path, result: SetResult) -> None:
@@ -369,17 +277,16 @@ def _write_utterances(file: Path, result: SetResult) -> None:
     metadata = [name for name in dataset.column_names if name not in _OWN_COLUMNS]
     header = ["utterance", *metadata, "reference", "hypothesis", "normalized_reference", "normalized_hypothesis"]
     counts = ("substitutions", "deletions", "insertions", "length")
-    header += [f"word_{name}" for name in counts] + [f"character_{name}" for name in counts] + ["cut_off"]
+    header += [f"word_{name}" for name in counts] + [f"character_{name}" for name in counts]
+    header += ["cut_off", "decoded_again"]
     rows = dataset.remove_columns("audio")
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t")
         writer.writerow(header)
-        for row, hypothesis, words, characters, cut_off in zip(
-            rows, result.hypotheses, result.words, result.characters, result.cut_off, strict=True
-        ):
+        for row, heard, words, characters in zip(rows, result.heard, result.words, result.characters, strict=True):
             writer.writerow(
-                [row["utterance"], *(row[name] for name in metadata), row["text"], hypothesis]
+                [row["utterance"], *(row[name] for name in metadata), row["text"], heard.text]
                 + [words.reference, words.hypothesis]
                 + [getattr(errors, name) for errors in (words, characters) for name in counts]
-                + [int(cut_off)]
+                + [int(not heard.ended), int(heard.again)]
             )

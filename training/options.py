@@ -68,6 +68,8 @@ class TrainOptions:
     save_steps: int = 100
 
     before: bool = True
+    beams: int = 1
+    decode_once: bool = False
     group_by: list[str] = field(default_factory=list)
     eval_batch_size: int = 8
 
@@ -79,7 +81,7 @@ class TrainOptions:
         if self.task not in ("transcribe", "translate"):
             raise UserError(f"--task {self.task!r} is not one of transcribe, translate")
         check_precision(self.precision)
-        for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps"):
+        for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps", "beams"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
         for name in ("early_stopping", "seed", "warmup", "weight_decay", "workers"):

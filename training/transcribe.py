@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.progress import Progress
 
 from .data import Skipped, checked_duration
+from .decoding import Decoding, transcribe_speech
 from .errors import UserError
-from .evaluation import transcribe_speech
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
 from .output import check_writable, writing
 from .precision import autocast_dtype
@@ -34,6 +34,7 @@ def transcribe(
     task: str | None = None,
     window: str | None = None,
     margin: int | None = None,
+    beams: int = 1,
     precision: str = "auto",
     batch_size: int = 8,
     strict: bool = False,
@@ -43,12 +44,13 @@ def transcribe(
 
     Language, task, window and its margin default to those the adapter was trained with; without an adapter language and
     task to those of the model's generation configuration, else detected and transcription, and the window is full.
+    With more than one of `beams` each transcript is the best of so many.
     `output` also writes a TSV of file and text.
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `output` not writable.
     """
-    dtype = autocast_dtype(precision)
+    dtype, decoding = autocast_dtype(precision), Decoding(beams)
     files = _audio_files(inputs)
     if output is not None:
         check_writable(Path(output))
@@ -68,6 +70,7 @@ def transcribe(
             window=chosen,
             language=code,
             task=task or trained.get("task"),
+            decoding=decoding,
             batch_size=batch_size,
             dtype=dtype,
             on_batch=lambda done: bars.advance(bar, done),

@@ -20,7 +20,7 @@ def tones(tmp_path_factory) -> Path:
 @pytest.fixture
 def short_decoding(monkeypatch):
     """Four tokens an utterance at most, for an untrained model never stops by itself."""
-    monkeypatch.setattr("fused_s2lora.training.evaluation.MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr("fused_s2lora.training.decoding.MAX_NEW_TOKENS", 4)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def finished(options, tones, tmp_path_factory) -> Path:
     """The folder of a finished run with a test set."""
     output = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fused_s2lora.training.evaluation.MAX_NEW_TOKENS", 4)
+        patch.setattr("fused_s2lora.training.decoding.MAX_NEW_TOKENS", 4)
         train(options(output, test=[f"same={tones}"], group_by=["age"]), console=QUIET)
     return output
 
@@ -63,6 +63,6 @@ def compared(quick, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
     comparison = read_comparison(write(folder, quick, ROWS), folder / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fused_s2lora.training.evaluation.MAX_NEW_TOKENS", 4)
+        patch.setattr("fused_s2lora.training.decoding.MAX_NEW_TOKENS", 4)
         assert len(list(run_comparison(comparison, console=QUIET))) == 10
     return folder

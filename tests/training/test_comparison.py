@@ -81,7 +81,7 @@ def test_a_row_is_the_papers_only_with_every_option_of_the_method_at_its_default
         "keep_case", "limit", "strict", "method", "rank", "epochs", "max_steps", "batch_size", "accumulation", "warmup",
         "weight_decay", "spec_augment", "early_stopping", "window", "margin", "full_share", "precision",
         "gradient_checkpointing", "half_base", "cuda_graphs", "workers", "seed", "logging_steps", "save_steps",
-        "before", "group_by", "eval_batch_size",
+        "before", "beams", "decode_once", "group_by", "eval_batch_size",
     }  # fmt: skip
     options = {option.name for option in fields(TrainOptions)}
     assert of_every_method <= options

@@ -11,14 +11,16 @@ from rich.console import Console
 from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
+from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training import evaluation as evaluation_module
 from fused_s2lora.training import models
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.data import load_speech
+from fused_s2lora.training.decoding import Decoding, Heard, transcribe_speech
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
-from fused_s2lora.training.evaluation import read_evaluation, results_table, transcribe_speech
+from fused_s2lora.training.evaluation import read_evaluation, results_table
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
 from fused_s2lora.training.train import named_sets, train
@@ -37,7 +39,7 @@ def test_decoding_in_half_precision_computes_what_the_model_does(tiny_folder):
     torch.manual_seed(0)
     features = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
     prompt = torch.tensor([processor.tokenizer.prefix_tokens] * 2)
-    decoder = evaluation_module._for_decoding(model, torch.bfloat16)
+    decoder = decoding_module._for_decoding(model, torch.bfloat16)
 
     def logits(whisper):
         first = whisper(input_features=features, decoder_input_ids=prompt, use_cache=True)
@@ -53,30 +55,86 @@ def test_decoding_in_half_precision_computes_what_the_model_does(tiny_folder):
     assert error < 2 * rounding
 
 
-def test_transcripts_without_an_end_are_told(tiny_folder, tones, tmp_path, monkeypatch):
+@pytest.fixture
+def endless(tiny_folder, monkeypatch):
+    """Four batches of two of what "is heard", once or twice: the first never ends, the third at its second decoding."""
+    _, processor = load_base(str(tiny_folder))
+    pad = processor.tokenizer.pad_token_id
+    cat, dog = (processor.tokenizer(word).input_ids[-2] for word in ("cat", "dog"))
+    ended = [dog, dog, dog, pad]
+    once = [[[cat] * 4, ended], [[cat] * 4, ended], [[dog] * 3, [dog, dog, pad]]]
+    twice = [once[0], [[cat] * 4], once[1], [ended], once[2]]
+    asked = []
+
+    def start(tokens: list) -> list:
+        left = iter(tokens)
+        asked.clear()
+
+        def generate(model, features, *_, max_new_tokens, **search):
+            asked.append((len(features), search))
+            return torch.tensor(next(left))
+
+        monkeypatch.setattr(decoding_module, "_generate", generate)
+        return asked
+
+    return {"once": once, "twice": twice, "start": start}
+
+
+def test_what_does_not_end_is_decoded_again(tiny_folder, tones, endless):
     model, processor = load_base(str(tiny_folder))
     audio = load_speech(tones).dataset["audio"][:]
-    pad = processor.tokenizer.pad_token_id
-    words = processor.tokenizer("cat").input_ids[-2:-1] * 4
-    batches = [[words, [*words[:2], pad, pad]], [words[:3], [*words[:2], pad]], [words[:3], words[:3]]]
-    left = iter(batches)
-    monkeypatch.setattr(evaluation_module, "_generate", lambda *_: torch.tensor(next(left)))
-    heard = transcribe_speech(
-        model, processor, audio, window=AudioWindow("trim"), language="en", max_new_tokens=4, batch_size=2
-    )
+    options = {"window": AudioWindow("trim"), "language": "en", "max_new_tokens": 4, "batch_size": 2}
+    asked = endless["start"](endless["twice"])
+    heard = transcribe_speech(model, processor, audio, decoding=Decoding(beams=2), **options)
+    first, second = {"num_beams": 2}, {"num_beams": 5, "no_repeat_ngram_size": 3}
+    assert asked == [(2, first), (1, second), (2, first), (1, second), (2, first)]
     assert [one.ended for one in heard] == [False, True, True, True, True, True]
+    assert [one.again for one in heard] == [True, False, True, False, False, False]
+    assert heard[2].text == heard[3].text  # that of the second decoding
+    asked = endless["start"](endless["once"])
+    heard = transcribe_speech(model, processor, audio, decoding=Decoding(once=True), **options)
+    assert [found for _, found in asked] == [{"num_beams": 1}] * 3
+    assert [one.ended for one in heard] == [False, True, False, True, True, True]
+    assert not any(one.again for one in heard)
+    with pytest.raises(UserError, match="--beams is 0; give at least 1"):
+        Decoding(beams=0)
 
+
+def test_a_second_decoding_does_not_repeat_itself(tiny_folder, tones, monkeypatch):
+    """An untrained Whisper never stops: it says the same over and over, and the second time no three tokens twice."""
+    model, processor = load_base(str(tiny_folder))
+    audio = load_speech(tones).dataset["audio"][:2]
+    found = []
+    real = decoding_module._generate
+    monkeypatch.setattr(decoding_module, "_generate", lambda *a, **k: found.append(real(*a, **k)) or found[-1])
+    heard = transcribe_speech(model, processor, audio, window=AudioWindow("trim"), language="en", max_new_tokens=16)
+    first, second = (
+        [len(set(zip(row, row[1:], row[2:], strict=False))) for row in tokens.tolist()] for tokens in found
+    )
+    assert max(first) < 14
+    assert second == [14, 14]
+    texts = processor.tokenizer.batch_decode(found[1], skip_special_tokens=True)
+    assert heard == [Heard(text.strip(), ended=False, again=True) for text in texts]
+
+
+def test_transcripts_without_an_end_are_told(tiny_folder, tones, tmp_path, monkeypatch, endless):
+    monkeypatch.setattr(decoding_module, "MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(evaluation_module, "MAX_NEW_TOKENS", 4)
-    left = iter(batches)
+    endless["start"](endless["twice"])
     sets = named_sets([f"same={tones}"], "en")
     options = {"model": str(tiny_folder), "precision": "fp32", "batch_size": 2}
     evaluation = evaluate(sets, tmp_path / "out", **options, console=QUIET)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["same"]["cut_off"] == 1
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["same"]
+    assert (written["cut_off"], written["decoded_again"]) == (1, 2)
     table = results_table([evaluation])
-    assert table.caption == "transcripts without an end after 4 tokens: zero-shot, same: 1"
+    assert (
+        table.caption
+        == "transcripts without an end after 4 tokens: 1 (zero-shot, same); decoded again: 2 (zero-shot, same)"
+    )
     read = read_evaluation(tmp_path / "out", "zero-shot", sets)
-    assert read.sets[0].cut_off == evaluation.sets[0].cut_off == [True] + [False] * 5
-    left = iter([[words], *batches])
+    assert read.sets[0].heard == evaluation.sets[0].heard
+    assert read.sets[0].cut_off == [True] + [False] * 5
+    endless["start"]([endless["once"][0][:1]] * 2)
     command = ["transcribe", "--model", str(tiny_folder), "--language", "en", str(tones / "u0.flac")]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert f"cut off: {tones / 'u0.flac'}" in result.output

@@ -15,8 +15,8 @@ from fused_s2lora.training import train as train_module
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.collate import ANSWER_TOKENS, IGNORED, SpeechCollator
 from fused_s2lora.training.data import load_speech
+from fused_s2lora.training.decoding import transcribe_speech
 from fused_s2lora.training.errors import UserError
-from fused_s2lora.training.evaluation import transcribe_speech
 from fused_s2lora.training.features import LogMel
 from fused_s2lora.training.models import load_base
 from fused_s2lora.training.options import TrainOptions

@@ -1,0 +1,164 @@
+"""Transcripts of speech: greedy or by beam search, and once more where a transcript does not end."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import WhisperProcessor
+from transformers.models.whisper.modeling_whisper import WhisperAttention
+
+from .audio import read_audio
+from .audio_window import AudioWindow, window_of
+from .errors import UserError
+from .features import LogMel
+from .precision import autocast
+
+MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding
+_AGAIN = {"num_beams": 5, "no_repeat_ngram_size": 3}  # how what did not end is decoded the second time
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How transcripts are searched for: the most probable token each time, or the best of so many beams.
+
+    A transcript that has not come to its end after the most tokens that are decoded mostly repeats itself. Unless
+    `once`, it is decoded again with five beams in which no three tokens come twice, and what is heard then is kept.
+
+    Raises:
+        UserError: no beam.
+    """
+
+    beams: int = 1
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise UserError(f"--beams is {self.beams}; give at least 1")
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A transcript, whether it came to its end before the most tokens that are decoded, and whether it is a second."""
+
+    text: str
+    ended: bool
+    again: bool = False
+
+
+def transcribe_speech(
+    model: nn.Module,
+    processor: WhisperProcessor,
+    audio: Sequence[dict[str, Any]],
+    *,
+    window: AudioWindow,
+    language: str | None,
+    task: str | None = None,
+    decoding: Decoding | None = None,
+    batch_size: int = 8,
+    dtype: torch.dtype | None = None,
+    max_new_tokens: int | None = None,
+    on_batch: Callable[[int], None] = lambda utterances: None,
+) -> list[Heard]:
+    """Transcripts of audio entries ("path" or "bytes"), in their order; each at most 30 s.
+
+    Utterances are batched by length, and each batch has the window of its longest. `language` and `task` are ignored by
+    English-only models; None is what the model's generation configuration says, else the language is detected and the
+    task is to transcribe. `decoding` is greedy by default. `dtype` runs the model under autocast. Decoding stops at
+    `max_new_tokens`, by default `MAX_NEW_TOKENS`. `on_batch` is told how many utterances were done.
+
+    Raises:
+        UserError: an audio file cannot be read, or is longer than 30 s; no utterance a batch.
+    """
+    if batch_size < 1:
+        raise UserError(f"--eval-batch-size is {batch_size}; give at least 1")
+    waveforms = [torch.from_numpy(read_audio(entry)) for entry in audio]
+    for entry, waveform in zip(audio, waveforms, strict=True):
+        if len(waveform) > AudioWindow().mel_frames(0) * processor.feature_extractor.hop_length:
+            raise UserError(f"{entry['path']}: more than 30 s of audio; cut it into utterances")
+    decoding = decoding or Decoding()
+    model = _for_decoding(model, dtype)
+    device = next(model.parameters()).device
+    log_mel = LogMel(processor.feature_extractor).to(device)
+    limit = max_new_tokens or MAX_NEW_TOKENS
+    order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
+    heard: dict[int, Heard] = {}
+    model.eval()
+
+    def hear(batch: list[int], features: torch.Tensor, mel_frames: int, again: bool, **search: int) -> None:
+        tokens = _generate(model, features, mel_frames, language, task, dtype, max_new_tokens=limit, **search)
+        decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        # What ended has no end token left, but padding up to the longest of the batch, or is the longest itself.
+        ended = (tokens[:, -1] == processor.tokenizer.pad_token_id) | (tokens.shape[1] < limit)
+        for index, text, whole in zip(batch, decoded, ended.tolist(), strict=True):
+            heard[index] = Heard(text.strip(), whole, again)
+
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        padded = torch.nn.utils.rnn.pad_sequence([waveforms[index] for index in batch], batch_first=True)
+        mel_frames = window.mel_frames(padded.shape[1])
+        features = log_mel(padded.to(device), mel_frames)
+        hear(batch, features, mel_frames, again=False, num_beams=decoding.beams)
+        endless = [row for row, index in enumerate(batch) if not heard[index].ended]
+        if endless and not decoding.once:
+            hear([batch[row] for row in endless], features[endless], mel_frames, again=True, **_AGAIN)
+        on_batch(len(batch))
+    return [heard[index] for index in range(len(waveforms))]
+
+
+def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy with the adapter merged and every linear map in `dtype`, to be run under autocast to that dtype.
+
+    It computes what the model computes under autocast, but does not add the update and cast every weight again at every
+    token. In float32 (None) only the adapter is merged.
+    """
+    whole = dtype is None or dtype == torch.float32
+    if whole and not isinstance(model, PeftModel):
+        return model
+    decoder: Any = copy.deepcopy(model)
+    if isinstance(decoder, PeftModel):
+        decoder = decoder.merge_and_unload()
+    if whole:
+        return decoder
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            # A new parameter, for the last one's is the embedding's too.
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+            if module.bias is not None:
+                module.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    if next(decoder.parameters()).device.type == "cpu":
+        # PyTorch's fused attention in half precision takes a CPU several times as long for one query.
+        plain = copy.deepcopy(decoder.config)
+        plain._attn_implementation = "eager"
+        decoder.get_decoder().config = plain  # which makes the causal mask; "sdpa" would be given none for the prompt
+        for module in decoder.get_decoder().modules():
+            if isinstance(module, WhisperAttention):
+                module.config = plain
+    return decoder
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any,
+    features: torch.Tensor,
+    mel_frames: int,
+    language: str | None,
+    task: str | None,
+    dtype: torch.dtype | None,
+    **search: int,
+) -> torch.Tensor:
+    configured = model.generation_config
+    task = task or getattr(configured, "task", None) or "transcribe"
+    prompt = {"language": language, "task": task} if configured.is_multilingual else {}
+    weight_dtype = next(model.parameters()).dtype
+    with window_of(model, mel_frames), autocast(features.device, dtype):
+        return model.generate(
+            input_features=features.to(weight_dtype),
+            attention_mask=torch.ones(features.shape[0], mel_frames, dtype=torch.long, device=features.device),
+            do_sample=False,
+            **prompt,
+            **search,
+        )
