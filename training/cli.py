@@ -164,19 +164,18 @@ def train(
 def compare(
     file: Annotated[Path, typer.Argument(help="YAML file that describes the runs, see docs/reproduction/.")],
     output: Annotated[Path, typer.Option(help="Folder of all runs, tables and figures.")] = Path("runs/comparison"),
-    part: Annotated[
-        str, typer.Option(help="I/N: only every N-th run from the I-th on, one process for each I.")
-    ] = "1/1",
+    runs: Annotated[int | None, typer.Option(help="Stop after so many runs. [dim]default: all[/dim]")] = None,
 ) -> None:
     """Train and score many methods alike, and compare them in tables and figures.
 
-    Run again to go on after an interruption; what is finished is not run again.
+    Run again to go on after an interruption; what is finished is not run again. Called several times at once, on one
+    GPU or on several, the processes share the runs.
     """
-    from .comparison import read_comparison, read_part, run_comparison
+    from .comparison import read_comparison, run_comparison
     from .report import write_report
 
     comparison = read_comparison(file, output)
-    for _ in run_comparison(comparison, part=read_part(part)):
+    for _ in run_comparison(comparison, most=runs):
         write_report(output)
     write_report(output)
     print(f"tables, figures and report.html: {output}")

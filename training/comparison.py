@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import re
@@ -20,6 +21,7 @@ from .errors import DivergedError, UserError
 from .evaluate import evaluate
 from .methods import METHODS, check
 from .options import TrainOptions
+from .output import writing
 from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions, write_json
 from .train import named_sets, train
@@ -177,60 +179,87 @@ def _typed(file: Path, row: str, key: str, value: Any) -> Any:
 
 
 def run_comparison(
-    comparison: Comparison, *, part: tuple[int, int] = (1, 1), console: Console | None = None
+    comparison: Comparison, *, most: int | None = None, console: Console | None = None
 ) -> Iterator[Cell]:
-    """Runs every cell that is not finished, one after the other, and yields each as it ends.
+    """Runs every cell that is not finished, one after the other, `most` of them, and yields each as it ends.
 
-    With part (I, N) only every N-th cell from the I-th on, so that N processes share the work and the folder.
-
+    Several processes that are given the same comparison share it: a cell that one of them has, the others leave to it.
     A cell that was stopped goes on where it was. One whose loss stops being finite is finished with the reason in its
     `cell.json`, and the next is run.
 
     Raises:
-        UserError: a cell has run with other options than these, before any is run; or bad input, naming the cell.
+        UserError: a cell has run with other options than these, before any is run; or bad input, naming the cell; or
+            `most` is below 1.
     """
+    if most is not None and most < 1:
+        raise UserError(f"--runs is {most}; give at least 1")
     console = console or Console()
-    finished = [cell for cell in comparison.cells if cell.finished()]
-    comparison.path.mkdir(parents=True, exist_ok=True)
-    (comparison.path / "comparison.yaml").write_text(comparison.source, encoding="utf-8")
-    first, step = part
-    cells = comparison.cells[first - 1 :: step]
-    waiting = [cell for cell in cells if cell not in finished]
-    done = len(cells) - len(waiting)
+    cells = comparison.cells
+    done = sum(cell.finished() for cell in cells)
+    with writing(comparison.path):
+        comparison.path.mkdir(parents=True, exist_ok=True)
+        (comparison.path / "comparison.yaml").write_text(comparison.source, encoding="utf-8")
     if done:
         console.print(f"{done} of {len(cells)} cells are finished already")
-    took = [json.loads((cell.path / "cell.json").read_text())["seconds"] for cell in finished]
-    for index, cell in enumerate(waiting):
-        left = f", about {_duration(sum(took) / len(took) * (len(waiting) - index))} left" if took else ""
-        console.rule(f"{done + index + 1} of {len(cells)}: {cell.name}{left}")
-        start = time.perf_counter()
-        failed = None
-        try:
-            _run_cell(cell, console)
-        except DivergedError as error:
-            failed = str(error)
-            console.print(f"[red]{cell.name}[/red]: {failed}")
-        except UserError as error:
-            raise UserError(f"{cell.name}: {error}") from error
-        took.append(time.perf_counter() - start)
-        record = {"row": cell.row, "seconds": round(took[-1], 1), "failed": failed}
-        write_json(cell.path / "cell.json", record | {"precision": resolved(cell.options.precision), **versions()})
-        shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
-        shutil.rmtree(cell.path / "model", ignore_errors=True)
+    ran = 0
+    for cell in cells:
+        if ran == most:
+            return
+        with _claimed(cell) as claimed:
+            if not claimed:
+                continue
+            console.rule(_progress(comparison, cell))
+            _run_and_record(cell, console)
+        ran += 1
         yield cell
+    left = sum(not cell.finished() for cell in cells)
+    if left:
+        console.print(f"{left} of {len(cells)} cells are left to the processes that run them")
 
 
-def read_part(text: str) -> tuple[int, int]:
-    """(I, N) of "I/N", with 1 <= I <= N.
+@contextlib.contextmanager
+def _claimed(cell: Cell) -> Iterator[bool]:
+    """Whether this process has the cell to run, for as long as the context lasts: nobody has, or has finished it."""
+    if cell.finished():
+        yield False
+        return
+    file = cell.path / ".running"
+    with writing(file):
+        cell.path.mkdir(parents=True, exist_ok=True)
+        stream = file.open("w")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
+        except BlockingIOError:
+            yield False
+            return
+        yield not cell.finished()
+        if cell.finished():  # else another may be waiting for this very file
+            file.unlink(missing_ok=True)
 
-    Raises:
-        UserError: anything else.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    part = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= part[0] <= part[1]:
-        raise UserError(f"--part {text!r} is not I/N with I from 1 to N, such as 2/4")
-    return part
+
+def _progress(comparison: Comparison, cell: Cell) -> str:
+    finished = [one for one in comparison.cells if one.finished()]
+    took = [json.loads((one.path / "cell.json").read_text())["seconds"] for one in finished]
+    left = len(comparison.cells) - len(finished)
+    work = f", about {_duration(sum(took) / len(took) * left)} of work left" if took else ""
+    return f"{len(finished) + 1} of {len(comparison.cells)}: {cell.name}{work}"
+
+
+def _run_and_record(cell: Cell, console: Console) -> None:
+    start = time.perf_counter()
+    failed = None
+    try:
+        _run_cell(cell, console)
+    except DivergedError as error:
+        failed = str(error)
+        console.print(f"[red]{cell.name}[/red]: {failed}")
+    except UserError as error:
+        raise UserError(f"{cell.name}: {error}") from error
+    record = {"row": cell.row, "seconds": round(time.perf_counter() - start, 1), "failed": failed}
+    write_json(cell.path / "cell.json", record | {"precision": resolved(cell.options.precision), **versions()})
+    shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
+    shutil.rmtree(cell.path / "model", ignore_errors=True)
 
 
 def _run_cell(cell: Cell, console: Console) -> None:
@@ -243,8 +272,8 @@ def _run_cell(cell: Cell, console: Console) -> None:
     tests = named_sets(options.test, options.language, limit=options.limit, strict=options.strict, **reading)
     evaluation = evaluate(
         tests, cell.path / "after", model=options.model, window=AudioWindow(options.window).mode,
-        margin=options.margin, task=options.task, precision=options.precision, batch_size=options.eval_batch_size,
-        group_by=options.group_by, console=console,
+        margin=options.margin, task=options.task, decoding=options.decoding(), precision=options.precision,
+        batch_size=options.eval_batch_size, group_by=options.group_by, console=console,
     )  # fmt: skip
     write_json(cell.path / "results.json", [evaluation.to_dict()])
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from .audio_window import AudioWindow
+from .decoding import Decoding
 from .errors import UserError
 from .precision import check_precision
 from .text import language_code
@@ -78,10 +79,11 @@ class TrainOptions:
             raise UserError("no training data: name a folder, manifest or hub id with --data")
         codes = [language_code(one) for one in (self.language, *self.keep_languages)]
         self.audio_window()
+        self.decoding()
         if self.task not in ("transcribe", "translate"):
             raise UserError(f"--task {self.task!r} is not one of transcribe, translate")
         check_precision(self.precision)
-        for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps", "beams"):
+        for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
         for name in ("early_stopping", "seed", "warmup", "weight_decay", "workers"):
@@ -130,3 +132,7 @@ class TrainOptions:
     def audio_window(self) -> AudioWindow:
         """The window of training."""
         return AudioWindow(self.window, self.margin)
+
+    def decoding(self) -> Decoding:
+        """How the test sets are transcribed."""
+        return Decoding(self.beams, self.decode_once)

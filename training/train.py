@@ -27,7 +27,6 @@ from fused_s2lora import S2LoraCallback, interpolate
 from .audio_window import AudioWindow
 from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong, load_speech, speakers
-from .decoding import Decoding
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, read_evaluation, results_table
 from .methods import adapt, learning_rate
@@ -82,7 +81,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     evaluations = []
     scoring: dict[str, Any] = {
         "task": options.task,
-        "decoding": Decoding(options.beams, options.decode_once),
+        "decoding": options.decoding(),
         "batch_size": options.eval_batch_size,
         "dtype": autocast_dtype(options.precision),
         "group_by": options.group_by,

@@ -6,17 +6,21 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from fused_s2lora.training import comparison as comparison_module
-from fused_s2lora.training.comparison import read_comparison, read_part, results_of, run_comparison
+from fused_s2lora.training.comparison import read_comparison, results_of, run_comparison
 from fused_s2lora.training.comparison_figures import draw_figures
 from fused_s2lora.training.comparison_tables import METHOD_OPTIONS, columns_of, lines_of, write_tables
+from fused_s2lora.training.decoding import Decoding
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.evaluation import Evaluation
 from fused_s2lora.training.methods import METHODS
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.report import write_report
@@ -54,16 +58,64 @@ def test_a_stopped_comparison_goes_on(quick, tmp_path, short_decoding, monkeypat
     assert [cell.name for cell in run_comparison(comparison, console=QUIET)] == ran == ["lora-r2-seed0"]
 
 
-def test_parts_share_the_work(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(comparison_module, "_run_cell", lambda cell, console: RunFolder(cell.options))
+def test_processes_share_the_work(tmp_path, quick, monkeypatch):
+    """A second process takes what the first has neither finished nor begun, and what was left when that one died."""
+    ran = []
+    monkeypatch.setattr(
+        comparison_module, "_run_cell", lambda cell, console: ran.append(RunFolder(cell.options) and cell.name)
+    )
     comparison = read_comparison(write(tmp_path, quick, ROWS), tmp_path / "out")
     names = [cell.name for cell in comparison.cells]
-    second = [cell.name for cell in run_comparison(comparison, part=read_part("2/3"), console=QUIET)]
-    assert second == names[1::3]
-    assert [cell.name for cell in run_comparison(comparison, console=QUIET)] == [n for n in names if n not in second]
-    for wrong in ("0/2", "3/2", "2", "a/b"):
-        with pytest.raises(UserError, match="I/N with I from 1"):
-            read_part(wrong)
+    assert len(list(run_comparison(comparison, most=1, console=QUIET))) == 1
+    theirs = comparison.cells[2]
+    theirs.path.mkdir(parents=True)
+    other = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
+        "print('has it', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", other, str(theirs.path / ".running")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "has it\n"
+        console = Console(record=True, width=120)
+        list(run_comparison(comparison, console=console))
+        process.kill()
+    assert ran == [name for name in names if name != theirs.name]
+    assert "1 of 10 cells are left to the processes that run them" in console.export_text()
+    assert [cell.name for cell in run_comparison(comparison, console=QUIET)] == [theirs.name]
+    assert not list(comparison.path.glob("*/.running"))
+    with pytest.raises(UserError, match="--runs is 0; give at least 1"):
+        next(run_comparison(comparison, most=0, console=QUIET))
+
+
+def test_a_row_says_how_its_transcripts_are_decoded(tmp_path, quick, monkeypatch):
+    row = {"name": "zero-shot", "method": "zero-shot", "beams": 3, "decode_once": True}
+    comparison = read_comparison(write(tmp_path, quick, [row]), tmp_path / "out")
+    asked = []
+
+    def evaluate(*arguments, decoding, **options):
+        asked.append(decoding)
+        return Evaluation("zero-shot", [])
+
+    monkeypatch.setattr(comparison_module, "evaluate", evaluate)
+    list(run_comparison(comparison, console=QUIET))
+    assert asked == [Decoding(beams=3, once=True)]
+    with pytest.raises(UserError, match="'zero-shot': --beams is 0"):
+        read_comparison(write(tmp_path, quick, [row | {"beams": 0}]), tmp_path / "out")
+
+
+def test_what_another_process_finished_meanwhile_is_not_run(tmp_path, quick, monkeypatch):
+    comparison = read_comparison(write(tmp_path, quick, ROWS[3:4]), tmp_path / "out")
+    (cell,) = comparison.cells
+    lock = comparison_module.fcntl.flock
+
+    def finish_and_lock(*arguments):
+        RunFolder(cell.options)
+        (cell.path / "cell.json").write_text("{}")
+        lock(*arguments)
+
+    monkeypatch.setattr(comparison_module.fcntl, "flock", finish_and_lock)
+    monkeypatch.setattr(comparison_module, "_run_cell", lambda *args: pytest.fail("ran again"))
+    assert list(run_comparison(comparison, console=QUIET)) == []
 
 
 def test_a_cell_whose_loss_breaks_is_named_and_the_rest_runs(quick, tmp_path, short_decoding):
