@@ -11,7 +11,7 @@ mkdir -p "$results"
     || exit 1
 status=0
 # Without what a GPU changes nothing in: builds without a GPU, attention on a CPU, the choice with made-up times.
-tests=(tests/kernels tests/fused_s2lora tests/training/test_cuda_graphs.py --ignore=tests/kernels/test_{aot,attention,choice}.py)
+tests=(tests/training/test_cuda_graphs.py tests/kernels tests/fused_s2lora --ignore=tests/kernels/test_{aot,attention,choice}.py)
 timeout 180 "$python" -m pytest "${tests[@]}" -q -n 8 --maxfail=20 2>&1 | tee "$results/gpu-tests.txt" | tail -n 25 \
     || status=1
 timeout $((530 - SECONDS)) "$python" -m bench.run --minutes $(((440 - SECONDS) / 60)) --results "$results" || status=1
