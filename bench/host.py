@@ -43,9 +43,12 @@ class NoDriver:
         """The launcher of one build: called with grid, stream, function, metadata, hooks and the kernel's arguments."""
         return lambda *given: self._launched(metadata.name, *given)
 
-    def load_binary(self, name: str, binary: bytes, shared: int, index: int) -> tuple[None, str, int, int, int]:
+    def load_binary(self, name: str, binary: bytes, shared: int, index: int) -> tuple[str, str, int, int, int]:
         """Module, function, registers, spills and threads: the binary itself names the function."""
-        return None, f"{name} {hash(binary)}", 0, 0, 1024
+        return name, f"{name} {hash(binary)}", 0, 0, 1024  # without a module Triton would load it at every launch
+
+    def unload_module(self, module: str) -> None:
+        """Nothing is loaded."""
 
     def get_device_properties(self, index: int) -> dict[str, int]:
         """Of a GPU of capability 9.0."""
