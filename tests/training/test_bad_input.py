@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from fused_s2lora.training import evaluation as evaluation_module
+from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.models import load_adapter, load_base, remembered_speech
@@ -112,7 +112,7 @@ def test_bad_options(options, tones, tmp_path, fields, message, monkeypatch):
 def test_bad_arguments_are_told_before_anything_is_decoded(
     command, message, finished, tones, tiny_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluation_module, "_generate", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(decoding_module, "_generate", lambda *_, **__: pytest.fail("decoded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("mine")
     places = {"SPEECH": str(tones), "RUN": str(finished), "t=SPEECH": f"t={tones}"}
