@@ -44,8 +44,7 @@ def transcribe(
 
     Language, task, window and its margin default to those the adapter was trained with; without an adapter language and
     task to those of the model's generation configuration, else detected and transcription, and the window is full.
-    With more than one of `beams` each transcript is the best of so many.
-    `output` also writes a TSV of file and text.
+    With more than one of `beams` each transcript is the best of so many. `output` also writes a TSV of file and text.
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `output` not writable.
