@@ -111,6 +111,10 @@ def train(
     keep_languages: Annotated[
         list[str], typer.Option(help="Languages to keep. Repeat. [dim]default: Whisper's eight largest[/dim]")
     ] = [],  # noqa: B006
+    learn_language: Annotated[
+        bool,
+        typer.Option(help="Train on the language's token of the prompt too, which decoding is given and never writes."),
+    ] = True,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1 for --epochs.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Utterances a batch.")] = 4,
@@ -219,7 +223,7 @@ def evaluate(
     from .decoding import Decoding
     from .evaluate import evaluate as run
     from .models import remembered_speech
-    from .train import named_sets
+    from .sets import named_sets
 
     language = language or (remembered_speech(adapter).get("language") if adapter else None) or "en"
     tests = named_sets(test, language, text_column=text_column, audio_column=audio_column, limit=limit, strict=strict)

@@ -26,7 +26,9 @@ class SpeechCollator:
 
     Waveforms are float32, 16 kHz, padded with zeros to the longest of the batch and no further; features are made from
     them on the training device. The decoder reads the tokenizer's prefix (set language and task on it before) and the
-    target, and is to write each of their tokens but the first, and the end; labels are -100 after it.
+    target, and is to write each of their tokens but the first, and the end; labels are -100 after it, and at the
+    language's token unless `learn_language`: it says which language the speech sounds like, which is not to be learnt
+    from speech all in one, and is given in decoding.
 
     Rows of `with_answers` have their `target_language` in the prefix, and no labels but for task and time stamps: which
     language it is is not to be learnt from this speech. What is to be written after the prefix is in
@@ -47,8 +49,10 @@ class SpeechCollator:
         *,
         full_share: float = 0.0,
         seed: int = 0,
+        learn_language: bool = True,
         token_multiple: int = 1,
     ) -> None:
+        self.learn_language = learn_language
         self.token_multiple = token_multiple
         self.tokenizer = tokenizer
         self.window = window
@@ -69,11 +73,12 @@ class SpeechCollator:
         """What the decoder reads and what it is to write next, both [B, tokens], and the answers if there are any."""
         read, write = [], []
         prefix = len(self.tokenizer.prefix_tokens)
+        multilingual = prefix > 2  # else it is the start and no time stamps
         for row in rows:
             language = row.get("target_language")
             if language is None:
                 ids = self.tokenizer(row["target"]).input_ids
-                kept = ids[1:]
+                kept = ids[1:] if self.learn_language or not multilingual else [IGNORED, *ids[2:]]
             else:
                 ids = [*prefix_in(self.tokenizer, language), *row["answer"]]
                 kept = [IGNORED, *ids[2:prefix]] + [IGNORED] * len(row["answer"])

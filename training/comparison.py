@@ -24,7 +24,8 @@ from .options import TrainOptions
 from .output import writing
 from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions, write_json
-from .train import named_sets, train
+from .sets import named_sets
+from .train import train
 
 ZERO_SHOT = "zero-shot"
 _OPTIONS = {option.name: str(option.type) for option in dataclasses.fields(TrainOptions)}

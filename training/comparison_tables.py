@@ -16,6 +16,7 @@ ALL = "all"
 METHOD_OPTIONS = (
     "preset", "target_modules", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty",
     "freeze_factors", "lr", "coefficient_lr_ratio", "interpolation", "utterances", "keep_share", "keep_languages",
+    "learn_language",
 )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class TrainOptions:
     interpolation: float = 1.0
     keep_share: float = 0.0
     keep_languages: list[str] = field(default_factory=list)  # none: `LARGEST_LANGUAGES`
+    learn_language: bool = True
 
     epochs: float = 1.0
     max_steps: int = -1

@@ -86,6 +86,20 @@ def test_batch(tmp_path, tokenizer):
     assert SpeechCollator(tokenizer, AudioWindow())(rows)["mel_frames"] == 3000
 
 
+def test_the_language_is_not_learnt_where_not_asked_for(tmp_path, tokenizer, packaged_base):
+    rows = list(load_speech(write_folder(tmp_path)).dataset)[:3]
+    usual = SpeechCollator(tokenizer, AudioWindow())(rows)
+    batch = SpeechCollator(tokenizer, AudioWindow(), learn_language=False)(rows)
+    assert torch.equal(batch["decoder_input_ids"], usual["decoder_input_ids"])
+    assert torch.equal(batch["labels"][:, 1:], usual["labels"][:, 1:])
+    assert usual["labels"][:, 0].tolist() == [tokenizer.convert_tokens_to_ids("<|en|>")] * 3
+    assert batch["labels"][:, 0].tolist() == [-100] * 3
+    english_only = WhisperTokenizer.from_pretrained(packaged_base)
+    english_only.set_prefix_tokens(language=None, task=None)
+    labels = SpeechCollator(english_only, AudioWindow(), learn_language=False)(rows)["labels"]
+    assert labels[:, 0].tolist() == [tokenizer.convert_tokens_to_ids("<|notimestamps|>")] * 3
+
+
 def test_share_of_full_windows(tmp_path, tokenizer):
     rows = list(load_speech(write_folder(tmp_path)).dataset)
     rng = np.random.default_rng(0)

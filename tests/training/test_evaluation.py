@@ -23,7 +23,8 @@ from fused_s2lora.training.evaluate import evaluate
 from fused_s2lora.training.evaluation import read_evaluation, results_table
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
-from fused_s2lora.training.train import named_sets, train
+from fused_s2lora.training.sets import named_sets
+from fused_s2lora.training.train import train
 from fused_s2lora.training.transcribe import transcribe
 from tests.training.comparisons import QUIET
 from tests.training.speech import TEXTS, tone, write_folder

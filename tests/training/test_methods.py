@@ -13,7 +13,8 @@ from fused_s2lora.training import published
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.methods import METHODS, adalora_start, adapt
 from fused_s2lora.training.rank_maps import rank_maps
-from fused_s2lora.training.train import parameter_counts, train, training_speech
+from fused_s2lora.training.sets import training_speech
+from fused_s2lora.training.train import parameter_counts, train
 from tests.training.comparisons import QUIET, options
 
 ADALORA = [name for name in METHODS if name.startswith("adalora")]
