@@ -78,10 +78,12 @@ class SpeechCollator:
             language = row.get("target_language")
             if language is None:
                 ids = self.tokenizer(row["target"]).input_ids
-                kept = ids[1:] if self.learn_language or not multilingual else [IGNORED, *ids[2:]]
+                kept = ids[1:]
             else:
                 ids = [*prefix_in(self.tokenizer, language), *row["answer"]]
-                kept = [IGNORED, *ids[2:prefix]] + [IGNORED] * len(row["answer"])
+                kept = ids[1:prefix] + [IGNORED] * len(row["answer"])
+            if multilingual and not (self.learn_language and language is None):
+                kept[0] = IGNORED
             read.append(torch.tensor(ids[:-1]))
             write.append(torch.tensor(kept))
         batch = {

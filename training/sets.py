@@ -20,10 +20,10 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
     Raises:
         UserError: as `load_speech`, or too few utterances to hold a share out.
     """
-    columns = {"text_column": options.text_column, "audio_column": options.audio_column}
     written = "en" if options.task == "translate" else language_code(options.language)
     reading: dict[str, Any] = {
-        **columns, "keep_case": options.keep_case, "language": written, "strict": options.strict,
+        "text_column": options.text_column, "audio_column": options.audio_column, "keep_case": options.keep_case,
+        "language": written, "strict": options.strict,
     }  # fmt: skip
     sources = [load_speech(source, limit=options.limit, **reading) for source in options.data]
     speech = _joined(sources)
