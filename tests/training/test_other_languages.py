@@ -264,6 +264,21 @@ def test_what_is_asked_by_default_and_when_not(quick_run, heard, monkeypatch):
     assert not heard
 
 
+@pytest.mark.parametrize("learnt", [True, False])
+def test_a_run_learns_the_language_only_if_asked_to(learnt, quick_run, monkeypatch):
+    collated = []
+
+    class Spied(SpeechCollator):
+        def __call__(self, rows):
+            collated.append(super().__call__(rows)["labels"][:, 0])
+            return super().__call__(rows)
+
+    monkeypatch.setattr(train_module, "SpeechCollator", Spied)
+    train_module.train(quick_run(learn_language=learnt, max_steps=1), console=QUIET)
+    assert all((labels != IGNORED).all() if learnt else (labels == IGNORED).all() for labels in collated)
+    assert collated
+
+
 def test_bad_options_are_named():
     with pytest.raises(UserError, match="--keep-share is 1"):
         TrainOptions(data=["x"], output="y", keep_share=1)
