@@ -24,7 +24,7 @@ from .options import TrainOptions
 from .output import writing
 from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions, write_json
-from .sets import named_sets
+from .sets import scored_sets
 from .train import train
 
 ZERO_SHOT = "zero-shot"
@@ -269,10 +269,8 @@ def _run_cell(cell: Cell, console: Console) -> None:
         train(options, console=console)
         return
     RunFolder(options)
-    reading: dict[str, Any] = {"text_column": options.text_column, "audio_column": options.audio_column}
-    tests = named_sets(options.test, options.language, limit=options.limit, strict=options.strict, **reading)
     evaluation = evaluate(
-        tests, cell.path / "after", model=options.model, window=AudioWindow(options.window).mode,
+        scored_sets(options), cell.path / "after", model=options.model, window=AudioWindow(options.window).mode,
         margin=options.margin, task=options.task, decoding=options.decoding(), precision=options.precision,
         batch_size=options.eval_batch_size, group_by=options.group_by, console=console,
     )  # fmt: skip

@@ -36,6 +36,22 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
     return _hold_out(speech, options.dev_share, options.seed)
 
 
+def scored_sets(options: TrainOptions) -> dict[str, TestSet]:
+    """The test sets a run is scored on, by name, read as its options say.
+
+    Raises:
+        UserError: as `named_sets`.
+    """
+    return named_sets(
+        options.test,
+        options.language,
+        text_column=options.text_column,
+        audio_column=options.audio_column,
+        limit=options.limit,
+        strict=options.strict,
+    )
+
+
 def named_sets(
     specifications: Sequence[str],
     language: str | None,

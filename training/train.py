@@ -32,7 +32,7 @@ from .other_languages import LARGEST_LANGUAGES, with_answers
 from .precision import autocast_dtype, resolved
 from .rank_maps import rank_maps
 from .run import RunFolder, peak_memory_mib, reset_peak_memory, versions, write_json
-from .sets import named_sets, training_speech
+from .sets import scored_sets, training_speech
 from .trainer import AdaLoraCallback, SpeechTrainer, StepTimes
 
 MAX_LABEL_TOKENS = 448
@@ -53,14 +53,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         _check_one_gpu(options)
     run = RunFolder(options, fresh=fresh)
     speech, dev = training_speech(options)
-    tests = named_sets(
-        options.test,
-        options.language,
-        text_column=options.text_column,
-        audio_column=options.audio_column,
-        limit=options.limit,
-        strict=options.strict,
-    )
+    tests = scored_sets(options)
     model, processor = load_base(options.model, dtype=base_dtype(options))
     language = check_language(model, options.language)
     if options.keep_share and language is None:

@@ -29,7 +29,7 @@ from fused_s2lora.kernels.strategy_timing import candidates_of
 from .audio_window import AudioWindow
 from .errors import UserError
 from .models import PACKAGED
-from .precision import autocast_dtype
+from .precision import autocast_dtype, check_precision
 
 # d_model, encoder layers, decoder layers, mel bins
 SIZES = {
@@ -148,8 +148,7 @@ def tune(
     Raises:
         UserError: bad input.
     """
-    if precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise UserError(f"--precision {precision!r} is not one of auto, fp32, bf16, fp16")
+    check_precision(precision)
     for option, values in (("--batch", batches), ("--tokens", [tokens]), ("--rank", [rank])):
         if not values or min(values) < 1:
             raise UserError(f"{option} is {min(values, default=0)}; give at least 1")

@@ -1,46 +1,16 @@
 """Which strategy is chosen, and that what was timed is remembered: with made-up times, on no GPU."""
 
-import json
-import multiprocessing
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_s2lora.kernels import choice
-from fused_s2lora.kernels.choice import VARIABLE, Chooser, default_strategy
-from fused_s2lora.kernels.strategy_record import (
-    FROZEN,
-    Record,
-    Shape,
-    StrategyFile,
-    committed_table,
-    record_from,
-    rows_bucket,
-    section_of,
-    shape_of,
-    strategies_path,
-)
-from tests.kernels.choices import CANDIDATES, CPU, FEW_ROWS, FIELDS, GPU, MS, NAMES, SHAPE, Timer
-
-
-def forbidden(*args):
-    raise AssertionError("timed")
-
-
-def pick_both(chooser: Chooser) -> list[str]:
-    return [chooser.pick("auto", shape, GPU, CANDIDATES) for shape in (SHAPE, FEW_ROWS) for _ in range(3)]
-
-
-def assert_one_warning(chooser: Chooser, path: Path) -> None:
-    with pytest.warns(RuntimeWarning) as caught:
-        picked = pick_both(chooser)
-    assert picked == ["fused"] * 6
-    assert len(caught) == 1
-    assert str(path) in str(caught[0].message)
+from fused_s2lora.kernels.choice import VARIABLE, default_strategy
+from fused_s2lora.kernels.strategy_record import FROZEN, Shape, shape_of
+from tests.kernels.choices import CANDIDATES, CPU, FEW_ROWS, FIELDS, GPU, MS, NAMES, SHAPE, Timer, forbidden
 
 
 def table_with(strategy: str) -> dict:
@@ -92,14 +62,6 @@ def test_a_cpu_chooses_untimed(make, path, monkeypatch):
     assert not path.exists()
 
 
-@pytest.mark.parametrize(
-    ("rows", "bucket"),
-    [(0, 16), (1, 16), (16, 16), (17, 32), (1500, 2048), (24_000, 32_768), (32_769, 65_536), (10**6, 65_536)],
-)
-def test_rows_are_bucketed(rows, bucket):
-    assert rows_bucket(rows) == bucket
-
-
 def test_ragged_batches_are_timed_once(make):
     timer = Timer()
     chooser = make(timer)
@@ -109,19 +71,6 @@ def test_ragged_batches_are_timed_once(make):
         assert shape_of(rows, *FIELDS) is shape
         chooser.pick("auto", shape, GPU, CANDIDATES)
     assert len(timer.asked) == 1
-
-
-def test_keys_tell_every_field():
-    assert SHAPE.key == "rows<=2048 768->3072 rank 8 x1 bfloat16 weights float32 forward+backward"
-    changed = [
-        Shape(**{**SHAPE.__dict__, name: value})
-        for name, value in {
-            "rows_bucket": 65_536, "inputs": 1, "outputs": 2, "rank": 3, "group": 2, "dtype": torch.float16,
-            "weight_dtype": torch.bfloat16, "needs_gradient": False,
-        }.items()
-    ]  # fmt: skip
-    assert len({shape.key for shape in (SHAPE, *changed)}) == 9
-    assert changed[0].key.startswith("rows>32768 ")
 
 
 def test_tf32_is_timed_apart(make):
@@ -151,26 +100,6 @@ def test_tf32_may_change_within_a_process(make, monkeypatch):
     assert timer.asked == [single, half, single]
 
 
-def test_remembered_on_disk_and_read_by_the_next_process(make, path):
-    make().pick("auto", SHAPE, GPU, CANDIDATES)
-    assert make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
-    ((section, records),) = json.loads(path.read_text()).items()
-    assert section.startswith("GPU A | torch ")
-    assert records == {SHAPE.key: {"strategy": "fused", "ms": MS, "errors": {}}}
-    assert sorted(file.name for file in path.parent.iterdir()) == ["strategies.json", "strategies.lock"]
-
-
-@pytest.mark.parametrize("package", ["torch", "triton", "fused-s2lora"])
-def test_another_version_times_anew_and_keeps_the_old(make, path, monkeypatch, package):
-    make().pick("auto", SHAPE, GPU, CANDIDATES)
-    real = choice.section_of.__globals__["_version"]
-    monkeypatch.setitem(choice.section_of.__globals__, "_version", lambda name: "99" if name == package else real(name))
-    timer = Timer()
-    make(timer).pick("auto", SHAPE, GPU, CANDIDATES)
-    assert timer.asked == [SHAPE]
-    assert len(json.loads(path.read_text())) == 2
-
-
 def test_another_gpu_times_anew(make):
     make().pick("auto", SHAPE, GPU, CANDIDATES)
     timer = Timer()
@@ -193,103 +122,6 @@ def test_a_strategy_never_tried_is_timed_and_fewer_candidates_are_not(make):
 def test_never_slower_than_reference(make):
     slow = {"reference": 1.0, "merged": 1.1, "fused": 1.0, "augmented": 9.0, FROZEN: 0.1}
     assert make(Timer(slow)).pick("auto", SHAPE, GPU, CANDIDATES) == "reference"
-
-
-def test_the_committed_table_is_sound():
-    for records in committed_table().values():
-        for value in records.values():
-            record = record_from(value)
-            assert record is not None
-            assert "reference" in record.ms
-            assert record == Record.of(record.ms, record.errors)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"GPU A": 3}', "\xff"])
-def test_a_corrupt_file_costs_one_warning(make, path, content):
-    path.parent.mkdir()
-    path.write_bytes(content.encode("latin1"))
-    timer = Timer()
-    chooser = make(timer)
-    assert_one_warning(chooser, path)
-    assert timer.asked == [SHAPE, FEW_ROWS]
-    assert path.read_bytes() == content.encode("latin1")
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        None,
-        {"strategy": "fused"},
-        {"strategy": "fused", "ms": {"reference": 1.0}},
-        {"strategy": "fused", "ms": {"fused": "fast"}},
-        {"strategy": "fused", "ms": {"fused": float("nan")}},
-        {"strategy": ["fused"], "ms": {"fused": 1.0}},
-        {"strategy": FROZEN, "ms": {FROZEN: 1.0}},
-    ],
-    ids=str,
-)
-def test_a_damaged_record_is_timed_anew(make, path, record):
-    path.parent.mkdir()
-    path.write_text(json.dumps({section_of("GPU A"): {SHAPE.key: record}}))
-    timer = Timer()
-    assert make(timer).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
-    assert make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
-    assert len(timer.asked) == 1
-
-
-def test_an_unwritable_folder_costs_one_warning(make, path, monkeypatch):
-    def read_only(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", read_only)
-    timer = Timer()
-    assert_one_warning(make(timer), path)
-    assert timer.asked == [SHAPE, FEW_ROWS]
-
-
-def test_a_file_where_the_folder_should_be_costs_one_warning(make, path):
-    path.parent.touch()
-    timer = Timer()
-    assert_one_warning(make(timer), path)
-    assert timer.asked == [SHAPE, FEW_ROWS]
-
-
-def test_a_full_disk_leaves_the_old_file(make, path, monkeypatch):
-    make().pick("auto", SHAPE, GPU, CANDIDATES)
-    before = path.read_text()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(json, "dump", full)
-    with pytest.warns(RuntimeWarning, match="No space left"):
-        make().pick("auto", FEW_ROWS, GPU, CANDIDATES)
-    assert path.read_text() == before
-    assert sorted(file.name for file in path.parent.iterdir()) == ["strategies.json", "strategies.lock"]
-
-
-def _remember_some(path: Path, first: int, count: int) -> None:
-    file = StrategyFile(path)
-    for index in range(first, first + count):
-        file.add("GPU", f"shape {index}", Record("reference", {"reference": 1.0}))
-
-
-def test_processes_add_to_one_file(path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_remember_some, args=(path, 10 * index, 10)) for index in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert len(json.loads(path.read_text())["GPU"]) == 40
-
-
-def test_what_another_process_timed_meanwhile_is_taken(make):
-    early = make(forbidden)
-    assert early.file.find("GPU A", "nothing") is None  # the file was read, and was empty
-    make().pick("auto", SHAPE, GPU, CANDIDATES)
-    assert early.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
 
 
 def test_threads_time_a_shape_once(make):
@@ -422,11 +254,3 @@ def test_the_process_has_one_chooser_made_on_first_use(monkeypatch, tmp_path):
     assert choice.pick("auto", SHAPE, CPU, CANDIDATES) == "merged"
     assert choice.chooser() is choice.chooser()
     assert choice.chooser().file.path == tmp_path / "strategies.json"
-
-
-def test_where_the_file_is(monkeypatch, tmp_path):
-    monkeypatch.delenv("S2LORA_CACHE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert strategies_path() == tmp_path / ".cache" / "fused_s2lora" / "strategies.json"
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert strategies_path().name == "strategies.json"
