@@ -47,6 +47,7 @@ class Cell:
     name: str
     options: TrainOptions
     varied: dict[str, Any] = field(default_factory=dict)  # options with several values in the file, but rank and seed
+    base: dict[str, Any] = field(default_factory=dict)  # options that the file gives every row of the method
 
     @property
     def path(self) -> Path:
@@ -88,6 +89,8 @@ class Comparison:
 def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     """The cells of a YAML file with `train` (options of every run) and `rows` (a name, a method, its own options).
 
+    `methods`, if there, gives for a method the options of all its rows that say no other: they take the place of the
+    method's defaults, also in what figures and tables call changed.
     An option of a row that is a list, of which a run takes one value, gives a cell for each value; several such lists
     give all combinations. The method `zero-shot` scores the model as it is. `timed: false` leaves times and memory out
     of every table, for runs that share a machine.
@@ -103,20 +106,26 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
         raise UserError(f"{file}: not to be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or not content["rows"]:
         raise UserError(f"{file}: needs `rows`, a list of methods to compare, and `train`, the options of all of them")
-    if unknown := sorted(map(str, content.keys() - {"title", "timed", "train", "rows"})):
-        raise UserError(f"{file}: {unknown[0]!r} is not one of title, timed, train, rows")
+    if unknown := sorted(map(str, content.keys() - {"title", "timed", "train", "methods", "rows"})):
+        raise UserError(f"{file}: {unknown[0]!r} is not one of title, timed, train, methods, rows")
     if not isinstance(timed := content.get("timed", True), bool):
         raise UserError(f"{file}: `timed` is {timed!r}, not true or false")
     common = content.get("train") or {}
     if not isinstance(common, dict):
         raise UserError(f"{file}: `train` is {common!r}, not options with their values")
+    methods = content.get("methods") or {}
+    if not isinstance(methods, dict) or not all(isinstance(options, dict) for options in methods.values()):
+        raise UserError(f"{file}: `methods` is {methods!r}, not methods with their options")
+    if unknown := sorted(map(str, methods.keys() - METHODS.keys())):
+        raise UserError(f"{file}: the method {unknown[0]!r} under `methods` is not one of {', '.join(METHODS)}")
     cells: dict[str, Cell] = {}
     for row in content["rows"]:
         if not isinstance(row, dict) or "method" not in row:
             raise UserError(f"{file}: the row {row!r} has no `method`")
         name = str(row.get("name") or row["method"])
         own = {key: value for key, value in row.items() if key != "name"}
-        for cell in _cells(file, name, {**common, **own}, output):
+        base = methods.get(str(row["method"]), {})
+        for cell in _cells(file, name, {**common, **base, **own}, base, output):
             same = cells.setdefault(cell.name, cell)
             if same.options != cell.options:
                 raise UserError(
@@ -125,7 +134,7 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     return Comparison(str(content.get("title", file.stem)), output, list(cells.values()), source, timed)
 
 
-def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterator[Cell]:
+def _cells(file: Path, row: str, given: dict[str, Any], base: dict[str, Any], output: Path) -> Iterator[Cell]:
     for key in given:
         if key not in _OPTIONS or key == "output":
             raise UserError(f"{file}: {key!r} in {row!r} is not an option of a run; `s2lora train --help` lists them")
@@ -140,6 +149,7 @@ def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterato
         key: [_typed(file, row, key, one) for one in value] if key in several else _typed(file, row, key, value)
         for key, value in given.items()
     }
+    base = {key: _typed(file, row, key, value) for key, value in base.items()}
     for values in itertools.product(*(given[key] for key in several)):
         chosen = given | dict(zip(several, values, strict=True))
         slug = re.sub(r"[^a-z0-9]+", "-", row.lower().replace("α", "a")).strip("-")
@@ -156,7 +166,7 @@ def _cells(file: Path, row: str, given: dict[str, Any], output: Path) -> Iterato
                 check(options)
         except UserError as error:
             raise UserError(f"{file}: {row!r}: {error}") from error
-        yield Cell(row, name, options, varied)
+        yield Cell(row, name, options, varied, base)
 
 
 def _typed(file: Path, row: str, key: str, value: Any) -> Any:
@@ -290,7 +300,7 @@ def results_of(cell: Cell) -> dict[str, Any] | None:
     """
     if not cell.finished():
         return None
-    found: dict[str, Any] = {"name": cell.name, "row": cell.row, "varied": cell.varied}
+    found: dict[str, Any] = {"name": cell.name, "row": cell.row, "varied": cell.varied, "base": cell.base}
     command = cell.path / "command.txt"
     found["command"] = command.read_text().splitlines()[-1] if command.is_file() else ""
     for part in ("cell", "config", "summary", "metrics", "rank_pattern"):

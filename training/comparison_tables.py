@@ -63,22 +63,26 @@ class Line:
 
     @property
     def changed(self) -> set[str]:
-        """The options of the method that are not left at their defaults."""
-        config, default = self.cells[0]["config"], TrainOptions(["-"], "-")
-        return {name for name in METHOD_OPTIONS if config.get(name, getattr(default, name)) != getattr(default, name)}
+        """The options of the method that are not as the file has them for all its rows, by default the method's own."""
+        return self._unlike(self.cells[0]["base"])
+
+    def _unlike(self, base: dict[str, Any]) -> set[str]:
+        default = dataclasses.asdict(TrainOptions(["-"], "-"))
+        config, usual = {**default, **self.cells[0]["config"]}, {**default, **base}
+        return {name for name in METHOD_OPTIONS if config[name] != usual[name]}
 
     @property
     def published(self) -> str | None:
         """The method's name where this is the paper's own set-up of it, and not an ablation of ours."""
         if self.varied:
             return None
-        config = self.cells[0]["config"]
+        config, changed = self.cells[0]["config"], self._unlike({})
         if self.method == "s2lora":
-            as_published = config["preset"] == "paper" and self.changed == {"preset"}
+            as_published = config["preset"] == "paper" and changed == {"preset"}
         elif self.method == "full":
-            as_published = config["lr"] in (None, 1e-4) and self.changed <= {"lr"}
+            as_published = config["lr"] in (None, 1e-4) and changed <= {"lr"}
         else:
-            as_published = not self.changed
+            as_published = not changed
         return self.method if as_published else None
 
     def rates(self, column: Column, kind: str = "rate") -> list[float]:

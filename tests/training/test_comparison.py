@@ -39,6 +39,27 @@ def test_cells_of_a_file(compared):
     assert comparison.cells[7].options.sparsity_weight == 0.0
 
 
+def test_options_of_a_method_take_the_place_of_its_defaults(compared, tmp_path, quick):
+    """They are options of every row of it that says no other, and a row that has no more is the method as it is."""
+    methods = {"s2lora": {"lr": "2e-3", "sparsity_weight": 0.2}}
+    rows = [*ROWS, {"name": "Plain", "method": "s2lora", "lr": None, "sparsity_weight": None, "preset": "paper"}]
+    comparison = read_comparison(write(tmp_path, quick, rows, methods=methods), tmp_path / "out")
+    given = {cell.name: (cell.options.lr, cell.options.sparsity_weight) for cell in comparison.cells}
+    assert given["s2-lora-r8-seed0"] == given["s2-lora-on-less-r8-utterances-2-seed0"] == (2e-3, 0.2)
+    assert given["s2-lora-by-a-r8-sparsity-weight-0.3-seed0"] == (2e-3, 0.3)
+    assert given["plain-r8-seed0"] == given["lora-r8-seed0"] == given["zero-shot"] == (None, None)
+    for cell in comparison.cells:  # as if they had been run with these
+        shutil.copytree(compared / "out" / "lora-r8-seed0", cell.path)
+        (cell.path / "config.json").write_text(json.dumps(asdict(cell.options)))
+    lines = {line.label: line for line in lines_of(comparison)}
+    assert lines["S2-LoRA"].changed == set()
+    assert lines["S2-LoRA on less, utterances 2"].changed == {"utterances"}
+    assert lines["S2-LoRA by α₁, sparsity_weight 0.3"].changed == {"sparsity_weight"}
+    assert lines["Plain"].changed == {"lr", "sparsity_weight", "preset"}
+    published = {label for label, line in lines.items() if line.published}
+    assert published == {"zero-shot", "LoRA", "AdaLoRA", "Plain"}
+
+
 def test_finished_cells_are_not_run_again(compared, monkeypatch):
     monkeypatch.setattr(comparison_module, "_run_cell", lambda *args: pytest.fail("ran again"))
     comparison = read_comparison(compared / "comparison-file.yaml", compared / "out")
@@ -221,7 +242,12 @@ def test_figures_are_drawn_and_repeat(compared):
         ({"train": {"data": "x", "strict": "no"}}, "strict of 'LoRA' is 'no', not true or false"),
         ({"train": "x"}, "`train` is 'x'"),
         ({"train": {}}, "'LoRA' has no `data`"),
-        ({"seeds": [1, 2]}, "'seeds' is not one of title, timed, train, rows"),
+        ({"seeds": [1, 2]}, "'seeds' is not one of title, timed, train, methods, rows"),
+        ({"methods": ["lora"]}, "`methods` is ['lora'], not methods with their options"),
+        ({"methods": {"lora": 1e-3}}, "`methods` is {'lora': 0.001}, not methods with their options"),
+        ({"methods": {"magic": {}}}, "the method 'magic' under `methods` is not one of s2lora"),
+        ({"methods": {"lora": {"rate": 1}}}, "'rate' in 'LoRA' is not an option"),
+        ({"methods": {"lora": {"lr": "quick"}}}, "lr of 'LoRA' is 'quick', not a number"),
         ({"timed": "no"}, "`timed` is 'no', not true or false"),
         ({"rows": [{"method": "lora", "seed": []}]}, "seed of 'lora' is an empty list"),
         ({"rows": [{"method": "s2lora", "sharing": "some"}]}, "'s2lora': S2-LoRA cannot be set up so: sharing='some'"),
