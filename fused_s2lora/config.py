@@ -89,7 +89,7 @@ class S2LoraConfig(PeftConfig):
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the factors for init `normal`."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank path."})
-    sparsity_weight: float = field(default=0.01, metadata={"help": "α₁, weight of the mean L1 norm of s_i."})
+    sparsity_weight: float = field(default=0.05, metadata={"help": "α₁, weight of the mean L1 norm of s_i."})
     norm_weight: float = field(default=0.0, metadata={"help": "α₂, weight of the mean norm of B's columns, A's rows."})
     penalty: str = field(
         default="soft",

@@ -26,7 +26,7 @@ class Preset:
     """Settings of S2-LoRA that go together."""
 
     config: Callable[..., S2LoraConfig] = S2LoraConfig
-    learning_rate: float = 5e-3  # of the factors; that of the coefficients is `coefficient_lr_ratio` times it
+    learning_rate: float = 3e-3  # of the factors; that of the coefficients is `coefficient_lr_ratio` times it
 
 
 # Found by experiment (docs/defaults.md), but for the paper's own.
