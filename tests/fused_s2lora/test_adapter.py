@@ -1,4 +1,4 @@
-"""The adapter in PEFT: counts, arithmetic, penalties, several adapters, merging, saving, checkpointing."""
+"""The adapter in PEFT: counts, arithmetic, penalties, several adapters, merging, checkpointing."""
 
 import copy
 import itertools

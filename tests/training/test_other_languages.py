@@ -270,8 +270,9 @@ def test_a_run_learns_the_language_only_if_asked_to(learnt, quick_run, monkeypat
 
     class Spied(SpeechCollator):
         def __call__(self, rows):
-            collated.append(super().__call__(rows)["labels"][:, 0])
-            return super().__call__(rows)
+            batch = super().__call__(rows)
+            collated.append(batch["labels"][:, 0])
+            return batch
 
     monkeypatch.setattr(train_module, "SpeechCollator", Spied)
     train_module.train(quick_run(learn_language=learnt, max_steps=1), console=QUIET)
