@@ -96,13 +96,20 @@ def eager_linear(x: Tensor, down: Tensor, up: Tensor, coefficients: Tensor, **fr
     return s2_linear_reference(x, **frozen, **factors)
 
 
-def check_close(name: str, got: Tensor, oracle: Tensor, eager: Tensor, floor: float) -> None:
-    """max|got − oracle| ≤ 2 · max|eager − oracle| + floor · max|oracle|, everything finite, shapes and dtypes equal."""
+def check_close(
+    name: str, got: Tensor, oracle: Tensor, eager: Tensor, floor: float, terms: Tensor | None = None
+) -> None:
+    """max|got − oracle| ≤ 2 · max|eager − oracle| + floor · max|terms|, everything finite, shapes and dtypes equal.
+
+    `terms` is the oracle unless given. Give it where an entry may be far smaller than what it sums and no other entry is
+    larger, as in a single dot product: rounding is in proportion to Σ|terms|.
+    """
     assert got.shape == oracle.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
     assert got.dtype == eager.dtype, f"{name}: {got.dtype}, expected {eager.dtype}"
     assert torch.isfinite(got).all(), f"{name}: not finite everywhere"
     if got.numel() == 0:
         return
     error = (got.double() - oracle).abs().max()
-    allowed = 2 * (eager.double() - oracle).abs().max() + floor * oracle.abs().max()
+    scale = (oracle if terms is None else terms).abs().max()
+    allowed = 2 * (eager.double() - oracle).abs().max() + floor * scale
     assert error <= allowed, f"{name}: off by {error:.3e}, {allowed:.3e} is allowed"
