@@ -65,18 +65,21 @@ def _project(x: Tensor, down: Tensor) -> list[Launch]:
     return [Launch("project", touched_bytes(x, down) + z * x.element_size(), 2 * z * x.shape[1], _half(x))]
 
 
-def _output_gradients(
+def _adapter_gradients(
     dys: Sequence[Tensor],
     z: Tensor | None,
     up: Tensor,
     coefficients: Tensor,
     g: Tensor | None,
     d_up: Tensor | None,
+    x: Tensor | None = None,
+    d_down: Tensor | None = None,
     *,
     needs_coefficients: bool = True,
     add_to_g: bool = True,
+    of_gelu: bool = False,
 ) -> list[Launch]:
-    """Passes over dy into workspaces, and the sum over these; `adapter_gradients.py` says how many."""
+    """Passes over dy and x into workspaces, and the sum over these; `adapter_gradients.py` says how many."""
     (rows, outputs), (group, rank) = dys[0].shape, coefficients.shape
     tile, half = rank_tile(rank), _half(dys[0])
     needs_coefficients = needs_coefficients and z is not None
@@ -95,14 +98,19 @@ def _output_gradients(
     if d_up is not None and not one_pass:
         tall, product = _tall_products(dys, rank, z)
         launches += tall
-    if d_up is not None or needs_coefficients:
-        launches.append(Launch("reduce", product + partial + 2 * touched_bytes(d_up) + 4 * group * rank, 0, half))
+    if x is not None and d_down is not None:
+        tall, of_x = _tall_products([x], rank, g, of_gelu)
+        launches += tall
+        product += of_x
+    if d_up is not None or d_down is not None or needs_coefficients:
+        written = 2 * touched_bytes(d_up, d_down) + (4 * group * rank if needs_coefficients else 0)
+        launches.append(Launch("reduce", product + partial + written, 0, half))
     return launches
 
 
-def _input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor, *, of_gelu: bool = False) -> list[Launch]:
+def _input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> list[Launch]:
     """One pass over x into a workspace, and the sum over it."""
-    launches, product = _tall_products([x], len(d_down), g, of_gelu)
+    launches, product = _tall_products([x], len(d_down), g)
     return [*launches, Launch("reduce", product + 2 * touched_bytes(d_down), 0, _half(x))]
 
 
@@ -177,7 +185,7 @@ def _activation_project(x: Tensor, down: Tensor, gelu: bool, out_dtype: torch.dt
 KERNELS: dict[str, Callable[..., list[Launch]]] = {
     "fused_s2lora.merge": _merge,
     "fused_s2lora.project": _project,
-    "fused_s2lora.output_gradients": _output_gradients,
+    "fused_s2lora.adapter_gradients": _adapter_gradients,
     "fused_s2lora.input_gradient_factor": _input_gradient_factor,
     "fused_s2lora.fused_linear": _fused_linear,
     "fused_s2lora.fused_linear_add": _fused_linear_add,

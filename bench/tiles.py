@@ -26,10 +26,11 @@ from triton.testing import do_bench
 from bench.measure import RESULTS, reason_of, record
 from fused_s2lora.kernels import configs, layer_norm, merge
 from fused_s2lora.kernels.activation import gelu_input_gradient
-from fused_s2lora.kernels.adapter_gradients import input_gradient_factor, output_gradients
+from fused_s2lora.kernels.adapter_gradients import adapter_gradients
 from fused_s2lora.kernels.configs import LinearConfig, MergeConfig, PassConfig, PassTiles, TallConfig
 from fused_s2lora.kernels.fused import fused_linear
 from fused_s2lora.kernels.project import project
+from fused_s2lora.kernels.row_sums import tall_product
 
 RANK = 8
 Call = Callable[[], Any]
@@ -51,11 +52,11 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda
     return torch.randn(*shape, device=device).to(dtype)
 
 
-def _output_gradients(device: str, dtype: torch.dtype, M: int, N: int, G: int) -> Call:
+def _adapter_gradients(device: str, dtype: torch.dtype, M: int, N: int, G: int) -> Call:
     dys, z = [normal(M, N, dtype=dtype, device=device) for _ in range(G)], normal(M, RANK, dtype=dtype, device=device)
     up, g, d_up = (normal(size, RANK, dtype=torch.float32, device=device) for size in (N, M, N))
     coefficients = normal(G, RANK, dtype=torch.float32, device=device)
-    return lambda: output_gradients(dys, z, up, coefficients, g, d_up, add_to_g=False)
+    return lambda: adapter_gradients(dys, z, up, coefficients, g, d_up, add_to_g=False)
 
 
 def _project(device: str, dtype: torch.dtype, M: int, K: int) -> Call:
@@ -65,8 +66,8 @@ def _project(device: str, dtype: torch.dtype, M: int, K: int) -> Call:
 
 def _tall(device: str, dtype: torch.dtype, M: int, K: int, of_gelu: bool) -> Call:
     x = normal(M, K, dtype=dtype, device=device)
-    g, d_down = (normal(*shape, dtype=torch.float32, device=device) for shape in ((M, RANK), (RANK, K)))
-    return lambda: input_gradient_factor(x, g, d_down, of_gelu=of_gelu)
+    g = normal(M, RANK, dtype=torch.float32, device=device)
+    return lambda: tall_product([x], g, None, of_gelu=of_gelu)
 
 
 def _merge(device: str, dtype: torch.dtype, N: int, K: int, G: int) -> Call:
@@ -118,7 +119,7 @@ def trials(rows: Sequence[int], width: int) -> Iterator[Trial]:
         for N, G in ((width, 1), (inner, 1), (width, 3)):
             for tiles in _pass_tiles(few, G):
                 name = configs.pass_config_name(M, G, 16, torch.bfloat16)
-                yield trial("output gradients", {"M": M, "N": N, "G": G}, _output_gradients, tiles, configs.PASS, name)
+                yield trial("output gradients", {"M": M, "N": N, "G": G}, _adapter_gradients, tiles, configs.PASS, name)
         for K in (width, inner):
             name = configs.pass_config_name(M, 1, 16, torch.bfloat16)
             for tiles in [configs.PROJECT[name], *_pass_tiles(few, 1)]:

@@ -4,8 +4,8 @@
     Pᵢ = dyᵢᵀ z                   dB += Σᵢ Pᵢ diag(eᵢ)             dA += gᵀ x
 
 z = x Aᵀ is made by `project.py`; i runs over a group of one to three weights that read one x and share A and B. Sums
-over all rows are formed in two launches, over blocks of rows into a workspace and then over the blocks: deterministic,
-no atomics.
+over all rows are formed over blocks of rows into a workspace and then, of all three in one launch, over the blocks:
+deterministic, no atomics.
 """
 
 import itertools
@@ -161,28 +161,33 @@ def _output_gradients_kernel(
         tl.store(g_tile_ptr, g, mask=mask_mr)
 
 
-def _fake_output_gradients(dys, z, up, coefficients, g, d_up, *, needs_coefficients=True, add_to_g=True):
+def _fake_adapter_gradients(
+    dys, z, up, coefficients, g, d_up, x=None, d_down=None, *, needs_coefficients=True, add_to_g=True, of_gelu=False
+):
     group, rank = coefficients.shape
     wide = torch.promote_types(dys[0].dtype, torch.float32)
     return coefficients.new_empty(group if needs_coefficients and z is not None else 0, rank, dtype=wide)
 
 
-@kernel_op("output_gradients", _fake_output_gradients, mutates=("g", "d_up"))
-def output_gradients(
+@kernel_op("adapter_gradients", _fake_adapter_gradients, mutates=("g", "d_up", "d_down"))
+def adapter_gradients(
     dys: Sequence[Tensor],
     z: Tensor | None,
     up: Tensor,
     coefficients: Tensor,
     g: Tensor | None,
     d_up: Tensor | None,
+    x: Tensor | None = None,
+    d_down: Tensor | None = None,
     *,
     needs_coefficients: bool = True,
     add_to_g: bool = True,
+    of_gelu: bool = False,
 ) -> Tensor:
-    """g += Σᵢ (dyᵢ B) ⊙ eᵢ and d_up += Σᵢ dyᵢᵀ z diag(eᵢ), in place; returns deᵢ = colsum(z ⊙ (dyᵢ B)).
+    """g += Σᵢ (dyᵢ B) ⊙ eᵢ, d_up += Σᵢ dyᵢᵀ z diag(eᵢ), d_down += gᵀ x, in place; returns deᵢ = colsum(z ⊙ (dyᵢ B)).
 
-    Two launches and one pass over each dy up to rank 16, one launch where only g is wanted. Up to rank 32 each dy has
-    a launch of its own; beyond, the factor's gradient is a second pass (see `configs.py`).
+    Up to rank 16 three launches: a pass over all dy, one over x, the sums over blocks; one launch where only g is
+    wanted. Up to rank 32 each dy has a launch of its own; beyond, d_up is a second pass (see `configs.py`).
 
     Args:
         dys: one to three [M, N] of one dtype, each with its own row stride.
@@ -191,15 +196,23 @@ def output_gradients(
         coefficients: e, [G, r], a row for each of `dys`.
         g: [M, r] float32 with unit column stride, or None: not wanted.
         d_up: [N, r] float32, any strides, or None: not wanted.
+        x: [M, K]; may be None where d_down is not wanted.
+        d_down: [r, K] float32, any strides, or None: not wanted. It takes g as it is in the end.
         needs_coefficients: whether the coefficients' gradient is wanted; without z it is not computed.
         add_to_g: False overwrites g, which then need not be initialised.
+        of_gelu: d_down += gᵀ GELU(x) instead, with GELU(x) rounded to x's dtype.
 
     Returns:
         The coefficients' gradient, [G, r] float32; [0, r] where it is not computed.
     """
     needs_coefficients = needs_coefficients and z is not None
     if not device.runs_triton(dys[0]):
-        return _plain_output_gradients(dys, z, up, coefficients, g, d_up, needs_coefficients, add_to_g)
+        d_coefficients = _plain_output_gradients(dys, z, up, coefficients, g, d_up, needs_coefficients, add_to_g)
+        if d_down is not None:
+            assert x is not None
+            assert g is not None
+            _plain_input_gradient_factor(x, g, d_down, of_gelu)
+        return d_coefficients
     (rows, outputs), (group, rank) = dys[0].shape, coefficients.shape
     counted = group if needs_coefficients else 0
     d_coefficients = coefficients.new_empty(counted, rank, dtype=torch.float32)
@@ -221,30 +234,42 @@ def output_gradients(
             for i, (dy, e) in enumerate(zip(dys, coefficients.split(1), strict=True)):
                 part = product[i * blocks : (i + 1) * blocks]
                 _launch_pass([dy], z, up, e, g, part, partial[:, i : i + 1], add_to_g or i > 0)
-    if d_up is not None and not one_pass:
-        assert z is not None
-        product = tall_product(dys, z, coefficients)
-    if d_up is not None or needs_coefficients:
-        reduce_splits(product, None if d_up is None else d_up.mT, partial, d_coefficients)
+    factors = []
+    if d_up is not None:
+        if not one_pass:
+            assert z is not None
+            product = tall_product(dys, z, coefficients)
+        factors.append((product, d_up.mT))
+    if d_down is not None:
+        assert x is not None
+        assert g is not None
+        factors.append((tall_product([unit_columns(x)], g, None, of_gelu=of_gelu), d_down))
+    if factors or needs_coefficients:
+        reduce_splits(factors, partial, d_coefficients)
     return d_coefficients
 
 
-def _fake_input_gradient_factor(x, g, d_down, *, of_gelu=False):
+def _fake_input_gradient_factor(x, g, d_down):
     return None
 
 
 @kernel_op("input_gradient_factor", _fake_input_gradient_factor, mutates=("d_down",))
-def input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor, *, of_gelu: bool = False) -> None:
+def input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> None:
     """d_down += gᵀ x, in place, in two launches: x [M, K], g [M, r] float32, d_down [r, K] float32 of any strides.
 
-    `of_gelu`: += gᵀ GELU(x), with GELU(x) rounded to x's dtype.
+    For a g that several operations have added to; that of one is part of `adapter_gradients`.
     """
     if not device.runs_triton(x):
-        x = F.gelu(x) if of_gelu else x
-        d_down += (g.to(x.dtype).mT.contiguous() @ x).to(d_down.dtype)
+        _plain_input_gradient_factor(x, g, d_down, of_gelu=False)
     elif x.shape[0] > 0:
-        product = tall_product([unit_columns(x)], unit_columns(g), None, of_gelu=of_gelu)
-        reduce_splits(product, d_down)
+        product = tall_product([unit_columns(x)], unit_columns(g), None)
+        reduce_splits([(product, d_down)])
+
+
+def _plain_input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor, of_gelu: bool) -> None:
+    """The same in PyTorch."""
+    x = F.gelu(x) if of_gelu else x
+    d_down += (g.to(x.dtype).mT.contiguous() @ x).to(d_down.dtype)
 
 
 def _plain_output_gradients(
@@ -257,7 +282,7 @@ def _plain_output_gradients(
     needs_coefficients: bool,
     add_to_g: bool,
 ) -> Tensor:
-    """The same in PyTorch, every product in dy's precision."""
+    """The gradients of the outputs' side in PyTorch, every product in dy's precision."""
     dtype = dys[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     coefficients = coefficients.to(wide)

@@ -78,40 +78,57 @@ def _sum_splits(partial_ptr, offsets, splits, size, BLOCK: tl.constexpr, SPLITS:
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_0r", "stride_0c", "stride_1r", "stride_1c"])
 def _reduce_kernel(
-    product_ptr,
-    d_factor_ptr,
-    coefficient_partial_ptr,
+    product0_ptr,
+    product1_ptr,
+    partial_ptr,
+    d_factor0_ptr,
+    d_factor1_ptr,
     d_coefficients_ptr,
-    product_splits,
-    product_size,
-    coefficient_splits,
-    coefficient_size,
-    C,
-    stride_fr,
-    stride_fc,
+    splits0,
+    splits1,
+    splits_e,
+    size0,
+    size1,
+    size_e,
+    C0,
+    C1,
+    stride_0r,
+    stride_1r,
+    stride_0c,
+    stride_1c,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """d_factor += Σ_s product[s],  d_coefficients = Σ_s coefficient_partial[s]
+    """d_factorᵢ += Σ_s productᵢ[s],  d_coefficients = Σ_s partial[s]
 
-    product [splits, rank, C], coefficient_partial [splits, GROUP, rank]
-    -> d_factor [rank, C], d_coefficients [GROUP, rank]
+    product0..1 [splits, rank, C], partial [splits, GROUP, rank] -> d_factor0..1 [rank, C], d_coefficients [GROUP, rank]
     """
     pid = tl.program_id(0)
-    product_blocks = tl.cdiv(product_size, BLOCK)
-    if pid < product_blocks:
-        offsets = pid * BLOCK + tl.arange(0, BLOCK)
-        mask = offsets < product_size
-        total = _sum_splits(product_ptr, offsets, product_splits, product_size, BLOCK, SPLITS)
-        row, column = (offsets // C).to(tl.int64), (offsets % C).to(tl.int64)
-        d_factor_block_ptr = d_factor_ptr + row * stride_fr + column * stride_fc
-        tl.store(d_factor_block_ptr, tl.load(d_factor_block_ptr, mask=mask, other=0.0) + total, mask=mask)
+    blocks_0, blocks_1 = tl.cdiv(size0, BLOCK), tl.cdiv(size1, BLOCK)
+    if pid < blocks_0:
+        _add_sum(product0_ptr, d_factor0_ptr, pid, splits0, size0, C0, stride_0r, stride_0c, BLOCK, SPLITS)
+    elif pid < blocks_0 + blocks_1:
+        block = pid - blocks_0
+        _add_sum(product1_ptr, d_factor1_ptr, block, splits1, size1, C1, stride_1r, stride_1c, BLOCK, SPLITS)
     else:
-        offsets = (pid - product_blocks) * BLOCK + tl.arange(0, BLOCK)
-        total = _sum_splits(coefficient_partial_ptr, offsets, coefficient_splits, coefficient_size, BLOCK, SPLITS)
-        tl.store(d_coefficients_ptr + offsets, total, mask=offsets < coefficient_size)
+        offsets = (pid - blocks_0 - blocks_1) * BLOCK + tl.arange(0, BLOCK)
+        total = _sum_splits(partial_ptr, offsets, splits_e, size_e, BLOCK, SPLITS)
+        tl.store(d_coefficients_ptr + offsets, total, mask=offsets < size_e)
+
+
+@triton.jit
+def _add_sum(
+    product_ptr, d_factor_ptr, block, splits, size, C, stride_r, stride_c, BLOCK: tl.constexpr, SPLITS: tl.constexpr
+):
+    """d_factor += Σ_s product[s] of one block of entries:  product [splits, rank, C], d_factor [rank, C]"""
+    offsets = block * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    total = _sum_splits(product_ptr, offsets, splits, size, BLOCK, SPLITS)
+    row, column = (offsets // C).to(tl.int64), (offsets % C).to(tl.int64)
+    d_factor_block_ptr = d_factor_ptr + row * stride_r + column * stride_c
+    tl.store(d_factor_block_ptr, tl.load(d_factor_block_ptr, mask=mask, other=0.0) + total, mask=mask)
 
 
 def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | None, *, of_gelu: bool = False) -> Tensor:
@@ -138,28 +155,31 @@ def tall_product(talls: Sequence[Tensor], low: Tensor, coefficients: Tensor | No
 
 
 def reduce_splits(
-    product: Tensor, d_factor: Tensor | None, partial: Tensor | None = None, d_coefficients: Tensor | None = None
+    factors: Sequence[tuple[Tensor, Tensor]], partial: Tensor | None = None, d_coefficients: Tensor | None = None
 ) -> None:
-    """product [splits, r, C] into d_factor [r, C], partial [splits, G, r] into d_coefficients; either may be empty."""
-    product_splits, rank, columns = product.shape
-    coefficient_splits, group, its_rank = (0, 0, 0) if partial is None else partial.shape
-    product_size = rank * columns if product_splits else 0
-    coefficient_size = group * its_rank if coefficient_splits else 0
-    # What is not wanted is neither read nor written, but its pointer is a pointer to floats in every build.
-    partial = product if partial is None else partial
-    d_coefficients = product if d_coefficients is None else d_coefficients
-    target = d_coefficients if d_factor is None else d_factor
-    blocks = cdiv(product_size, REDUCE_BLOCK) + cdiv(coefficient_size, REDUCE_BLOCK)
+    """All sums over splits in one launch: of up to two (product [splits, r, C], d_factor [r, C]), added to d_factor,
+    and of partial [splits, G, r], written to d_coefficients."""
+    # What is not there has no entries, but its pointer is a pointer to floats in every build.
+    floats = factors[0][0] if factors else partial
+    assert floats is not None
+    given = [*factors, *[(floats, floats)] * (2 - len(factors))]
+    products, targets = zip(*given, strict=True)
+    shapes = [product.shape if i < len(factors) else (0, 0, 1) for i, product in enumerate(products)]
+    strides = [target.stride() if i < len(factors) else (0, 0) for i, target in enumerate(targets)]
+    shapes.append((0, 0, 1) if partial is None else partial.shape)
+    sizes = [rows * columns for _, rows, columns in shapes]
     launch(
-        _reduce_kernel, (blocks,),
-        product, target, partial, d_coefficients, product_splits, product_size, coefficient_splits, coefficient_size,
-        max(1, columns), *target.stride(), BLOCK=REDUCE_BLOCK, SPLITS=REDUCE_SPLITS, num_warps=4,
+        _reduce_kernel, (sum(cdiv(size, REDUCE_BLOCK) for size in sizes),),
+        *products, floats if partial is None else partial,
+        *targets, floats if d_coefficients is None else d_coefficients,
+        *[splits for splits, _, _ in shapes], *sizes, shapes[0][2], shapes[1][2],
+        *[rows for rows, _ in strides], *[columns for _, columns in strides],
+        BLOCK=REDUCE_BLOCK, SPLITS=REDUCE_SPLITS, num_warps=4,
     )  # fmt: skip
 
 
-_FLOATS = dict.fromkeys(
-    ("coefficients_ptr", "product_ptr", "d_factor_ptr", "coefficient_partial_ptr", "d_coefficients_ptr"), "*fp32"
-)
+_FLOATS = dict.fromkeys(("coefficients_ptr", "product_ptr"), "*fp32")
+_REDUCED = dict.fromkeys((name for name in _reduce_kernel.arg_names if name.endswith("_ptr")), "*fp32")
 
 
 def variants(target: str) -> list[Variant]:
@@ -167,9 +187,8 @@ def variants(target: str) -> list[Variant]:
     constants: dict[str, Any] = {"BLOCK": REDUCE_BLOCK, "SPLITS": REDUCE_SPLITS}
     found = [
         Variant(
-            "reduce splits", "all", strides, "fp32", 16, _reduce_kernel, {**constants, stride: 1}, 4, 3, _FLOATS, ("C",)
+            "reduce splits", "all", "any strides", "fp32", 16, _reduce_kernel, constants, 4, 3, _REDUCED, ("C0", "C1")
         )
-        for strides, stride in (("factor", "stride_fc"), ("factor, transposed", "stride_fr"))
     ]
     for (name, dtype), rank in itertools.product(PRODUCT_DTYPES.items(), (16, 32, 64)):
         for direction in ("input", "input, GELU", "output") if rank > ONE_PASS_RANK else ("input", "input, GELU"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import device
-from .adapter_gradients import input_gradient_factor, output_gradients
+from .adapter_gradients import adapter_gradients
 from .arguments import check_arguments
 from .choice import VARIABLE, pick
 from .project import project
@@ -97,22 +97,20 @@ class S2LinearFunction(torch.autograd.Function):
         if wants_g:
             rows, rank = dys[0].shape[0], down.shape[0]
             g = dys[0].new_empty(rows, rank, dtype=wide(dys[0].dtype)) if alone else shared.g
+        if needs_down and shared is None:
+            d_down = torch.zeros_like(down, dtype=wide(down.dtype)) if sink is None else sink.down
         if wants_g or needs_z:
-            d_coefficients = output_gradients(
-                list(dys), z if needs_z else None, up, group.coefficients, g, d_up,
-                needs_coefficients=needs_coefficients, add_to_g=not alone,
+            d_coefficients = adapter_gradients(
+                list(dys), z if needs_z else None, up, group.coefficients, g, d_up, x if d_down is not None else None,
+                d_down, needs_coefficients=needs_coefficients, add_to_g=not alone, of_gelu=of_gelu,
             )  # fmt: skip
         if shared is not None:
             if shared.wants_dx:
                 shared.add_dx(lambda so_far: strategy.input_gradient(dys, group, g, dense, so_far))
             if alone and needs_down:
                 shared.g.add_(g)
-        else:
-            if needs_x:
-                dx = strategy.input_gradient(dys, group, g, dense, None)
-            if needs_down:
-                d_down = torch.zeros_like(down, dtype=wide(down.dtype)) if sink is None else sink.down
-                input_gradient_factor(x, g, d_down, of_gelu=of_gelu)
+        elif needs_x:
+            dx = strategy.input_gradient(dys, group, g, dense, None)
         if sink is not None:
             d_up = d_down = None
         each: list[Tensor | None] = [None] * size

@@ -101,8 +101,8 @@ def check_close(
 ) -> None:
     """max|got − oracle| ≤ 2 · max|eager − oracle| + floor · max|terms|, everything finite, shapes and dtypes equal.
 
-    `terms` is the oracle unless given. Give it where an entry may be far smaller than what it sums and no other entry is
-    larger, as in a single dot product: rounding is in proportion to Σ|terms|.
+    `terms` is the oracle unless given. Give the sum of |terms| where an entry may be far smaller than what it sums and
+    no other entry is larger, as of a single dot product: rounding is in proportion to it.
     """
     assert got.shape == oracle.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
     assert got.dtype == eager.dtype, f"{name}: {got.dtype}, expected {eager.dtype}"

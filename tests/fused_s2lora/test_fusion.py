@@ -180,10 +180,10 @@ def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
     project = s2_linear_module.project
     monkeypatch.setattr(s2_linear_module, "project", lambda x, down: projected.append(x.shape) or project(x, down))
     of_gelu = []
-    gradient = s2_linear_module.input_gradient_factor
+    gradient = s2_linear_module.adapter_gradients
     monkeypatch.setattr(
         s2_linear_module,
-        "input_gradient_factor",
+        "adapter_gradients",
         lambda *operands, **how: of_gelu.append(how["of_gelu"]) or gradient(*operands, **how),
     )
     got = step(model, torch.float32)

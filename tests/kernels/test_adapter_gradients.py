@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_s2lora.kernels import adapter_gradients, device, row_sums
+from fused_s2lora.kernels import adapter_gradients as module
+from fused_s2lora.kernels import device, row_sums
 from fused_s2lora.kernels import project as project_module
-from fused_s2lora.kernels.adapter_gradients import input_gradient_factor, output_gradients
+from fused_s2lora.kernels.adapter_gradients import adapter_gradients, input_gradient_factor
 from fused_s2lora.kernels.configs import PASS, PassConfig
 from fused_s2lora.kernels.project import project
 from tests.oracle import DEVICE, FLOOR, check_close
@@ -78,26 +79,32 @@ def reference(x, z, dys, down, up, coefficients, g, d_up, d_down) -> dict[str, T
     dtype, wide = x.dtype, g.dtype
     gs = [(dy @ up.to(dtype)).to(wide) for dy in dys]
     products = [(dy.mT @ z).to(wide) for dy in dys]
-    weighted = sum(e * g_i for e, g_i in zip(coefficients, gs, strict=True))
+    total = g + sum(e * g_i for e, g_i in zip(coefficients, gs, strict=True))
     return {
         "project": x @ down.to(dtype).mT,
-        "g": g + weighted,
+        "g": total,
         "d_up": d_up + sum(p * e for p, e in zip(products, coefficients, strict=True)),
         "d_coefficients": torch.stack([(z.to(wide) * g_i).sum(0) for g_i in gs]),
-        "d_down": d_down + (g.to(dtype).mT @ x).to(wide),
-        "d_down of GELU": d_down + (g.to(dtype).mT @ F.gelu(x)).to(wide),
+        "d_down": d_down + (total.to(dtype).mT @ x).to(wide),
+        "d_down of GELU": d_down + (total.to(dtype).mT @ F.gelu(x)).to(wide),
+        "d_down of a given g": d_down + (g.to(dtype).mT @ x).to(wide),
     }
 
 
 def computed(x, z, dys, down, up, coefficients, g, d_up, d_down) -> dict[str, Tensor]:
     """The same by the operators, in copies of the buffers with their strides."""
-    outputs = {"project": project(x, down)}
-    for name, buffer in (("g", g), ("d_up", d_up), ("d_down", d_down), ("d_down of GELU", d_down)):
-        outputs[name] = torch.empty_strided(buffer.shape, buffer.stride(), device=DEVICE).copy_(buffer)
-    outputs["d_coefficients"] = output_gradients(dys, z, up, coefficients, outputs["g"], outputs["d_up"])
-    input_gradient_factor(x, g, outputs["d_down"])
-    input_gradient_factor(x, g, outputs["d_down of GELU"], of_gelu=True)
+    outputs = {"project": project(x, down), "g": same(g), "d_up": same(d_up), "d_down": same(d_down)}
+    changed = (outputs["g"], outputs["d_up"], x, outputs["d_down"])
+    outputs["d_coefficients"] = adapter_gradients(dys, z, up, coefficients, *changed)
+    outputs["d_down of GELU"] = same(d_down)
+    adapter_gradients(dys, None, up, coefficients, same(g), None, x, outputs["d_down of GELU"], of_gelu=True)
+    outputs["d_down of a given g"] = same(d_down)
+    input_gradient_factor(x, g, outputs["d_down of a given g"])
     return outputs
+
+
+def same(buffer: Tensor) -> Tensor:
+    return torch.empty_strided(buffer.shape, buffer.stride(), device=DEVICE, dtype=buffer.dtype).copy_(buffer)
 
 
 def check(given, results=None) -> None:
@@ -118,8 +125,8 @@ def test_every_output(shape, dtype):
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_blocks_of_many_rows(group, dtype, monkeypatch):
     """The tiles that thousands of rows get, on fewer."""
-    for module in (adapter_gradients, project_module):
-        monkeypatch.setattr(module, "pass_config_name", lambda rows, group, *_: many_rows(group))
+    for each in (module, project_module):
+        monkeypatch.setattr(each, "pass_config_name", lambda rows, group, *_: many_rows(group))
     check(operands(300, 72, 136, 8, group, dtype))
 
 
@@ -153,15 +160,20 @@ def test_columns_that_are_not_adjacent():
 
 
 @pytest.mark.parametrize("rank", [8, 20, 40])
-@pytest.mark.parametrize("wanted", ["g", "d_up", "coefficients", "g d_up", "g coefficients", "d_up coefficients"])
+@pytest.mark.parametrize(
+    "wanted",
+    ["g", "d_up", "coefficients", "g d_up", "g coefficients", "d_up coefficients", "g d_down", "g coefficients d_down"],
+)
 def test_only_what_is_asked_for(wanted, rank):
     given = operands(65, 40, 24, rank, 2, torch.float32)
     g = given["g"].clone() if "g" in wanted.split() else None
     d_up = given["d_up"].clone() if "d_up" in wanted else None
-    z = None if wanted == "g" else given["z"]
-    arguments = (given["dys"], z, given["up"], given["coefficients"], g, d_up)
-    d_coefficients = output_gradients(*arguments, needs_coefficients="coefficients" in wanted)
-    results = {name: value for name, value in (("g", g), ("d_up", d_up)) if value is not None}
+    d_down = given["d_down"].clone() if "d_down" in wanted else None
+    z = None if wanted in ("g", "g d_down") else given["z"]
+    arguments = (given["dys"], z, given["up"], given["coefficients"], g, d_up, given["x"], d_down)
+    d_coefficients = adapter_gradients(*arguments, needs_coefficients="coefficients" in wanted)
+    changed = {"g": g, "d_up": d_up, "d_down": d_down}
+    results = {name: value for name, value in changed.items() if value is not None}
     if "coefficients" in wanted:
         results["d_coefficients"] = d_coefficients
     else:
@@ -173,7 +185,7 @@ def test_only_what_is_asked_for(wanted, rank):
 def test_g_can_be_overwritten(rank):
     given = operands(65, 40, 48, rank, 3, torch.float32)
     g = torch.full_like(given["g"], torch.nan)
-    output_gradients(given["dys"], None, given["up"], given["coefficients"], g, None, add_to_g=False)
+    adapter_gradients(given["dys"], None, given["up"], given["coefficients"], g, None, add_to_g=False)
     check({**given, "g": torch.zeros_like(g)}, {"g": g})
 
 
@@ -181,7 +193,9 @@ def test_no_rows():
     given = operands(0, 40, 48, 8, 2, torch.float32)
     results = computed(**given)
     assert torch.equal(results["d_coefficients"], torch.zeros(2, 8, device=DEVICE))
-    assert all(torch.equal(results[name], given[name]) for name in ("d_up", "d_down"))
+    unchanged = {"g": "g", "d_up": "d_up", **{name: "d_down" for name in results if name.startswith("d_down")}}
+    assert len(unchanged) == 5
+    assert all(torch.equal(results[name], given[buffer]) for name, buffer in unchanged.items())
     assert results["project"].shape == (0, 8)
 
 
@@ -192,13 +206,7 @@ def test_plain_branch(dtype, monkeypatch):
     given = operands(130, 70, 48, 8, 3, dtype)
     if dtype == torch.float64:
         given |= {name: given[name].double() for name in ("coefficients", "g", "d_up", "d_down")}
-        wide = {name: given[name].clone() for name in ("g", "d_up", "d_down")}
-        results = {"d_coefficients": output_gradients(given["dys"], given["z"], given["up"], given["coefficients"],
-                                                      wide["g"], wide["d_up"])}  # fmt: skip
-        input_gradient_factor(given["x"], given["g"], wide["d_down"])
-        check(given, results | wide)
-    else:
-        check(given)
+    check(given)
 
 
 @pytest.mark.parametrize(("rows", "rank"), [(600, 8), (100, 40)])
@@ -220,7 +228,7 @@ def test_kernels_write_every_entry(monkeypatch):
 
 
 def test_faults_are_caught(monkeypatch):
-    """A skipped block of rows, a dropped coefficient, swapped weights of a group, a lost buffer: none passes."""
+    """A skipped block of rows, a dropped coefficient, swapped weights, g read too early, a lost buffer: none passes."""
     given = operands(130, 40, 48, 8, 3, torch.float32)
     check(given)
 
@@ -242,21 +250,25 @@ def test_faults_are_caught(monkeypatch):
         results = reference(dys=[dys[1], dys[0], dys[2]], **others)
         return {name: results[name] for name in ("g", "d_up", "d_coefficients")}
 
+    def before_the_sum(**all_of_it):
+        return {"d_down": reference(**all_of_it)["d_down of a given g"]}
+
     def lost_buffers(g, d_up, d_down, **others):
         return reference(g=g * 0, d_up=d_up * 0, d_down=d_down * 0, **others)
 
-    for fault in (skipped_block, last_rows_skipped, dropped_coefficient, swapped_weights, lost_buffers):
+    faults = (skipped_block, last_rows_skipped, dropped_coefficient, swapped_weights, before_the_sum, lost_buffers)
+    for fault in faults:
         for name, value in fault(**given).items():
             if fault is lost_buffers and name in ("project", "d_coefficients"):
                 continue
             with pytest.raises(AssertionError, match="off by"):
                 check(given, {name: value})
 
-    def fewer_splits(product, *others):
-        return real(product[:-1].contiguous(), *others)
+    def fewer_splits(factors, *others):
+        return real([(product[:-1].contiguous(), d_factor) for product, d_factor in factors], *others)
 
-    real = adapter_gradients.reduce_splits
-    monkeypatch.setattr(adapter_gradients, "reduce_splits", fewer_splits)
+    real = module.reduce_splits
+    monkeypatch.setattr(module, "reduce_splits", fewer_splits)
     with pytest.raises(AssertionError, match="off by"):
         check(given)
 
@@ -265,13 +277,14 @@ def test_buffers_are_changed_in_place_under_compile():
     given = operands(33, 40, 48, 8, 2, torch.float32)
 
     def step(g, d_up, d_down):
-        d_coefficients = output_gradients(given["dys"], given["z"], given["up"], given["coefficients"], g, d_up)
-        input_gradient_factor(given["x"], given["g"], d_down)
-        return d_coefficients
+        read = (given["dys"], given["z"], given["up"], given["coefficients"])
+        input_gradient_factor(given["x"], given["g"], given_g)
+        return adapter_gradients(*read, g, d_up, given["x"], d_down)
 
+    given_g = given["d_down"].clone()
     buffers = {name: given[name].clone() for name in ("g", "d_up", "d_down")}
     d_coefficients = torch.compile(step, fullgraph=True, backend="aot_eager")(**buffers)
-    check(given, {"d_coefficients": d_coefficients, **buffers})
+    check(given, {"d_coefficients": d_coefficients, "d_down of a given g": given_g, **buffers})
 
 
 def test_custom_operators_are_well_formed():
@@ -281,4 +294,6 @@ def test_custom_operators_are_well_formed():
     torch.library.opcheck(input_gradient_factor.op, (given["x"], given["g"], given["d_down"]), test_utils=tests)
     factors = (given["up"], given["coefficients"])
     for z, g, d_up in ((given["z"], given["g"], given["d_up"]), (None, given["g"], None), (given["z"], None, None)):
-        torch.library.opcheck(output_gradients.op, (given["dys"], z, *factors, g, d_up), test_utils=tests)
+        torch.library.opcheck(adapter_gradients.op, (given["dys"], z, *factors, g, d_up), test_utils=tests)
+    everything = (given["dys"], given["z"], *factors, given["g"], given["d_up"], given["x"], given["d_down"])
+    torch.library.opcheck(adapter_gradients.op, everything, test_utils=tests)
