@@ -52,20 +52,23 @@ def draw_figures(comparison: Comparison) -> dict[str, Path]:
     return drawn
 
 
-_OTHER_MAPS = {"sharing", "target_modules", "exclude_modules", "freeze_factors", "interpolation"}
+_KEEPING = {"keep_share", "keep_languages", "learn_language"}
+_OTHER_MAPS = {
+    "s2lora": _KEEPING | {"sharing", "target_modules", "exclude_modules", "freeze_factors", "interpolation"},
+    "adalora": _KEEPING,
+}
 
 
 def rank_map_figure(lines: list[Line]) -> Figure | None:
     """One panel for each stack of S2-LoRA and of AdaLoRA: shade and number are the mean |s|, above it the ranks.
 
-    S2-LoRA by its penalties, all factors shared as published, and AdaLoRA also on all six kinds of weight; every other
-    map is in the report. Methods differ in scale, so each panel has its own shades.
+    S2-LoRA by its penalties, all factors shared as published, and AdaLoRA also on all six kinds of weight, both without
+    other languages to keep; every other map is in the report. Methods differ in scale: each panel has its own shades.
     """
     shown = [
         line for line in lines
         if line.cells[0]["rank_pattern"] and line.rank == 8 and not line.varied
-        and ((line.method == "s2lora" and not line.changed & _OTHER_MAPS)
-             or line.method == "adalora")
+        and line.method in _OTHER_MAPS and not line.changed & _OTHER_MAPS[line.method]
     ]  # fmt: skip
     if not shown:
         return None
