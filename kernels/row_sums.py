@@ -161,19 +161,16 @@ def reduce_splits(
     and of partial [splits, G, r], written to d_coefficients."""
     # What is not there has no entries, but its pointer is a pointer to floats in every build.
     floats = factors[0][0] if factors else partial
-    assert floats is not None
-    given = [*factors, *[(floats, floats)] * (2 - len(factors))]
-    products, targets = zip(*given, strict=True)
-    shapes = [product.shape if i < len(factors) else (0, 0, 1) for i, product in enumerate(products)]
-    strides = [target.stride() if i < len(factors) else (0, 0) for i, target in enumerate(targets)]
-    shapes.append((0, 0, 1) if partial is None else partial.shape)
-    sizes = [rows * columns for _, rows, columns in shapes]
+    given: list[tuple[Any, ...]] = [(product, d, *product.shape, *d.stride()) for product, d in factors]
+    absent = (floats, floats, 0, 0, 1, 0, 0)
+    products, targets, splits, ranks, columns, strides_r, strides_c = zip(*[*given, absent, absent][:2], strict=True)
+    splits_e, group, rank = (0, 0, 0) if partial is None else partial.shape
+    sizes = [ranks[0] * columns[0], ranks[1] * columns[1], group * rank]
     launch(
         _reduce_kernel, (sum(cdiv(size, REDUCE_BLOCK) for size in sizes),),
         *products, floats if partial is None else partial,
         *targets, floats if d_coefficients is None else d_coefficients,
-        *[splits for splits, _, _ in shapes], *sizes, shapes[0][2], shapes[1][2],
-        *[rows for rows, _ in strides], *[columns for _, columns in strides],
+        *splits, splits_e, *sizes, *columns, *strides_r, *strides_c,
         BLOCK=REDUCE_BLOCK, SPLITS=REDUCE_SPLITS, num_warps=4,
     )  # fmt: skip
 

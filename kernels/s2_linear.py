@@ -101,8 +101,8 @@ class S2LinearFunction(torch.autograd.Function):
             d_down = torch.zeros_like(down, dtype=wide(down.dtype)) if sink is None else sink.down
         if wants_g or needs_z:
             d_coefficients = adapter_gradients(
-                list(dys), z if needs_z else None, up, group.coefficients, g, d_up, x if d_down is not None else None,
-                d_down, needs_coefficients=needs_coefficients, add_to_g=not alone, of_gelu=of_gelu,
+                list(dys), z if needs_z else None, up, group.coefficients, g, d_up, x, d_down,
+                needs_coefficients=needs_coefficients, add_to_g=not alone, of_gelu=of_gelu,
             )  # fmt: skip
         if shared is not None:
             if shared.wants_dx:

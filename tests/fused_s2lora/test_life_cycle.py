@@ -299,7 +299,6 @@ def test_task_type_of_a_seq2seq_model():
         d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=50, max_position_embeddings=20, dropout=0.0,
     )  # fmt: skip
-    torch.manual_seed(0)
     model = get_peft_model(
         BartForConditionalGeneration(config), S2LoraConfig(sparsity_weight=1.0, task_type="SEQ_2_SEQ_LM")
     )
@@ -318,7 +317,6 @@ def test_causal_language_model():
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=50,
     )  # fmt: skip
-    torch.manual_seed(0)
     base = LlamaForCausalLM(config)
     model = get_peft_model(base, S2LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     awaken(model)

@@ -377,8 +377,6 @@ def test_what_git_keeps_of_a_comparison_is_enough(compared, tmp_path, monkeypatc
 
 def test_the_committed_results_belong_to_the_committed_comparison():
     comparison = read_comparison(REPRODUCTION / "whisper-base.yaml", REPRODUCTION / "whisper-base")
-    if not comparison.path.is_dir():
-        pytest.skip("no results are committed yet")
     finished = [cell.finished() for cell in comparison.cells]  # refuses a cell of other options
     assert any(finished)
     for file in comparison.path.rglob("*.json"):
