@@ -32,31 +32,33 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer: nn.Module = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.transposed = transposed
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.configs: dict[str, S2LoraConfig] = {}
         self.s2lora_coefficients = AdapterParameters()
-        # The pair's own dictionaries: registered here too, so that PEFT finds and moves them; one copy, many owners.
-        self.s2lora_up, self.s2lora_down = pair.up, pair.down
-        self._in_use = pair.in_use
         self.group: ProjectionGroup | None = None
+        self.share(pair, transposed)
         self._frozen_ranks: dict[str, tuple[Any, Tensor]] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+
+    def share(self, pair: FactorPair, transposed: bool) -> None:
+        """Makes `pair` this layer's, for all its adapters to come."""
+        # The pair's own dictionaries: registered here too, so that PEFT finds and moves them; one copy, many owners.
+        self.s2lora_up, self.s2lora_down = pair.up, pair.down
+        self._in_use, self.frozen_peft_weight_names = pair.in_use, pair.frozen
+        self.transposed = transposed
+        for layer in self.group.layers if self.group else ():  # which computed one pair's layers
+            layer.group = None
 
     def update_layer(self, adapter_name: str, config: S2LoraConfig, inference_mode: bool = False) -> None:
         """Adds an adapter whose pair is already in the shared dictionaries; its coefficients start at zero."""
         self.configs[adapter_name] = config
         self._frozen_ranks.pop(adapter_name, None)
-        weight = self.base_linear.weight
-        size = config.r if config.coefficient == "rank" else 1
+        size, linear = config.r if config.coefficient == "rank" else 1, self.base_linear
         self.s2lora_coefficients[adapter_name] = nn.Parameter(
-            torch.zeros(size, device=weight.device, dtype=weight.dtype)
+            torch.zeros(size, device=adapter_device(linear), dtype=linear.weight.dtype)
         )
-        if not config.train_factors:
-            frozen = {adapter_name: ("s2lora_up", "s2lora_down")}
-            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, **frozen}
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @property
@@ -67,13 +69,14 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         return linear
 
     def operands(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """down A [r, in_features], up B [out_features, r] and coefficients e = scaling · s [r] of this weight."""
+        """down A [r, in_features], up B [out_features, r] and coefficients e = scaling · s [r], on e's device."""
         pair = self._pair_in_use(adapter_name)
         up, down = (pair.up, pair.down) if pair else (self.s2lora_up[adapter_name], self.s2lora_down[adapter_name])
         if self.transposed:
             up, down = down.mT, up.mT
         config = self.configs[adapter_name]
         coefficients = self.s2lora_coefficients[adapter_name]
+        down, up = down.to(coefficients.device), up.to(coefficients.device)
         if config.coefficient == "scalar":
             coefficients = coefficients.expand(config.r)
         return down, up, coefficients * config.scaling if config.scaling != 1.0 else coefficients
@@ -81,7 +84,9 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
     def sink(self, adapter_name: str) -> GradientSink | None:
         """Where the gradients of this weight's factors are added up in the forward pass under way, if anywhere."""
         pair = self._pair_in_use(adapter_name)
-        return None if pair is None else GradientSink(pair.gradients, self.transposed)
+        if pair is None or pair.up.device != self.s2lora_coefficients[adapter_name].device:
+            return None
+        return GradientSink(pair.gradients, self.transposed)
 
     def _pair_in_use(self, adapter_name: str) -> SharedPair | None:
         # Without gradients there may be one left of a training step that was interrupted.
@@ -94,9 +99,11 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.s2lora_coefficients]
 
     def fusable(self, names: list[str]) -> bool:
-        """Whether one operation computes the frozen map and these adapters: no dropout, W not trained."""
+        """Whether one operation computes frozen map and adapters: no dropout, W and b neither trained nor offloaded."""
         dropped = self.training and any(self.configs[name].dropout > 0 for name in names)
-        return not dropped and not self.base_linear.weight.requires_grad
+        linear = self.base_linear
+        trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
+        return not dropped and not trained and not _offloaded(linear)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -157,10 +164,10 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         return live
 
     def _separate_paths(self, x: Tensor, names: list[str]) -> Tensor:
-        """The frozen map and the low-rank path apart: dropout acts on one of them only, or W itself is trained."""
+        """The frozen map and the low-rank path apart, where they cannot be one operation (see `fusable`)."""
         result = self.base_layer(x)
         for name in names:
-            down, up, coefficients = self.operands(name)
+            down, up, coefficients = (operand.to(x.device) for operand in self.operands(name))
             dropped = F.dropout(x, self.configs[name].dropout, self.training).to(down.dtype)
             result = result + F.linear(F.linear(dropped, down) * coefficients, up).to(result.dtype)
         return result
@@ -196,6 +203,17 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "s2lora." + super().__repr__()
+
+
+def adapter_device(linear: nn.Linear) -> torch.device:
+    """Where an adapter of `linear` has its parameters: beside the weight, on the CPU where that is offloaded."""
+    return torch.device("cpu") if _offloaded(linear) else linear.weight.device
+
+
+def _offloaded(linear: nn.Linear) -> bool:
+    """Whether accelerate fetches the weight when `linear` is called: until then it is on no device."""
+    hook = linear.__dict__.get("_hf_hook")
+    return hook is not None and any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 
 class S2Linear(nn.Module):

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import S2LoraConfig
 from .kernels.shared import SharedPair
-from .layer import S2LoraLinear
+from .layer import S2LoraLinear, adapter_device
 from .sharing import FactorPair, SharedFactors, place_of
 from .whisper_fusion import unfuse_whisper
 
@@ -23,6 +23,10 @@ class S2LoraModel(BaseTuner):
     Made by `get_peft_model(model, S2LoraConfig(...))`. In training, a model output with a `loss` gets the two penalties
     of the active adapters added to it (equation 5 of arXiv 2309.11756); `last_penalties` keeps their values. None is
     added where the adapters are disabled, as for a reference loss, or merged: the loss then does not depend on them.
+
+    Gradient checkpoints are best non-reentrant, as transformers makes them. With `use_reentrant=True` the recomputed
+    layers give the gradients of shared factors one by one, which `DistributedDataParallel` takes only with
+    `static_graph=True`.
     """
 
     prefix = "s2lora_"
@@ -32,8 +36,14 @@ class S2LoraModel(BaseTuner):
     peft_config: dict[str, S2LoraConfig]  # type: ignore[assignment]
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if any(isinstance(module, S2LoraLinear) for module in model.modules()):
+            raise ValueError(
+                "the model has S2-LoRA layers already: take them off with unload() of the PeftModel around it, or give "
+                "that one a further adapter with add_adapter()"
+            )
         self.s2lora_factors = SharedFactors()
         self.last_penalties: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # PEFT calls the wrapped model directly for some task types, so the penalties hang on the model itself.
@@ -44,6 +54,26 @@ class S2LoraModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 self._hooks.append(module.register_forward_pre_hook(_let_gradients_through_checkpoints))
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds the adapter's layers and factors, as PEFT does; where that raises, the model is left as it was."""
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_back(model, adapter_name)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, S2LoraLinear):
+                layer.delete_adapter(adapter_name)
+                if not layer.configs:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, layer.base_layer)
+        self.s2lora_factors.forget(adapter_name)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -67,8 +97,11 @@ class S2LoraModel(BaseTuner):
                 "the model without quantization_config, in bfloat16 if memory is short"
             )
         place = place_of(current_key, base.out_features, base.in_features, peft_config)
-        pair = self.s2lora_factors.pair(place, adapter_name, peft_config, base.weight)
+        like = torch.empty(0, device=adapter_device(base), dtype=base.weight.dtype)
+        pair = self.s2lora_factors.pair(place, adapter_name, peft_config, like)
         if isinstance(target, S2LoraLinear):
+            if not target.configs:  # all its adapters were deleted
+                target.share(pair, place.transposed)
             self._check_same_pair(target, pair, current_key, adapter_name)
             target.update_layer(adapter_name, peft_config)
             return
@@ -76,6 +109,10 @@ class S2LoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's would move a shared pair to the device of each layer that gets it.
+        setattr(parent, child_name, new_module)
 
     @staticmethod
     def _check_same_pair(layer: S2LoraLinear, pair: FactorPair, key: str, adapter_name: str) -> None:
@@ -118,12 +155,13 @@ class S2LoraModel(BaseTuner):
         for name in self.active_adapters:
             config = self.peft_config[name]
             if config.penalty == "soft" and config.sparsity_weight > 0:
-                coefficients = self._coefficients(name)
+                coefficients = [coefficient.to(zero.device) for coefficient in self._coefficients(name)]
                 norms = torch.cat(coefficients).float().abs().sum()
                 sparsity = sparsity + config.sparsity_weight * norms / len(coefficients)
             if config.norm_weight > 0:
                 pairs = [pair for pair in self.s2lora_factors.pairs() if name in pair.up]
                 columns = [_column_norms(pair.up[name]) + _column_norms(pair.down[name].mT) for pair in pairs]
+                columns = [norms.to(zero.device) for norms in columns]
                 norm = norm + config.norm_weight * torch.stack(columns).mean() / (2 * config.r)
         return sparsity, norm
 
@@ -146,12 +184,12 @@ class S2LoraModel(BaseTuner):
         if trains and isinstance(loss, Tensor) and any(layer.names_at_work() for layer in self._layers()):
             sparsity, norm = self.penalty()
             self.last_penalties = {"sparsity": sparsity.detach(), "norm": norm.detach()}
-            outputs.loss = loss + sparsity + norm
+            outputs.loss = loss + (sparsity + norm).to(loss.device)
         return outputs
 
     @torch.no_grad()
     def proximal_step(self, lr: float) -> None:
-        """s ← sign(s) · max(|s| − lr · α₁, 0) for every active adapter with penalty "proximal".
+        """s ← sign(s) · max(|s| − lr · α₁, 0) for the trained s of every active adapter with penalty "proximal".
 
         Called after each optimizer step with the coefficients' learning rate (`S2LoraCallback` does it in a Trainer).
         The step is the proximal operator of α₁‖s_i‖₁, apart from the optimizer's scaling as AdamW's weight decay.
@@ -160,7 +198,7 @@ class S2LoraModel(BaseTuner):
             config = self.peft_config[name]
             if config.penalty == "proximal" and config.sparsity_weight > 0:
                 step = lr * config.sparsity_weight
-                for coefficient in self._coefficients(name):
+                for coefficient in filter(lambda one: one.requires_grad, self._coefficients(name)):
                     coefficient.copy_(torch.nn.functional.softshrink(coefficient, step))
 
     # Leaving PEFT
@@ -247,12 +285,15 @@ def _check_fits(loaded: dict[str, Tensor], expected: dict[str, Tensor], adapter_
             )
 
 
-def _let_gradients_through_checkpoints(layer: nn.Module, inputs: tuple) -> None:
+def _let_gradients_through_checkpoints(layer: nn.Module, inputs: tuple) -> tuple | None:
     """Reentrant checkpoints pass no gradient where no input needs one, as behind Whisper's frozen convolutions."""
-    if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-        hidden = inputs[0]
-        if not hidden.requires_grad:
-            hidden.requires_grad_(True)
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()):
+        return None
+    options = getattr(layer._gradient_checkpointing_func, "keywords", {})  # those of torch's checkpoint
+    hidden = inputs[0] if inputs else None
+    if options.get("use_reentrant") is False or not isinstance(hidden, Tensor) or hidden.requires_grad:
+        return None
+    return (hidden.detach().requires_grad_(), *inputs[1:]) if hidden.is_floating_point() else None
 
 
 def _register() -> None:

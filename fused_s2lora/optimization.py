@@ -19,13 +19,18 @@ def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) 
     `torch.compile` or `DistributedDataParallel`.
 
     Raises:
-        ValueError: nothing in the model is trainable.
+        ValueError: nothing in the model is trainable, or active adapters have different `coefficient_lr_ratio`.
     """
     layers = [module for module in model.modules() if isinstance(module, S2LoraLinear)]
     configs = [layer.configs[name] for layer in layers for name in layer.active_adapters if name in layer.configs]
-    ratio = configs[0].coefficient_lr_ratio if configs else 1.0
+    ratios = sorted({config.coefficient_lr_ratio for config in configs}) or [1.0]
+    if len(ratios) > 1:
+        raise ValueError(
+            f"the active adapters have coefficient_lr_ratio {' and '.join(map(str, ratios))}: train them one after the "
+            "other, or give the optimizer groups of your own"
+        )
     groups: dict[str, dict[str, Any]] = {
-        COEFFICIENTS: {"lr": lr * ratio, "weight_decay": 0.0},
+        COEFFICIENTS: {"lr": lr * ratios[0], "weight_decay": 0.0},
         "factors": {"lr": lr, "weight_decay": weight_decay},
         "other": {"lr": lr, "weight_decay": weight_decay},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,30 @@ if TYPE_CHECKING:
     from .layer import S2LoraLinear
 
 
+class _Made:
+    """Outputs of one operation, by id of the layer that will ask for them, and what they depend on."""
+
+    def __init__(self, outputs: dict[int, Tensor], made_from: list[Tensor], layer: S2LoraLinear) -> None:
+        self.outputs, self.made_from, self._layer = outputs, made_from, layer  # x first, then the parameters
+        self.made_in = self.state()
+
+    def state(self) -> tuple[Any, ...]:
+        """What the outputs depend on besides which tensors they are made from."""
+        device_type = self.made_from[0].device.type
+        counts = [write_count(value) for value in self.made_from]
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(device_type))
+        return *modes, *self._layer.active_adapters, *counts
+
+
+class _Waiting(threading.local):
+    """What each thread has computed and not yet asked for; a copy begins with nothing."""
+
+    made: _Made | None = None
+
+    def __reduce__(self) -> tuple[type[_Waiting], tuple[()]]:
+        return _Waiting, ()
+
+
 class ProjectionGroup:
     """q, k and v of one attention: up to three `S2LoraLinear` of one shape with one pair.
 
@@ -25,35 +50,25 @@ class ProjectionGroup:
 
     def __init__(self, layers: list[S2LoraLinear]) -> None:
         self.layers = layers
-        self._outputs: dict[int, Tensor] = {}
-        self._made_from: list[Tensor] = []  # x, the coefficients, and the pair
-        self._made_in: tuple[Any, ...] = ()
         self._bias: tuple[Any, Tensor | None] = (None, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: without outputs that an interrupted attention did not ask for."""
-        return {**self.__dict__, "_outputs": {}, "_made_from": []}
+        self._waiting = _Waiting()
 
     def output(self, layer: S2LoraLinear, x: Tensor) -> Tensor | None:
         """The output of `layer` for x; None where it cannot, or need not, be computed with others now."""
-        if self._outputs and (self._made_from[0] is not x or self._state() != self._made_in):
-            self._outputs = {}
-        if id(layer) not in self._outputs:
-            computed = self._compute(layer, x)
-            if not computed:
+        if torch.compiler.is_compiling():
+            return None
+        made = self._waiting.made
+        if made is not None and (made.made_from[0] is not x or made.state() != made.made_in):
+            made = self._waiting.made = None
+        if made is None or id(layer) not in made.outputs:
+            made = self._compute(layer, x)
+            if made is None:
                 return None
-            self._outputs, self._made_in = computed, self._state()
-        output = self._outputs.pop(id(layer))
-        if not self._outputs:
-            self._made_from = []
+            self._waiting.made = made
+        output = made.outputs.pop(id(layer))
+        if not made.outputs:
+            self._waiting.made = None
         return output
-
-    def _state(self) -> tuple[Any, ...]:
-        """What the outputs depend on besides which tensors they are made from."""
-        device_type = self._made_from[0].device.type
-        counts = [write_count(value) for value in self._made_from]
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(device_type))
-        return *modes, *self.layers[0].active_adapters, *counts
 
     def name_at_work(self) -> str | None:
         """The one adapter at work in all layers; None where that is not so, or a layer cannot be fused."""
@@ -68,13 +83,13 @@ class ProjectionGroup:
         at_work = [one for one in self.layers if one.updates(adapter_name)]
         return at_work if layer in at_work else [layer]
 
-    def _compute(self, layer: S2LoraLinear, x: Tensor) -> dict[int, Tensor]:
-        name = None if torch.compiler.is_compiling() else self.name_at_work()
+    def _compute(self, layer: S2LoraLinear, x: Tensor) -> _Made | None:
+        name = self.name_at_work()
         if name is None:
-            return {}
+            return None
         layers = self.together_with(layer, name)
         if len(layers) < 2:
-            return {}
+            return None
         first = layers[0]
         down, up, coefficients, sink = live_operands(layers, name)
         backend: Any = first.configs[name].backend
@@ -82,9 +97,9 @@ class ProjectionGroup:
             x, [one.base_linear.weight for one in layers], self._stacked_bias(layers), down, up, coefficients,
             z=known_z(x, down), sink=sink, backend=backend,
         )  # fmt: skip
-        coefficients = [one.s2lora_coefficients[name] for one in layers]
-        self._made_from = [x, *coefficients, first.s2lora_up[name], first.s2lora_down[name]]
-        return {id(one): output for one, output in zip(layers, outputs, strict=True)}
+        parameters = [one.s2lora_coefficients[name] for one in layers]
+        made_from = [x, *parameters, first.s2lora_up[name], first.s2lora_down[name]]
+        return _Made({id(one): output for one, output in zip(layers, outputs, strict=True)}, made_from, first)
 
     def _stacked_bias(self, layers: list[S2LoraLinear]) -> Tensor | None:
         """All biases one after the other, zeros for a layer without; made anew when one of them has changed."""

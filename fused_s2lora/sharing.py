@@ -78,6 +78,7 @@ class FactorPair(nn.Module):
         self.up = AdapterParameters()
         self.down = AdapterParameters()
         self.in_use = InUse()
+        self.frozen: dict[str, tuple[str, ...]] = {}  # PEFT's `frozen_peft_weight_names` of every layer with this pair
 
 
 class SharedFactors(nn.Module):
@@ -97,7 +98,19 @@ class SharedFactors(nn.Module):
             up, down = initial_factors(place.up_rows, place.down_columns, config, like)
             pair.up[adapter_name] = nn.Parameter(up)
             pair.down[adapter_name] = nn.Parameter(down)
+            if not config.train_factors:
+                pair.frozen[adapter_name] = ("s2lora_up", "s2lora_down")
         return pair
+
+    def forget(self, adapter_name: str) -> None:
+        """Takes the adapter's factors away, and the pairs that are then nobody's."""
+        for name, pair in list(self.named_children()):
+            assert isinstance(pair, FactorPair)
+            for factors in (pair.up, pair.down, pair.frozen):
+                if adapter_name in factors:
+                    del factors[adapter_name]
+            if not pair.up:
+                delattr(self, name)
 
 
 def initial_factors(up_rows: int, down_columns: int, config: S2LoraConfig, like: Tensor) -> tuple[Tensor, Tensor]:

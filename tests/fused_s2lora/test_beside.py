@@ -1,0 +1,119 @@
+"""What else may be trained or run beside an adapter: biases, another adapter, checkpoints, a second thread."""
+
+import threading
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fused_s2lora import S2LoraConfig, fuse_whisper, parameter_groups
+from fused_s2lora.projection_group import ProjectionGroup
+from tests.fused_s2lora.adapters import adapted, awaken, batch
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_trained_bias_has_its_gradient(tiny_whisper, fused):
+    def bias_gradients(base_layer: str, model: nn.Module) -> dict[str, torch.Tensor]:
+        biases = {name: value for name, value in model.named_parameters() if name.endswith(f"_proj{base_layer}.bias")}
+        for bias in biases.values():
+            bias.requires_grad_(True)
+        model.train()
+        model(**batch()).loss.backward()
+        return {name.rpartition("model.model.")[2].replace(base_layer, ""): bias.grad for name, bias in biases.items()}
+
+    model = adapted(tiny_whisper, r=4)
+    expected = bias_gradients("", adapted(tiny_whisper, r=4).merge_and_unload())
+    if fused:
+        fuse_whisper(model)
+    got = bias_gradients(".base_layer", model)
+    assert len(got) == len(expected) == 18
+    for gradient, reference in zip(got.values(), expected.values(), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_proximal_step_leaves_frozen_coefficients_alone(tiny_whisper):
+    config = {"r": 4, "penalty": "proximal", "sparsity_weight": 1.0}
+    model = adapted(tiny_whisper, **config)
+    model.add_adapter("second", S2LoraConfig(**config))
+    awaken(model)
+    model.base_model.set_adapter(["default", "second"])
+    model.set_requires_grad("default", False)
+    values = {name: [v.clone() for v in model.base_model._coefficients(name)] for name in ("default", "second")}
+    model.base_model.proximal_step(0.1)
+    for name, changes in (("default", False), ("second", True)):
+        now = torch.cat(model.base_model._coefficients(name))
+        assert torch.equal(now, torch.cat(values[name])) != changes
+
+
+def test_two_ratios_of_learning_rates_are_refused(tiny_whisper):
+    model = adapted(tiny_whisper, r=4, coefficient_lr_ratio=2.0)
+    model.add_adapter("second", S2LoraConfig(r=4, coefficient_lr_ratio=10.0))
+    assert parameter_groups(model, 1e-3)[0]["lr"] == pytest.approx(2e-3)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"coefficient_lr_ratio 2\.0 and 10\.0"):
+        parameter_groups(model, 1e-3)
+
+
+class _Block(GradientCheckpointingLayer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(8, 8)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.fc1(hidden)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_checkpointed_layers_leave_their_input_alone(use_reentrant, by_name):
+    model = get_peft_model(nn.Sequential(_Block()), S2LoraConfig(r=4, target_modules=["fc1"]))
+    awaken(model)
+    (block,) = [module for module in model.modules() if isinstance(module, _Block)]
+    block.gradient_checkpointing = True
+    block._gradient_checkpointing_func = lambda function, *inputs: torch.utils.checkpoint.checkpoint(
+        function, *inputs, use_reentrant=use_reentrant
+    )
+    block.train()
+    hidden = torch.randn(3, 8)
+    result = block(hidden=hidden) if by_name else block(hidden)
+    assert not hidden.requires_grad
+    assert result.requires_grad != (by_name and use_reentrant)  # which PyTorch does not support
+
+
+def test_two_threads_have_outputs_of_their_own(tiny_whisper, monkeypatch):
+    """Each has computed q, k and v together before either asks for its k."""
+    model = adapted(tiny_whisper, r=4)
+    attention = model.base_model.model.model.encoder.layers[0].self_attn
+    inputs = [torch.randn(1, 50, 32) for _ in range(2)]
+    with torch.no_grad():
+        expected = [attention.k_proj(x) for x in inputs]
+    fuse_whisper(model)
+    compute, turn = ProjectionGroup._compute, threading.Barrier(2, timeout=60)
+    calls = []
+
+    def together(*arguments):
+        calls.append(arguments)
+        turn.wait()
+        made = compute(*arguments)
+        turn.wait()
+        return made
+
+    monkeypatch.setattr(ProjectionGroup, "_compute", together)
+    found = {}
+
+    @torch.no_grad()
+    def ask(index: int) -> None:
+        attention.q_proj(inputs[index])
+        turn.wait()
+        found[index] = attention.k_proj(inputs[index])
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 2
+    for index, reference in enumerate(expected):
+        torch.testing.assert_close(found[index], reference)
