@@ -90,7 +90,10 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
 
     def _pair_in_use(self, adapter_name: str) -> SharedPair | None:
         # Without gradients there may be one left of a training step that was interrupted.
-        return self._in_use.get(adapter_name) if torch.is_grad_enabled() else None
+        # A layer that is compiled by itself could not trace the one there is: its gradients go to autograd.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self._in_use.get(adapter_name)
 
     def names_at_work(self) -> list[str]:
         """The adapters whose ΔW is added in a forward pass; none where they are disabled or merged."""

@@ -12,6 +12,7 @@ from .kernels.choice import named_backend
 from .kernels.configs import rank_block
 from .kernels.producers import gelu_project, layer_norm_project
 from .kernels.shared import remember_gelu, remember_z
+from .kernels.strategy_record import REFERENCE
 
 if TYPE_CHECKING:
     from .layer import S2LoraLinear
@@ -30,12 +31,11 @@ class _Reader:
             return None
         if not self.layer.projects_whole_pair(names[0]):
             return None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if torch.compiler.is_compiling() or not device.runs_triton(x) or dtype == torch.float64:
-            return None
-        down, _, _ = self.layer.operands(names[0])
         backend = named_backend(self.layer.configs[names[0]].backend)
+        if torch.compiler.is_compiling() or not device.runs_triton(x) or backend == REFERENCE:
+            return None
+        dtype = device.autocast_dtype(x) or x.dtype
+        down, _, _ = self.layer.operands(names[0])
         spare = rank_block(len(down)) if backend == "augmented" else 0
         return down, dtype, spare
 

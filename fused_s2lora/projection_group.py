@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .kernels import device
 from .kernels.configs import rank_block
 from .kernels.s2_linear import s2_linear_group
 from .kernels.shared import GradientSink, known_z, write_count
@@ -26,9 +27,8 @@ class _Made:
 
     def state(self) -> tuple[Any, ...]:
         """What the outputs depend on besides which tensors they are made from."""
-        device_type = self.made_from[0].device.type
         counts = [write_count(value) for value in self.made_from]
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(device_type))
+        modes = (torch.is_grad_enabled(), device.autocast_dtype(self.made_from[0]))
         return *modes, *self._layer.active_adapters, *counts
 
 
@@ -50,7 +50,7 @@ class ProjectionGroup:
 
     def __init__(self, layers: list[S2LoraLinear]) -> None:
         self.layers = layers
-        self._bias: tuple[Any, Tensor | None] = (None, None)
+        self._bias: tuple[Any, ...] = (None, None, None)  # its key, what lies under that, and all biases in one
         self._waiting = _Waiting()
 
     def output(self, layer: S2LoraLinear, x: Tensor) -> Tensor | None:
@@ -111,11 +111,14 @@ class ProjectionGroup:
             for bias in biases
             if bias is not None
         ]
-        if self._bias[0] != key:
+        known, _, stacked = self._bias
+        if known != key:
             like = next(bias for bias in biases if bias is not None)
-            parts = [torch.zeros_like(like) if bias is None else bias.detach() for bias in biases]
-            self._bias = key, torch.cat(parts)
-        return self._bias[1]
+            stacked = torch.cat([torch.zeros_like(like) if bias is None else bias.detach() for bias in biases])
+            # Held, so that nothing else comes to lie there.
+            held = [bias.untyped_storage() for bias in biases if bias is not None]
+            self._bias = key, held, stacked
+        return stacked
 
 
 def live_operands(

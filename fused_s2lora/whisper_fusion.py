@@ -154,7 +154,6 @@ class _CrossAttentionInput:
         (name,) = names if len(names) == 1 else (None,)
         if name is None or len(pairs) > 1:
             return inputs, kwargs
-        if torch.is_autocast_enabled(states.device.type):
-            states = states.to(torch.get_autocast_dtype(states.device.type))
+        states = states.to(device.autocast_dtype(states) or states.dtype)
         down, _, _ = first.operands(name)
         return inputs, {**kwargs, "encoder_hidden_states": share_input(states, down, first.sink(name))}

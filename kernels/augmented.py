@@ -97,13 +97,16 @@ class AugmentedWeight:
         self.group, self.rank = len(weights), rank
         self.outputs, self.inputs = weights[0].shape
         dtype = weights[0].dtype if dtype is None else dtype
-        with torch.no_grad():
+        # Not an inference tensor, which training could not write to.
+        with torch.inference_mode(False), torch.no_grad():
             stacked = torch.cat(list(weights)).to(dtype)
             # Zeros behind W until the first update: nothing uninitialised is ever multiplied.
             self.buffer = F.pad(stacked, (0, rank_block(rank)))
             self.bias = self._stacked_bias(biases, dtype)
         self.version = 0
         self._sources = [_identity(weight) for weight in weights]
+        # Kept, so that no other weight comes to lie where one of them was.
+        self._storages = [weight.untyped_storage() for weight in weights]
 
     def _stacked_bias(self, biases: Sequence[Tensor | None] | None, dtype: torch.dtype) -> Tensor | None:
         if biases is None or all(bias is None for bias in biases):

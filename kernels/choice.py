@@ -13,6 +13,7 @@ depend on a clock. What is not known from file or table is then `default_strateg
 """
 
 import logging
+import operator
 import os
 import threading
 import warnings
@@ -211,10 +212,11 @@ def pick(backend: str, shape: Shape, device: torch.device, candidates: Mapping[s
     Under torch.compile the choice becomes a constant of the graph, taken from file, table or default.
     """
     if torch.compiler.is_compiling():
-        fields = (
-            shape.rows_bucket, shape.inputs, shape.outputs, shape.rank, shape.group, shape.dtype, shape.weight_dtype,
-            shape.needs_gradient,
-        )  # fmt: skip
+        if backend != AUTO:
+            return _allowed("backend", backend, candidates)
+        # As plain numbers, which a graph is made for: the tracer may have sizes that vary.
+        sizes = (shape.rows_bucket, shape.inputs, shape.outputs, shape.rank, shape.group)
+        fields = (*map(operator.index, sizes), shape.dtype, shape.weight_dtype, shape.needs_gradient)
         return _pick_constant(backend, fields, device, tuple(candidates))
     return (_chooser or chooser()).pick(backend, shape, device, candidates)
 

@@ -31,6 +31,14 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda and triton_is_usable(x)[0]
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a product's operand x; None where it is off, or leaves x alone as it does float64."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def attends_in_blocks(q: Tensor) -> bool:
     """Whether `attention.attention` was found faster than PyTorch's own for q: bfloat16, a CPU that multiplies it.
 

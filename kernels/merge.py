@@ -169,7 +169,8 @@ def merge_weights(
     """W_eff[i] = cast(W_i + B diag(e_i) A), stacked: [G · N, K], contiguous, in `dtype`.
 
     Args:
-        weights: W_i, one to three of [N, K], equal in shape, strides, dtype and device.
+        weights: W_i, one to three of [N, K], equal in shape, dtype and device. Those laid out unlike each other are
+            copied first.
         down: A, [r, K], any strides; its dtype may be wider than the weights'.
         up: B, [N, r], any strides.
         coefficients: e_i, [G, r].
@@ -178,17 +179,17 @@ def merge_weights(
         seed: int64 [1] on the CPU. Equal seeds give equal bits, so a backward can form the forward's W_eff again.
 
     Raises:
-        ValueError: not one to three weights, or weights that differ in shape, strides or dtype.
+        ValueError: not one to three weights, or weights that differ in shape or dtype.
     """
     if not 1 <= len(weights) <= MAX_GROUP:
         raise ValueError(f"weights holds {len(weights)}; a group is 1 to {MAX_GROUP}")
     first = weights[0]
     for index, weight in enumerate(weights[1:], 1):
-        if (weight.shape, weight.stride(), weight.dtype) != (first.shape, first.stride(), first.dtype):
-            found, needed = (f"{tuple(w.shape)} {w.stride()} {w.dtype}" for w in (weight, first))
-            raise ValueError(
-                f"weights[{index}] is {found} and weights[0] {needed}: shape, strides, dtype must be equal"
-            )
+        if (weight.shape, weight.dtype) != (first.shape, first.dtype):
+            found, needed = (f"{tuple(w.shape)} {w.dtype}" for w in (weight, first))
+            raise ValueError(f"weights[{index}] is {found} and weights[0] {needed}: shape and dtype must be equal")
+    if any(weight.stride() != first.stride() for weight in weights[1:]):
+        weights = [weight.contiguous() for weight in weights]  # one launch has the strides of one
     return merge(weights, down, up, coefficients, dtype, seed)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import activation, device, layer_norm
 from .configs import NORM_MAX_WIDTH, rank_block
@@ -37,6 +38,7 @@ class LayerNormProjectFunction(torch.autograd.Function):
         return _by_product(ctx, buffer, z, down, spare)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dh: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         dx = layer_norm.layer_norm_input_gradient(dh, *ctx.saved_tensors)
         return dx, None, None, None, None, None, None
@@ -52,6 +54,7 @@ class GeluProjectFunction(torch.autograd.Function):
         return _by_product(ctx, buffer, z, down, spare)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dh: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         return activation.gelu_input_gradient(dh, x), None, None, None

@@ -1,8 +1,9 @@
 """The operation as the paper writes it, in plain PyTorch."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import device
 
 
 def s2_linear_reference(
@@ -16,6 +17,6 @@ def s2_linear_reference(
     """
     base = F.linear(x, weight, bias)
     # Autocast takes x as it is; a cast to float32 would be taken back at once.
-    narrow = torch.is_autocast_enabled(x.device.type)
+    narrow = device.autocast_dtype(x) is not None
     low_rank = F.linear(F.linear(x if narrow else x.to(down.dtype), down) * coefficients, up)
     return base + low_rank.to(base.dtype)

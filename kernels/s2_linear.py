@@ -33,8 +33,8 @@ _NO_SEED = torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 class S2LinearFunction(torch.autograd.Function):
-    """x [M, K], z [M, r] or None, bias [G · N] or None, down [r, K], up [N, r], then G weights and G coefficients
-    -> G outputs [M, N].
+    """x [M, K], z [M, r] or None, bias [G · N] or None, down [r, K], up [N, r], at last `made_from`, G weights and G
+    coefficients -> G outputs [M, N].
 
     `made_from` [M, K], if given, is u of x = GELU(u), and is kept for dA in place of x.
 
@@ -54,9 +54,10 @@ class S2LinearFunction(torch.autograd.Function):
         seed: Tensor,
         sink: GradientSink | None,
         shared: SharedInput | None,
-        made_from: Tensor | None,
-        *weights_and_coefficients: Tensor,
+        *others: Any,
     ) -> tuple[Tensor, ...]:
+        # `made_from` has no name of its own: as many parameters as arguments, and torch.compile takes `ctx` for one.
+        made_from, *weights_and_coefficients = others
         size = len(weights_and_coefficients) // 2
         weights, coefficients = weights_and_coefficients[:size], weights_and_coefficients[size:]
         stacked = coefficients[0].unsqueeze(0) if size == 1 else torch.stack(coefficients)
@@ -189,7 +190,7 @@ def s2_linear_group(
         sink: takes the gradients of down and up in place of autograd, see `shared.py`.
 
     Returns:
-        G tensors [..., N].
+        G tensors [..., N]; of a group possibly views of one tensor, which PyTorch lets nobody write to in place.
 
     Raises:
         ValueError, RuntimeError: as `s2_linear`.
@@ -198,9 +199,9 @@ def s2_linear_group(
         raise ValueError(f"backend is {backend!r}, not one of {', '.join(BACKENDS)}")
     check_arguments(x, weights, bias, down, up, coefficients)
     shared = SharedInput.of(x, down)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    autocast = device.autocast_dtype(x)
+    if autocast is not None:
+        x = x.to(autocast)
     elif x.dtype != weights[0].dtype:
         raise ValueError(f"x is {x.dtype} and weight {weights[0].dtype}: cast one of them or run under torch.autocast")
     if shared is not None and shared.rows.dtype != x.dtype:
@@ -219,7 +220,7 @@ def s2_linear_group(
             s2_linear_reference(x, weight, b, down, up, e)
             for weight, b, e in zip(weights, biases, coefficients, strict=True)
         )
-    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+    with contextlib.nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
         z = None if z is None else z.reshape(-1, z.shape[-1])
         if z is None and shared is not None and STRATEGIES[strategy].reads_z:
             z = shared.z

@@ -189,41 +189,47 @@ _GELU_INPUT = "_s2lora_gelu_input"
 
 def remember_z(x: Tensor, z: Tensor, down: Tensor) -> None:
     """Lets the maps that read x [..., K] find z = x Aᵀ, computed with `down` A, in `known_z`."""
-    setattr(x, _Z, (z, down.detach()))
+    setattr(x, _Z, (z, down.detach(), write_count(x)))
 
 
 def remember_gelu(x: Tensor, u: Tensor) -> None:
     """Lets a map that reads x = GELU(u) find u, of x's shape and dtype, in `gelu_input`."""
-    setattr(x, _GELU_INPUT, u.detach())
+    setattr(x, _GELU_INPUT, (u.detach(), write_count(x)))
 
 
 def gelu_input(x: Tensor) -> Tensor | None:
     """u where x = GELU(u) and the GELU keeps u for its own backward: keeping that is for free."""
-    return getattr(x, _GELU_INPUT, None)
+    found: tuple[Tensor, int] | None = getattr(x, _GELU_INPUT, None)
+    if found is None:
+        return None
+    u, written = found
+    return u if write_count(x) == written else None
 
 
 def known_z(x: Tensor, down: Tensor) -> Tensor | None:
-    """z [M, r] of x [..., K] with this very `down`, if something computed it already."""
-    found: tuple[Tensor, Tensor] | None = getattr(x, _Z, None)
+    """z [M, r] of x [..., K] with this very `down`, if something computed it and x is what it was then."""
+    found: tuple[Tensor, Tensor, int] | None = getattr(x, _Z, None)
     if found is None:
         return None
-    z, its_down = found
-    return z if same_tensor(its_down, down) else None
+    z, its_down, written = found
+    return z if write_count(x) == written and same_tensor(its_down, down) else None
 
 
 class _ShareInputFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, shared: SharedInput, sink: GradientSink | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.shared, ctx.sink, ctx.shape = shared, sink, x.shape
+        ctx.save_for_backward(x)  # which `shared` holds: saved so that autograd notices where it is written to
+        ctx.shared, ctx.sink = shared, sink
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, further: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
         shared: SharedInput = ctx.shared
+        (x,) = ctx.saved_tensors
         dx, g = shared.take()
         if dx is not None:
-            dx = dx.view(ctx.shape)
+            dx = dx.view(x.shape)
         if further is not None:
             dx = further if dx is None else dx + further
         d_down = None

@@ -132,7 +132,7 @@ def record_from(value: Any) -> Record | None:
         return None
     if strategy not in ms or strategy == FROZEN:
         return None
-    if not all(isinstance(number, int | float) and math.isfinite(number) and number > 0 for number in ms.values()):
+    if not all(isinstance(number, int | float) and 0 < number < math.inf for number in ms.values()):
         return None
     return Record(strategy, ms, {name: str(error) for name, error in errors.items()})
 
@@ -207,7 +207,7 @@ class StrategyFile:
             sections = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self._give_up(f"cannot be read ({error}); delete it with `s2lora tune --forget`")
             return {}
         if not isinstance(sections, dict) or not all(isinstance(records, dict) for records in sections.values()):
@@ -234,6 +234,7 @@ class StrategyFile:
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
                 json.dump(sections, stream, indent=1, sort_keys=True)
+            os.chmod(unfinished, 0o644)  # mkstemp's are for their owner alone; a folder may serve several
             os.replace(unfinished, self.path)
         except BaseException:
             Path(unfinished).unlink(missing_ok=True)

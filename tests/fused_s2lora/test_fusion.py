@@ -199,6 +199,37 @@ def test_kernels_and_norms_that_project(tiny_whisper, monkeypatch, backend):
     assert not any("Projecting" in type(module).__name__ for module in model.modules())
 
 
+@pytest.mark.parametrize("backend", ["merged", "split"])
+@pytest.mark.parametrize("module", ["self_attn_layer_norm", "final_layer_norm", "activation_fn"])
+def test_an_output_that_a_hook_writes_to_is_read_anew(tiny_whisper, monkeypatch, module, backend):
+    def hooked(model: nn.Module) -> nn.Module:
+        for layer in model.get_base_model().model.encoder.layers:
+            getattr(layer, module).register_forward_hook(lambda module, inputs, output: output.mul_(0.5).add_(0.3))
+        return model
+
+    expected = step(hooked(adapted(tiny_whisper, r=4).train().to(DEVICE)), torch.float32)
+    model = adapted(tiny_whisper, r=4, backend=backend).train().to(DEVICE)
+    fuse_whisper(model)
+    monkeypatch.setattr(device, "runs_triton", lambda x: device.triton_is_usable(x)[0])
+    for name, gradient in step(hooked(model), torch.float32).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_reference_has_nothing_projected(tiny_whisper, monkeypatch):
+    """It is differentiable twice, which a norm or GELU that projects is not."""
+    monkeypatch.setattr(device, "runs_triton", lambda x: device.triton_is_usable(x)[0])
+    model = adapted(tiny_whisper, r=4, backend="reference").train().to(DEVICE)
+    fuse_whisper(model)
+    norm = model.get_base_model().model.encoder.layers[0].self_attn_layer_norm
+    x = torch.randn(3, 32, device=DEVICE, requires_grad=True)
+    (gradient,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), x)[0].abs().sum() > 0
+    model.peft_config["default"].backend = "merged"
+    (gradient,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_few_rows_by_reference_and_many_merged_in_one_model(tiny_whisper, monkeypatch):
     """The rule of a CPU as it is outside the tests: the decoder's 10 rows are left to the reference."""
     oracle = step(in_float64(tiny_whisper, backend="reference"))

@@ -293,6 +293,21 @@ def test_whole_model_compiles_in_one_graph(tiny_whisper):
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_layers_compile_each_by_itself(tiny_whisper, fused):
+    torch.compiler.reset()
+    expected = gradients(adapted(tiny_whisper))
+    model = adapted(tiny_whisper)
+    if fused:
+        fuse_whisper(model)
+    whisper = model.get_base_model().model
+    for layer in (whisper.encoder.layers[0], whisper.decoder.layers[0]):
+        layer.fc1.compile(backend="aot_eager", fullgraph=True)
+        layer.self_attn.q_proj.compile(backend="aot_eager", fullgraph=True)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_task_type_of_a_seq2seq_model():
     """PEFT calls the tuner itself for a task type, not the model inside; BART's modules have Whisper's names."""
     config = BartConfig(

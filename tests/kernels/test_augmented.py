@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_s2lora import s2_linear, s2_linear_reference
 from fused_s2lora.kernels import device
 from fused_s2lora.kernels.augmented import (
     AugmentedWeight,
@@ -186,6 +187,29 @@ def test_a_copy_knows_its_weights():
     weights[1].add_(1)
     assert not augmented.is_copy_of(weights)
     assert AugmentedWeight(weights, 8, [None, None]).bias is None
+
+
+def test_no_other_weight_is_taken_for_the_copied_one():
+    """A weight given new values twice may lie where the copied one lay, and is counted as written to no more often."""
+    operands = make_operands(5, 48, 41, 8, torch.float32)
+    x, down, up, e = (operands[name] for name in ("x", "down", "up", "coefficients"))
+    weight = torch.nn.Parameter(operands["weight"], requires_grad=False)
+    for _ in range(20):
+        s2_linear(x, weight, None, down, up, e[0], backend="augmented")
+        for _ in range(2):
+            weight.data = torch.randn_like(weight)
+        y = s2_linear(x, weight, None, down, up, e[0], backend="augmented")
+        torch.testing.assert_close(y, s2_linear_reference(x, weight, None, down, up, e[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_made_for_inference_serves_training():
+    operands = make_operands(5, 48, 41, 8, torch.float32)
+    x, weight, down, up, e = (operands[name] for name in ("x", "weight", "down", "up", "coefficients"))
+    e = e[0].clone().requires_grad_()
+    with torch.inference_mode():
+        s2_linear(x, weight, None, down, up, e, backend="augmented")
+    s2_linear(x, weight, None, down, up, e, backend="augmented").sum().backward()
+    assert e.grad.abs().sum() > 0
 
 
 def test_spare_buffer_is_found_only_where_it_is():

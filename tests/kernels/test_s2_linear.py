@@ -295,6 +295,62 @@ def test_compiles_without_graph_breaks(operation, kernels):
     check(problem, compiled)
 
 
+@each_operation
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("count", [1, 2])
+def test_compiles_without_gradients(operation, mode, count):
+    torch.compiler.reset()
+    problem = make_problem(33, 40, 48, 8, torch.float32).operands
+    x, weight, down, up, e = (problem[name] for name in ("x", "weight", "down", "up", "coefficients"))
+
+    def group(x: torch.Tensor) -> list[torch.Tensor]:
+        return list(s2_linear_group(x, [weight] * count, None, down, up, [e] * count, **operation.keywords))
+
+    with mode():
+        got = torch.compile(group, fullgraph=True, backend="aot_eager")(x)
+        for y in got:
+            torch.testing.assert_close(y, s2_linear_reference(x, weight, None, down, up, e), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "merged"])
+def test_one_compiled_function_for_maps_of_several_sizes(backend):
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda **operands: s2_linear(**operands, backend=backend), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for inputs, outputs in ((40, 48), (56, 64), (72, 80)):
+        check(make_problem(33, inputs, outputs, 8, torch.float32), compiled)
+
+
+@pytest.mark.parametrize("backend", STRATEGIES)
+def test_weights_of_a_group_laid_out_unlike_each_other(backend, kernels):
+    problem = make_problem(33, 40, 48, 8, torch.float32).operands
+    x, weight, down, up, e = (problem[name] for name in ("x", "weight", "down", "up", "coefficients"))
+    weights = [weight, (2 * weight).mT.contiguous().mT, 3 * weight]
+    for y, one in zip(s2_linear_group(x, weights, None, down, up, [e] * 3, backend=backend), weights, strict=True):
+        torch.testing.assert_close(y, s2_linear_reference(x, one, None, down, up, e), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_under_autocast_stays_float64_as_linear_does(backend):
+    if backend == "fused":
+        pytest.skip("Triton's kernels have no float64")
+    problem = make_problem(200, 40, 48, 8, torch.float32)
+    operands = {name: value.double() for name, value in problem.operands.items()}
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = s2_linear(**operands, backend=backend)
+        assert torch.nn.functional.linear(operands["x"], operands["weight"]).dtype == y.dtype == torch.float64
+    torch.testing.assert_close(y, s2_linear_reference(**operands))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "fused"])
+def test_shapes_without_data(backend):
+    problem = make_problem((2, 100), 40, 48, 8, torch.float32)
+    operands = {name: value.to("meta") for name, value in problem.operands.items()}
+    y = s2_linear(**operands, backend=backend)
+    assert (y.shape, y.device.type) == ((2, 100, 48), "meta")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,7 +10,16 @@ from torch.utils.checkpoint import checkpoint
 from fused_s2lora import s2_linear_reference
 from fused_s2lora.kernels import ops
 from fused_s2lora.kernels.s2_linear import s2_linear_group
-from fused_s2lora.kernels.shared import GradientSink, SharedPair, share_input
+from fused_s2lora.kernels.shared import (
+    GradientSink,
+    SharedPair,
+    gelu_input,
+    known_z,
+    remember_gelu,
+    remember_z,
+    same_tensor,
+    share_input,
+)
 
 NAMES = ("x", "down", "up", "e")
 
@@ -73,6 +82,28 @@ def test_a_pass_that_did_not_end_leaves_nothing(shared_input: bool, before: Call
         tensor.grad = None
     loss.backward()
     problem.check()
+
+
+@pytest.mark.parametrize("backend", ["merged", "split"])
+def test_a_shared_input_that_is_written_to_is_noticed(backend):
+    """As PyTorch does of any input that a gradient needs."""
+    problem = Problem()
+    x, down, up, e = problem.trained.values()
+    hidden = x * 1.0
+    (y,) = s2_linear_group(share_input(hidden, down), [problem.weights[0]], None, down, up, [e], backend=backend)
+    hidden.detach().mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_what_is_known_of_a_tensor_is_forgotten_when_it_is_written_to():
+    x, z, down, u = torch.ones(3, 4), torch.ones(3, 2), torch.ones(2, 4), torch.ones(3, 4)
+    remember_z(x, z, down)
+    remember_gelu(x, u)
+    assert known_z(x, down) is z
+    assert same_tensor(gelu_input(x), u)
+    x.mul_(2)
+    assert known_z(x, down) is gelu_input(x) is None
 
 
 def test_dx_of_many_readers_is_summed_as_exactly_as_by_autograd():

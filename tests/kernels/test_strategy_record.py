@@ -85,7 +85,7 @@ def test_the_committed_table_is_sound():
             assert record == Record.of(record.ms, record.errors)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"GPU A": 3}', "\xff"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"GPU A": 3}', "\xff", "[" * 100_000], ids=lambda text: text[:12])
 def test_a_corrupt_file_costs_one_warning(make, path, content):
     path.parent.mkdir()
     path.write_bytes(content.encode("latin1"))
@@ -104,6 +104,7 @@ def test_a_corrupt_file_costs_one_warning(make, path, content):
         {"strategy": "fused", "ms": {"reference": 1.0}},
         {"strategy": "fused", "ms": {"fused": "fast"}},
         {"strategy": "fused", "ms": {"fused": float("nan")}},
+        {"strategy": "fused", "ms": {"fused": 10**400}},
         {"strategy": ["fused"], "ms": {"fused": 1.0}},
         {"strategy": FROZEN, "ms": {FROZEN: 1.0}},
     ],
@@ -171,6 +172,11 @@ def test_what_another_process_timed_meanwhile_is_taken(make):
     assert early.file.find("GPU A", "nothing") is None  # the file was read, and was empty
     make().pick("auto", SHAPE, GPU, CANDIDATES)
     assert early.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+
+
+def test_other_users_of_the_folder_can_read_it(path):
+    _remember_some(path, 0, 1)
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):
