@@ -123,6 +123,30 @@ def test_bad_arguments_are_told_before_anything_is_decoded(
     assert (tmp_path / "FILE").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "lroa"}, {"preset": "papr"}, {"sharing": "some"}, {"target_modules": ["missing"]},
+        {"exclude_modules": ".*"}, {"data": ["no/where"]}, {"dev": "no/where"}, {"test": ["no/where"]},
+        {"model": "no/where"}, {"keep_share": 0.5, "keep_languages": ["yue"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_mistake_costs_neither_a_run_nor_the_time_of_decoding(
+    fields, finished, options, tones, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(decoding_module, "_generate", lambda *_, **__: pytest.fail("decoded"))
+    shutil.copytree(finished, tmp_path / "finished")
+    before = {file: file.read_bytes() for file in (tmp_path / "finished").rglob("*") if file.is_file()}
+    with pytest.raises(UserError):
+        train(options(tmp_path / "finished", **{"test": [f"same={tones}"], **fields}), fresh=True, console=QUIET)
+    assert {file: file.read_bytes() for file in (tmp_path / "finished").rglob("*") if file.is_file()} == before
+    with pytest.raises(UserError):
+        train(options(tmp_path / "new", **{"test": [f"same={tones}"], **fields}), console=QUIET)
+    assert not (tmp_path / "new").exists()
+
+
 def test_bad_models(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "bert")
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
