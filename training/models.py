@@ -43,6 +43,7 @@ def load_base(
                 f"{model}: its generation_config.json knows no languages and tasks, as in older fine-tunes; copy that "
                 "file from the Whisper it was trained from"
             )
+        whisper.get_encoder().embed_positions.requires_grad_(False)  # sinusoids, which `from_pretrained` lets train
         return whisper, processor
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
