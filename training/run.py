@@ -51,7 +51,7 @@ class RunFolder:
         self.other_languages = self.path / "other_languages.json"
         try:
             check_folder(options, fresh=fresh)
-            if fresh and _run_options(self.path) is not None:
+            if fresh and run_options(self.path) is not None:
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "config.json", asdict(options))
@@ -99,14 +99,14 @@ def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:
     """
     path = Path(options.output)
     with writing(path):
-        found = _run_options(path)
+        found = run_options(path)
         if found is None and path.is_dir() and any(not item.name.startswith(".") for item in path.iterdir()):
             raise UserError(f"{path}: the folder holds other files; give an empty --output")
     if found is not None and not fresh:
         _check_same(found, asdict(options), path)
 
 
-def _run_options(folder: Path) -> dict[str, Any] | None:
+def run_options(folder: Path) -> dict[str, Any] | None:
     """The options of the run in this folder; None where there is none, or a model."""
     config = folder / "config.json"
     if not config.is_file():

@@ -102,6 +102,8 @@ def test_bad_options(options, tones, tmp_path, fields, message, monkeypatch):
         ("evaluate --test t=SPEECH --output FILE", "FILE: cannot be written (File exists); give another --output"),
         ("evaluate --test t=SPEECH --output out --precision int8", "--precision 'int8' is not one of auto, fp32"),
         ("evaluate --test t=SPEECH --output out --eval-batch-size 0", "--eval-batch-size is 0; give at least 1"),
+        ("evaluate --test t=SPEECH --output RUN", "run: holds a training run, whose results.json stays; give another"),
+        ("merge RUN/adapter RUN", "run: exists already; give an empty OUTPUT"),
         ("evaluate --test t=SPEECH --output out --limit 0", "--limit is 0; give at least 1"),
         ("transcribe SPEECH --output no/where.tsv", "no/where.tsv: cannot be written (No such file or directory)"),
         ("transcribe SPEECH --precision int8", "--precision 'int8' is not one of auto, fp32, bf16, fp16"),
@@ -116,6 +118,7 @@ def test_bad_arguments_are_told_before_anything_is_decoded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("mine")
     places = {"SPEECH": str(tones), "RUN": str(finished), "t=SPEECH": f"t={tones}"}
+    places["RUN/adapter"] = f"{finished}/adapter"
     arguments = [places.get(word, word) for word in command.split()]
     model = [] if arguments[0] == "report" else ["--model", str(tiny_folder)]
     with pytest.raises(UserError, match=re.escape(message)):
