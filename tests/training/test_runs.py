@@ -117,6 +117,40 @@ def test_killed_run_ends_as_an_uninterrupted_one(options, tiny_folder, tones, tm
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+@pytest.mark.parametrize("window", ["full", "trim"])
+def test_a_run_that_goes_on_in_a_later_epoch_finds_its_order(window, options, tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "speech", TEXTS * 2)
+
+    def given(name):
+        return options(tmp_path / name, data=[str(data)], window=window, epochs=2.0, save_steps=4)
+
+    batches = []
+    collate = train_module.SpeechCollator.__call__
+    monkeypatch.setattr(
+        train_module.SpeechCollator,
+        "__call__",
+        lambda self, rows: batches.append([row["utterance"] for row in rows]) or collate(self, rows),
+    )
+    train(given("whole"), console=QUIET)
+    whole = batches.copy()
+    assert len(whole) == 12
+    assert whole[:6] != whole[6:]
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 9:  # the last checkpoint is the second of the second epoch's six steps
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(given("killed"), console=QUIET)
+    batches.clear()
+    train(given("killed"), console=QUIET)
+    assert batches == whole[8:]
+    expected, got = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "killed")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
 def test_half_written_checkpoint_is_passed_over(options, tmp_path, capsys):
     run = RunFolder(options(tmp_path / "run"))
     for step in (2, 4):
