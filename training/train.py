@@ -66,6 +66,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     if dev is not None:
         dev = drop_overlong(dev, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
     utterances = len(speech)
+    if options.keep_share and round(options.keep_share * utterances) == 0:
+        raise UserError(f"--keep-share {options.keep_share} of {utterances} utterances is none of them; give more")
     with torch.device("meta"):  # whether the method goes with the model is told before anything is deleted or decoded
         adapt(WhisperForConditionalGeneration(model.config), options, steps=_steps(options, utterances))
     run = RunFolder(options, fresh=fresh)

@@ -1,6 +1,7 @@
 """Bad input ends in one sentence that names it and the way out."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -74,6 +75,25 @@ def test_every_option_has_help(command):
         ({"method": "bitfit", "interpolation": 0.5}, "--interpolation goes with --method s2lora, .*, not bitfit"),
         ({"exclude_modules": "*decoder*"}, r"--exclude-modules '\*decoder\*' is no regular expression"),
         ({"method": "lora", "exclude_modules": "x"}, "--exclude-modules goes with --method s2lora, not lora"),
+        ({"method": "lora", "preset": "paper"}, "--preset goes with --method s2lora, not lora; leave it out"),
+        ({"method": "adalora", "sharing": "all"}, "--sharing goes with --method s2lora, not adalora"),
+        ({"method": "alpha-lora", "sparsity_weight": 0.0}, "--sparsity-weight goes with --method s2lora, not"),
+        ({"method": "ia3", "norm_weight": 0.1}, "--norm-weight goes with --method s2lora, not ia3"),
+        ({"method": "lora", "penalty": "soft"}, "--penalty goes with --method s2lora, not lora"),
+        ({"method": "bitfit", "freeze_factors": True}, "--freeze-factors goes with --method s2lora, not bitfit"),
+        ({"method": "lora", "coefficient_lr_ratio": 2.0}, "--coefficient-lr-ratio goes with --method s2lora, not lora"),
+        ({"method": "full", "target_modules": ["fc1"]}, "--target-modules goes with --method .*, ia3, not full"),
+        ({"method": "full", "half_base": True}, "--half-base goes with --method s2lora, .*, not full"),
+        ({"method": "bitfit", "half_base": True}, "--half-base goes with --method s2lora, .*, not bitfit"),
+        ({"target_modules": ["fc1", "missing"]}, "the model has no linear map 'missing'; there are fc1, fc2, k_proj"),
+        ({"method": "lora", "target_modules": ["conv1"]}, "--target-modules: the model has no linear map 'conv1'"),
+        ({"window": "full", "full_share": 0.5}, "--full-share goes with --window trim; leave it out"),
+        ({"keep_share": 0.01}, "--keep-share 0.01 of 6 utterances is none of them; give more"),
+        ({"max_steps": 0}, "--max-steps is 0; give at least 1, or -1 for --epochs"),
+        ({"epochs": math.inf}, "--epochs is inf; give a finite number"),
+        ({"warmup": math.inf}, "--warmup is inf; give a finite number"),
+        ({"sparsity_weight": math.nan}, "--sparsity-weight is nan; give a finite number"),
+        ({"norm_weight": -0.1}, "--norm-weight is -0.1; give 0 or more"),
         ({"method": "magic"}, "--method 'magic' is not one of s2lora, lora"),
         ({"preset": "best"}, "--preset 'best'"),
         ({"sharing": "some"}, "sharing='some'"),
