@@ -87,6 +87,11 @@ def adalora_start(rank: int) -> int:
 
 def _adalora(orthogonality: bool, allocation: bool) -> Callable[[TrainOptions, int], PeftConfig]:
     def build(options: TrainOptions, steps: int) -> PeftConfig:
+        if allocation and (options.dev is not None or options.dev_share):
+            raise UserError(
+                f"--method {options.method} has its ranks at the end only and cannot go back to its best checkpoint; "
+                "leave out --dev and --dev-share"
+            )
         start = adalora_start(options.rank)
         # Allocation from 10 % to 70 % of the steps, then the ranks stay.
         warmup, final = steps // 10, 3 * steps // 10

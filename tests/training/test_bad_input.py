@@ -85,6 +85,8 @@ def test_every_option_has_help(command):
         ({"method": "full", "target_modules": ["fc1"]}, "--target-modules goes with --method .*, ia3, not full"),
         ({"method": "full", "half_base": True}, "--half-base goes with --method s2lora, .*, not full"),
         ({"method": "bitfit", "half_base": True}, "--half-base goes with --method s2lora, .*, not bitfit"),
+        ({"method": "adalora", "dev_share": 0.5}, "--method adalora has its ranks at the end only"),
+        ({"method": "adalora", "dev": "SPEECH"}, "leave out --dev and --dev-share"),
         ({"target_modules": ["fc1", "missing"]}, "the model has no linear map 'missing'; there are fc1, fc2, k_proj"),
         ({"method": "lora", "target_modules": ["conv1"]}, "--target-modules: the model has no linear map 'conv1'"),
         ({"window": "full", "full_share": 0.5}, "--full-share goes with --window trim; leave it out"),
