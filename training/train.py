@@ -242,9 +242,9 @@ def _train(
     whisper.config.use_cache = False
     if options.gradient_checkpointing:
         whisper.gradient_checkpointing_enable({"use_reentrant": False})
-    if options.spec_augment:
-        whisper.config.apply_spec_augment = True
-        whisper.config.mask_time_prob = whisper.config.mask_feature_prob = 0.05
+    augmenting = {"apply_spec_augment": options.spec_augment, "mask_time_prob": 0.05, "mask_feature_prob": 0.05}
+    found = {name: getattr(whisper.config, name) for name in augmenting}
+    whisper.config.update(augmenting)
     step_times = StepTimes()
     callbacks: list[Any] = [S2LoraCallback(), AdaLoraCallback(), step_times]
     if options.early_stopping:
@@ -276,6 +276,7 @@ def _train(
     seconds = time.perf_counter() - start
     steps = trainer.state.global_step
     whisper.config.use_cache = True
+    whisper.config.update(found)
     if options.interpolation != 1:
         interpolate(model, options.interpolation)
     model.save_pretrained(str(run.adapter if wrapped else run.model))
