@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.methods import METHODS, adapt
 from fused_s2lora.training.models import load_adapter, load_base, remembered_speech
 from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
+from tests.training.comparisons import options as options_of
 from tests.training.speech import adapter_of
 
 
@@ -211,6 +213,25 @@ def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
     (tmp_path / "config" / "adapter_config.json").write_text("{not json")
     with pytest.raises(UserError, match="not readable as JSON"):
         remembered_speech(tmp_path / "config")
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.config is not None])
+def test_an_adapter_is_for_models_of_its_depth(method, tiny_whisper, tmp_path):
+    adapt(tiny_whisper(), options_of(method=method), steps=10).save_pretrained(tmp_path)
+    load_adapter(tiny_whisper(), tmp_path)
+    for layers in (1, 3):
+        with pytest.raises(UserError, match=r"cannot be put on this model \(.* does not fit this model: it (has|lacks)"):
+            load_adapter(tiny_whisper(decoder_layers=layers), tmp_path)
+
+
+def test_an_allocated_adapter_is_for_models_of_its_depth(tiny_whisper, tmp_path):
+    model = adapt(tiny_whisper(), options_of(method="adalora"), steps=10)
+    diagonals = [name.removeprefix("base_model.model.") for name, _ in model.named_parameters() if "lora_E" in name]
+    model.peft_config["default"].rank_pattern = {name: [True] * 8 + [False] * 4 for name in diagonals}
+    model.save_pretrained(tmp_path)
+    load_adapter(tiny_whisper(), tmp_path)
+    with pytest.raises(UserError, match="cannot be put on this model"):
+        load_adapter(tiny_whisper(decoder_layers=1), tmp_path)
 
 
 def test_run_folder_of_other_options_or_files(options, finished, tones, tmp_path):
