@@ -6,10 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from .decoding import Decoding
+from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
 from .output import check_writable, writing
 from .precision import autocast_dtype
+from .run import run_options
 
 
 def evaluate(
@@ -33,9 +35,12 @@ def evaluate(
     model's generation configuration, or transcription.
 
     Raises:
-        UserError: bad model, adapter, window, column or precision, or `output` not writable, in one sentence.
+        UserError: bad model, adapter, window, column or precision, or `output` not writable or a training run's, in one
+            sentence.
     """
     dtype, folder = autocast_dtype(precision), Path(output)
+    if run_options(folder) is not None:
+        raise UserError(f"{folder}: holds a training run, whose results.json stays; give another --output")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / "results.json")

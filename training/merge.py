@@ -18,7 +18,7 @@ def merge(adapter: str, output: str | Path, *, model: str = "packaged-base") -> 
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; give an empty --output")
+        raise UserError(f"{folder}: exists already; give an empty OUTPUT")
     whisper, processor = load_base(model)
     trained = remembered_speech(adapter)
     merged = load_adapter(whisper, adapter).merge_and_unload(safe_merge=True)

@@ -6,10 +6,11 @@ section 3), or for full fine-tuning and BitFit the model's own parameters.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import AdaLoraConfig, GloraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 from fused_s2lora import S2LoraConfig, S2LoraModel, fuse_whisper
@@ -86,6 +87,11 @@ def adalora_start(rank: int) -> int:
 
 def _adalora(orthogonality: bool, allocation: bool) -> Callable[[TrainOptions, int], PeftConfig]:
     def build(options: TrainOptions, steps: int) -> PeftConfig:
+        if allocation and (options.dev is not None or options.dev_share):
+            raise UserError(
+                f"--method {options.method} has its ranks at the end only and cannot go back to its best checkpoint; "
+                "leave out --dev and --dev-share"
+            )
         start = adalora_start(options.rank)
         # Allocation from 10 % to 70 % of the steps, then the ranks stay.
         warmup, final = steps // 10, 3 * steps // 10
@@ -104,26 +110,38 @@ def _adalora(orthogonality: bool, allocation: bool) -> Callable[[TrainOptions, i
     return build
 
 
+# The options of one method and not of another; a frozen base can be stored in half precision, trained weights cannot.
+_TARGETED = ("target_modules", "half_base")
+_SCALED = (*_TARGETED, "interpolation")
+_S2LORA = (
+    *_SCALED, "preset", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty", "freeze_factors",
+    "coefficient_lr_ratio",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Method:
-    """How a method is configured, from the options and the number of steps; None: some of Whisper's own parameters."""
+    """How a method is configured, from the options and the number of steps; None: some of Whisper's own parameters.
+
+    `reads` are the options it takes of those that not every method does.
+    """
 
     config: Callable[[TrainOptions, int], PeftConfig] | None = None
     learning_rate: float = _PAPER_LEARNING_RATE
     trains: Callable[[str], bool] = lambda name: True
-    can_interpolate: bool = False
+    reads: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Method] = {
-    "s2lora": Method(_s2lora, can_interpolate=True),
-    "lora": Method(_lora, can_interpolate=True),
-    "glora": Method(_glora),
-    "adalora": Method(_adalora(orthogonality=True, allocation=True), can_interpolate=True),
-    "adalora-without-orthogonality": Method(_adalora(orthogonality=False, allocation=True), can_interpolate=True),
-    "adalora-without-allocation": Method(_adalora(orthogonality=True, allocation=False), can_interpolate=True),
-    "adalora-without-both": Method(_adalora(orthogonality=False, allocation=False), can_interpolate=True),
-    "alpha-lora": Method(_alpha_lora, can_interpolate=True),
-    "ia3": Method(_ia3),
+    "s2lora": Method(_s2lora, reads=_S2LORA),
+    "lora": Method(_lora, reads=_SCALED),
+    "glora": Method(_glora, reads=_TARGETED),
+    "adalora": Method(_adalora(orthogonality=True, allocation=True), reads=_SCALED),
+    "adalora-without-orthogonality": Method(_adalora(orthogonality=False, allocation=True), reads=_SCALED),
+    "adalora-without-allocation": Method(_adalora(orthogonality=True, allocation=False), reads=_SCALED),
+    "adalora-without-both": Method(_adalora(orthogonality=False, allocation=False), reads=_SCALED),
+    "alpha-lora": Method(_alpha_lora, reads=_SCALED),
+    "ia3": Method(_ia3, reads=_TARGETED),
     "bitfit": Method(trains=lambda name: name.endswith(".bias")),
     "full": Method(learning_rate=1e-4),
 }
@@ -140,11 +158,15 @@ def check(options: TrainOptions) -> None:
     if options.preset not in PRESETS:
         raise UserError(f"--preset {options.preset!r} is not one of {', '.join(PRESETS)}")
     method = METHODS[options.method]
-    if method.config is not None:
-        method.config(options, 100)
+    given = [option.name for option in fields(options) if getattr(options, option.name) != option.default]
+    for option in given:
+        if option in _S2LORA and option not in method.reads:
+            able = ", ".join(name for name, one in METHODS.items() if option in one.reads)
+            flag = option.replace("_", "-")
+            raise UserError(f"--{flag} goes with --method {able}, not {options.method}; leave it out")
+    if options.full_share and options.window == "full":
+        raise UserError("--full-share goes with --window trim; leave it out")
     if options.exclude_modules is not None:
-        if options.method != "s2lora":
-            raise UserError(f"--exclude-modules goes with --method s2lora, not {options.method}; name --target-modules")
         try:
             re.compile(options.exclude_modules)
         except re.error as error:
@@ -152,9 +174,17 @@ def check(options: TrainOptions) -> None:
                 f"--exclude-modules {options.exclude_modules!r} is no regular expression ({error}); "
                 "the whole name has to match, such as '.*decoder.*'"
             ) from error
-    if options.interpolation != 1 and not method.can_interpolate:
-        able = ", ".join(name for name, one in METHODS.items() if one.can_interpolate)
-        raise UserError(f"--interpolation goes with --method {able}, not {options.method}")
+    if method.config is not None:
+        method.config(options, 100)
+
+
+def _check_targets(model: WhisperForConditionalGeneration, options: TrainOptions) -> None:
+    """As PEFT finds them: by the whole name, or by its end after a dot."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in options.target_modules or ():
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(f"--target-modules: the model has no linear map {target!r}; there are {known}")
 
 
 def adapt(
@@ -166,6 +196,7 @@ def adapt(
         UserError: an unknown method or preset, or targets the model does not have.
     """
     check(options)
+    _check_targets(model, options)
     method = METHODS[options.method]
     if method.config is None:
         for name, parameter in model.named_parameters():

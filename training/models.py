@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, WhisperForConditionalGeneration, WhisperProcessor
@@ -43,6 +45,7 @@ def load_base(
                 f"{model}: its generation_config.json knows no languages and tasks, as in older fine-tunes; copy that "
                 "file from the Whisper it was trained from"
             )
+        whisper.get_encoder().embed_positions.requires_grad_(False)  # sinusoids, which `from_pretrained` lets train
         return whisper, processor
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -65,6 +68,8 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
             # Keys like audio_window are ours and unknown to PEFT's own methods.
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
             adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        if isinstance(adapted.base_model, BaseTuner):
+            _check_complete(adapted, adapted.base_model.prefix, adapter)
         if isinstance(adapted.base_model, S2LoraModel):
             fuse_whisper(adapted)
         return adapted
@@ -72,9 +77,21 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
         raise UserError(
             f"{adapter}: adapter_model.safetensors is damaged ({error}); restore it or train again"
         ) from error
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{adapter}: this adapter cannot be put on this model ({reason[:300]})") from error
+
+
+def _check_complete(adapted: PeftModel, prefix: str, adapter: str | Path) -> None:
+    """Raises ValueError where file and model do not have the same tensors of the method, which PEFT passes over."""
+    there = {key for key in load_peft_weights(str(adapter), device="cpu") if prefix in key}
+    here = {key for key in get_peft_model_state_dict(adapted, save_embedding_layers=False) if prefix in key}
+    for problem, keys in (("lacks", here - there), ("has", there - here)):
+        if keys:
+            raise ValueError(
+                f"the adapter file does not fit this model: it {problem} {min(keys)}; load it on the model it was "
+                "trained on"
+            )
 
 
 def to_best_device(model: nn.Module) -> None:

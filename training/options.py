@@ -1,5 +1,6 @@
 """What one training run is asked to do."""
 
+import math
 from dataclasses import dataclass, field
 
 from .audio_window import AudioWindow
@@ -87,11 +88,17 @@ class TrainOptions:
         for name in ("rank", "batch_size", "accumulation", "eval_batch_size", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
-        for name in ("early_stopping", "seed", "warmup", "weight_decay", "workers"):
-            if not getattr(self, name) >= 0:
+        weights = ("sparsity_weight", "norm_weight")
+        for name in ("epochs", "warmup", "weight_decay", "lr", "coefficient_lr_ratio", *weights):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a finite number")
+        for name in ("early_stopping", "seed", "warmup", "weight_decay", "workers", *weights):
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 0 or more")
         if self.seed >= 2**32:
             raise UserError(f"--seed is {self.seed}; give a number below 2**32")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"--max-steps is {self.max_steps}; give at least 1, or -1 for --epochs")
         if not self.epochs > 0 and self.max_steps < 1:
             raise UserError(f"--epochs is {self.epochs}; give a positive number, or --max-steps")
         if self.utterances is not None and self.utterances < 1:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data import Skipped
 from .errors import UserError
 from .options import TrainOptions
+from .output import writing
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
 # Options that may differ when a run is resumed: they change what is shown, not what is learned (see `changed_option`).
@@ -48,19 +49,12 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.other_languages = self.path / "other_languages.json"
-        config = self.path / "config.json"
-        wanted = asdict(options)
         try:
-            found = _run_options(config)
-            if fresh and found is not None:
+            check_folder(options, fresh=fresh)
+            if fresh and run_options(self.path) is not None:
                 shutil.rmtree(self.path)
-                found = None
             self.path.mkdir(parents=True, exist_ok=True)
-            if found is not None:
-                _check_same(found, wanted, self.path)
-            elif any(not item.name.startswith(".") for item in self.path.iterdir()):
-                raise UserError(f"{self.path}: the folder holds other files; give an empty --output")
-            write_json(config, wanted)
+            write_json(self.path / "config.json", asdict(options))
             with (self.path / "command.txt").open("a") as stream:
                 stream.write(called_as() + "\n")
             write_json(self.path / "versions.json", versions())
@@ -97,8 +91,24 @@ class RunFolder:
         (self.path / "skipped.tsv").write_text("\n".join(lines) + "\n")
 
 
-def _run_options(config: Path) -> dict[str, Any] | None:
-    """The options of the run whose config.json this is; None where it is none, or a model's."""
+def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:
+    """Nothing, where a run of these options can begin or go on in its folder, or with `fresh` take another's place.
+
+    Raises:
+        UserError: the folder holds a run with other options, or other files than a run's, or cannot be read.
+    """
+    path = Path(options.output)
+    with writing(path):
+        found = run_options(path)
+        if found is None and path.is_dir() and any(not item.name.startswith(".") for item in path.iterdir()):
+            raise UserError(f"{path}: the folder holds other files; give an empty --output")
+    if found is not None and not fresh:
+        _check_same(found, asdict(options), path)
+
+
+def run_options(folder: Path) -> dict[str, Any] | None:
+    """The options of the run in this folder; None where there is none, or a model."""
+    config = folder / "config.json"
     if not config.is_file():
         return None
     try:

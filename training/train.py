@@ -25,13 +25,13 @@ from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong
 from .errors import UserError
 from .evaluation import Evaluation, evaluate_sets, read_evaluation, results_table
-from .methods import adapt, learning_rate
+from .methods import adapt, check, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
 from .precision import autocast_dtype, resolved
 from .rank_maps import rank_maps
-from .run import RunFolder, peak_memory_mib, reset_peak_memory, versions, write_json
+from .run import RunFolder, check_folder, peak_memory_mib, reset_peak_memory, versions, write_json
 from .sets import scored_sets, training_speech
 from .trainer import AdaLoraCallback, SpeechTrainer, StepTimes
 
@@ -49,13 +49,16 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         UserError: bad input of any kind, in one sentence.
     """
     console = console or Console()
+    check(options)
     if options.cuda_graphs:
         _check_one_gpu(options)
-    run = RunFolder(options, fresh=fresh)
+    check_folder(options, fresh=fresh)
     speech, dev = training_speech(options)
     tests = scored_sets(options)
     model, processor = load_base(options.model, dtype=base_dtype(options))
     language = check_language(model, options.language)
+    for further in (*options.keep_languages, *(test.language for test in tests.values())):
+        check_language(model, further)
     if options.keep_share and language is None:
         raise UserError(f"--keep-share on {options.model}, an English-only model without others to keep; leave it out")
     processor.tokenizer.set_prefix_tokens(language=language, task=options.task if language else None)
@@ -63,6 +66,11 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     if dev is not None:
         dev = drop_overlong(dev, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
     utterances = len(speech)
+    if options.keep_share and round(options.keep_share * utterances) == 0:
+        raise UserError(f"--keep-share {options.keep_share} of {utterances} utterances is none of them; give more")
+    with torch.device("meta"):  # whether the method goes with the model is told before anything is deleted or decoded
+        adapt(WhisperForConditionalGeneration(model.config), options, steps=_steps(options, utterances))
+    run = RunFolder(options, fresh=fresh)
     everything = [speech, *([] if dev is None else [dev]), *(test.speech for test in tests.values())]
     _report_skipped(run, [item for part in everything for item in part.skipped], console)
     to_best_device(model)
@@ -234,9 +242,9 @@ def _train(
     whisper.config.use_cache = False
     if options.gradient_checkpointing:
         whisper.gradient_checkpointing_enable({"use_reentrant": False})
-    if options.spec_augment:
-        whisper.config.apply_spec_augment = True
-        whisper.config.mask_time_prob = whisper.config.mask_feature_prob = 0.05
+    augmenting = {"apply_spec_augment": options.spec_augment, "mask_time_prob": 0.05, "mask_feature_prob": 0.05}
+    found = {name: getattr(whisper.config, name) for name in augmenting}
+    whisper.config.update(augmenting)
     step_times = StepTimes()
     callbacks: list[Any] = [S2LoraCallback(), AdaLoraCallback(), step_times]
     if options.early_stopping:
@@ -268,6 +276,7 @@ def _train(
     seconds = time.perf_counter() - start
     steps = trainer.state.global_step
     whisper.config.use_cache = True
+    whisper.config.update(found)
     if options.interpolation != 1:
         interpolate(model, options.interpolation)
     model.save_pretrained(str(run.adapter if wrapped else run.model))

@@ -3,13 +3,16 @@
 import functools
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from peft import AdaLoraModel
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, WhisperFeatureExtractor
 from transformers import TrainingArguments as Arguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fused_s2lora import S2LoraModel, parameter_groups
 
@@ -52,6 +55,18 @@ class SpeechTrainer(Seq2SeqTrainer):
         except UserError as error:
             _, in_worker, message = str(error).rpartition(f"{UserError.__module__}.UserError: ")
             raise (UserError(message.strip()) if in_worker else error) from None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """The Trainer's two orders, drawn by seed and epoch alone: a run that goes on finds them again."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return SeededSampler(
+            len(rows),
+            lengths=rows[self.args.length_column_name][:] if grouped else None,
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what the arguments name) over the groups of `parameter_groups`."""
@@ -151,6 +166,24 @@ def _answer_loss(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
     tokens, wanted = tokens[:, : written.shape[1]], wanted[:, : written.shape[1]]
     count = (inputs["labels"] != IGNORED).sum() + (wanted.sum(dim=-1) > 0).sum()
     return -(wanted * written.gather(-1, tokens)).sum() / count
+
+
+class SeededSampler(Sampler[int]):
+    """All rows in an order of the seed and the `epoch` it is asked in; with `lengths` similar ones are together."""
+
+    def __init__(
+        self, count: int, *, lengths: list[float] | None, batch_size: int, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        self.count, self.lengths, self.batch_size, self.seed, self.epoch = count, lengths, batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        if self.lengths is None:
+            return iter(torch.randperm(self.count, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class AdaLoraCallback(TrainerCallback):

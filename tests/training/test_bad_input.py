@@ -1,6 +1,7 @@
 """Bad input ends in one sentence that names it and the way out."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,10 +15,12 @@ from typer.testing import CliRunner
 from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.methods import METHODS, adapt
 from fused_s2lora.training.models import load_adapter, load_base, remembered_speech
 from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
+from tests.training.comparisons import options as options_of
 from tests.training.speech import adapter_of
 
 
@@ -74,6 +77,27 @@ def test_every_option_has_help(command):
         ({"method": "bitfit", "interpolation": 0.5}, "--interpolation goes with --method s2lora, .*, not bitfit"),
         ({"exclude_modules": "*decoder*"}, r"--exclude-modules '\*decoder\*' is no regular expression"),
         ({"method": "lora", "exclude_modules": "x"}, "--exclude-modules goes with --method s2lora, not lora"),
+        ({"method": "lora", "preset": "paper"}, "--preset goes with --method s2lora, not lora; leave it out"),
+        ({"method": "adalora", "sharing": "all"}, "--sharing goes with --method s2lora, not adalora"),
+        ({"method": "alpha-lora", "sparsity_weight": 0.0}, "--sparsity-weight goes with --method s2lora, not"),
+        ({"method": "ia3", "norm_weight": 0.1}, "--norm-weight goes with --method s2lora, not ia3"),
+        ({"method": "lora", "penalty": "soft"}, "--penalty goes with --method s2lora, not lora"),
+        ({"method": "bitfit", "freeze_factors": True}, "--freeze-factors goes with --method s2lora, not bitfit"),
+        ({"method": "lora", "coefficient_lr_ratio": 2.0}, "--coefficient-lr-ratio goes with --method s2lora, not lora"),
+        ({"method": "full", "target_modules": ["fc1"]}, "--target-modules goes with --method .*, ia3, not full"),
+        ({"method": "full", "half_base": True}, "--half-base goes with --method s2lora, .*, not full"),
+        ({"method": "bitfit", "half_base": True}, "--half-base goes with --method s2lora, .*, not bitfit"),
+        ({"method": "adalora", "dev_share": 0.5}, "--method adalora has its ranks at the end only"),
+        ({"method": "adalora", "dev": "SPEECH"}, "leave out --dev and --dev-share"),
+        ({"target_modules": ["fc1", "missing"]}, "the model has no linear map 'missing'; there are fc1, fc2, k_proj"),
+        ({"method": "lora", "target_modules": ["conv1"]}, "--target-modules: the model has no linear map 'conv1'"),
+        ({"window": "full", "full_share": 0.5}, "--full-share goes with --window trim; leave it out"),
+        ({"keep_share": 0.01}, "--keep-share 0.01 of 6 utterances is none of them; give more"),
+        ({"max_steps": 0}, "--max-steps is 0; give at least 1, or -1 for --epochs"),
+        ({"epochs": math.inf}, "--epochs is inf; give a finite number"),
+        ({"warmup": math.inf}, "--warmup is inf; give a finite number"),
+        ({"sparsity_weight": math.nan}, "--sparsity-weight is nan; give a finite number"),
+        ({"norm_weight": -0.1}, "--norm-weight is -0.1; give 0 or more"),
         ({"method": "magic"}, "--method 'magic' is not one of s2lora, lora"),
         ({"preset": "best"}, "--preset 'best'"),
         ({"sharing": "some"}, "sharing='some'"),
@@ -102,6 +126,8 @@ def test_bad_options(options, tones, tmp_path, fields, message, monkeypatch):
         ("evaluate --test t=SPEECH --output FILE", "FILE: cannot be written (File exists); give another --output"),
         ("evaluate --test t=SPEECH --output out --precision int8", "--precision 'int8' is not one of auto, fp32"),
         ("evaluate --test t=SPEECH --output out --eval-batch-size 0", "--eval-batch-size is 0; give at least 1"),
+        ("evaluate --test t=SPEECH --output RUN", "run: holds a training run, whose results.json stays; give another"),
+        ("merge RUN/adapter RUN", "run: exists already; give an empty OUTPUT"),
         ("evaluate --test t=SPEECH --output out --limit 0", "--limit is 0; give at least 1"),
         ("transcribe SPEECH --output no/where.tsv", "no/where.tsv: cannot be written (No such file or directory)"),
         ("transcribe SPEECH --precision int8", "--precision 'int8' is not one of auto, fp32, bf16, fp16"),
@@ -116,11 +142,36 @@ def test_bad_arguments_are_told_before_anything_is_decoded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("mine")
     places = {"SPEECH": str(tones), "RUN": str(finished), "t=SPEECH": f"t={tones}"}
+    places["RUN/adapter"] = f"{finished}/adapter"
     arguments = [places.get(word, word) for word in command.split()]
     model = [] if arguments[0] == "report" else ["--model", str(tiny_folder)]
     with pytest.raises(UserError, match=re.escape(message)):
         CliRunner().invoke(app, [*arguments, *model], catch_exceptions=False)
     assert (tmp_path / "FILE").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "lroa"}, {"preset": "papr"}, {"sharing": "some"}, {"target_modules": ["missing"]},
+        {"exclude_modules": ".*"}, {"data": ["no/where"]}, {"dev": "no/where"}, {"test": ["no/where"]},
+        {"model": "no/where"}, {"keep_share": 0.5, "keep_languages": ["yue"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_mistake_costs_neither_a_run_nor_the_time_of_decoding(
+    fields, finished, options, tones, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(decoding_module, "_generate", lambda *_, **__: pytest.fail("decoded"))
+    shutil.copytree(finished, tmp_path / "finished")
+    before = {file: file.read_bytes() for file in (tmp_path / "finished").rglob("*") if file.is_file()}
+    with pytest.raises(UserError):
+        train(options(tmp_path / "finished", **{"test": [f"same={tones}"], **fields}), fresh=True, console=QUIET)
+    assert {file: file.read_bytes() for file in (tmp_path / "finished").rglob("*") if file.is_file()} == before
+    with pytest.raises(UserError):
+        train(options(tmp_path / "new", **{"test": [f"same={tones}"], **fields}), console=QUIET)
+    assert not (tmp_path / "new").exists()
 
 
 def test_bad_models(tiny_folder, tmp_path):
@@ -162,6 +213,25 @@ def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
     (tmp_path / "config" / "adapter_config.json").write_text("{not json")
     with pytest.raises(UserError, match="not readable as JSON"):
         remembered_speech(tmp_path / "config")
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.config is not None])
+def test_an_adapter_is_for_models_of_its_depth(method, tiny_whisper, tmp_path):
+    adapt(tiny_whisper(), options_of(method=method), steps=10).save_pretrained(tmp_path)
+    load_adapter(tiny_whisper(), tmp_path)
+    for layers in (1, 3):
+        with pytest.raises(UserError, match=r"cannot be put on this model \(.* does not fit this model: it (has|lacks)"):
+            load_adapter(tiny_whisper(decoder_layers=layers), tmp_path)
+
+
+def test_an_allocated_adapter_is_for_models_of_its_depth(tiny_whisper, tmp_path):
+    model = adapt(tiny_whisper(), options_of(method="adalora"), steps=10)
+    diagonals = [name.removeprefix("base_model.model.") for name, _ in model.named_parameters() if "lora_E" in name]
+    model.peft_config["default"].rank_pattern = {name: [True] * 8 + [False] * 4 for name in diagonals}
+    model.save_pretrained(tmp_path)
+    load_adapter(tiny_whisper(), tmp_path)
+    with pytest.raises(UserError, match="cannot be put on this model"):
+        load_adapter(tiny_whisper(decoder_layers=1), tmp_path)
 
 
 def test_run_folder_of_other_options_or_files(options, finished, tones, tmp_path):

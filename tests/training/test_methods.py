@@ -12,6 +12,7 @@ from fused_s2lora import S2LoraLinear
 from fused_s2lora.training import published
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.methods import METHODS, adalora_start, adapt
+from fused_s2lora.training.models import load_base
 from fused_s2lora.training.rank_maps import rank_maps
 from fused_s2lora.training.sets import training_speech
 from fused_s2lora.training.train import parameter_counts, train
@@ -62,6 +63,12 @@ def test_what_each_method_trains(tiny_whisper):
     assert any("conv1" in name for name in names["full"])
     assert not any("encoder.embed_positions" in name for name in names["full"])
     assert all("s2lora" in name for name in names["alpha-lora"] | names["s2lora"])
+
+
+def test_full_fine_tuning_leaves_the_sinusoids(tiny_folder):
+    model = adapt(load_base(str(tiny_folder))[0], options(method="full"), steps=100)
+    fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert fixed == ["model.encoder.embed_positions.weight"]
 
 
 def test_alpha_lora_has_one_scalar_a_weight_and_nothing_shared(tiny_whisper):

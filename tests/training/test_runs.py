@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperModel
 from typer.testing import CliRunner
 
 from fused_s2lora import S2LoraConfig
@@ -117,6 +118,40 @@ def test_killed_run_ends_as_an_uninterrupted_one(options, tiny_folder, tones, tm
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+@pytest.mark.parametrize("window", ["full", "trim"])
+def test_a_run_that_goes_on_in_a_later_epoch_finds_its_order(window, options, tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "speech", TEXTS * 2)
+
+    def given(name):
+        return options(tmp_path / name, data=[str(data)], window=window, epochs=2.0, save_steps=4)
+
+    batches = []
+    collate = train_module.SpeechCollator.__call__
+    monkeypatch.setattr(
+        train_module.SpeechCollator,
+        "__call__",
+        lambda self, rows: batches.append([row["utterance"] for row in rows]) or collate(self, rows),
+    )
+    train(given("whole"), console=QUIET)
+    whole = batches.copy()
+    assert len(whole) == 12
+    assert whole[:6] != whole[6:]
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 9:  # the last checkpoint is the second of the second epoch's six steps
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(given("killed"), console=QUIET)
+    batches.clear()
+    train(given("killed"), console=QUIET)
+    assert batches == whole[8:]
+    expected, got = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "killed")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
 def test_half_written_checkpoint_is_passed_over(options, tmp_path, capsys):
     run = RunFolder(options(tmp_path / "run"))
     for step in (2, 4):
@@ -196,6 +231,24 @@ def test_options_that_reach_the_model(options, tmp_path):
     config = S2LoraConfig.from_pretrained(run / "adapter")
     assert (config.sharing, config.r, config.norm_weight, config.init) == ("all", 4, 0.3, "normal")
     assert json.loads((run / "summary.json").read_text())["utterances"] == 4
+
+
+def test_masking_is_of_the_run_that_asks_for_it(options, tiny_folder, tmp_path, monkeypatch):
+    """And not of a later one on the model that was saved, or on another that was saved with it."""
+    masked = []
+    monkeypatch.setattr(
+        WhisperModel,
+        "_mask_input_features",
+        lambda self, features, **_: masked.append(self.config.apply_spec_augment) or features,
+    )
+    train(options(tmp_path / "first", method="full", spec_augment=True, max_steps=1), console=QUIET)
+    saved = tmp_path / "first" / "model"
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (tiny_folder, saved))
+    names = ("apply_spec_augment", "mask_time_prob", "mask_feature_prob")
+    assert {name: before[name] for name in names} == {name: after[name] for name in names}
+    (saved / "config.json").write_text(json.dumps(after | {"apply_spec_augment": True}))
+    train(options(tmp_path / "second", model=str(saved), max_steps=1), console=QUIET)
+    assert masked == [True, False]
 
 
 def test_a_share_of_the_update_is_kept(options, tmp_path):
