@@ -108,7 +108,7 @@ def lines_of(comparison: Comparison) -> list[Line]:
         if found is not None:
             if found["summary"] and not comparison.timed:
                 found["summary"] |= {"step_s": None, "peak_memory_mib": None}
-            groups.setdefault(cell.name.rpartition("-seed")[0] or cell.name, []).append((cell, found))
+            groups.setdefault(cell.line, []).append((cell, found))
     return [Line(_label(cells[0][0]), [found for _, found in cells]) for cells in groups.values()]
 
 

@@ -39,6 +39,13 @@ def test_cells_of_a_file(compared):
     assert comparison.cells[7].options.sparsity_weight == 0.0
 
 
+def test_names_in_other_scripts_give_folders_of_their_own(tmp_path, quick):
+    names = ("方法一", "方法二", "Größe_α₁")
+    rows = [{"name": name, "method": "lora", "lr": lr} for name, lr in zip(names, (1e-3, 2e-3, 3e-3), strict=True)]
+    comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
+    assert [cell.name for cell in comparison.cells] == ["方法一-r8-seed0", "方法二-r8-seed0", "größe-a-r8-seed0"]
+
+
 def test_options_of_a_method_take_the_place_of_its_defaults(compared, tmp_path, quick):
     """They are options of every row of it that says no other, and a row that has no more is the method as it is."""
     methods = {"s2lora": {"lr": "2e-3", "sparsity_weight": 0.2}}
@@ -233,8 +240,17 @@ def test_figures_are_drawn_and_repeat(compared):
         ({"rows": [{"method": "lora", "output": "x"}]}, "'output' in 'lora' is not an option"),
         (
             {"rows": [{"name": "a", "method": "lora"}, {"name": "a", "method": "lora", "lr": 1.0}]},
-            "two different cells",
+            "two different cells are called a-r8: lr is None in 'a' and 1.0 in 'a'; give one of the rows another name",
         ),
+        (
+            {"rows": [{"method": "lora"}, {"method": "lora", "lr": 0.1, "seed": [1, 2]}]},
+            "two different cells are called lora-r8: lr is None in 'lora' and 0.1 in 'lora'",
+        ),
+        (
+            {"rows": [{"name": "a!", "method": "lora"}, {"name": "A", "method": "glora", "seed": 1}]},
+            "two different cells are called a-r8: method is 'lora' in 'a!' and 'glora' in 'A'",
+        ),
+        ({"rows": [{"name": "x", "method": "zero-shot", "seed": [0, 1]}]}, "are called x: seed is 0 in 'x' and 1 in"),
         ({"train": {"data": "x", "rank": 0}}, "--rank is 0"),
         ({"train": {"data": "x", "epochs": 0}}, "--epochs is 0"),
         ({"train": {"data": "x", "rank": "eight"}}, "rank of 'LoRA' is 'eight', not a whole number"),
