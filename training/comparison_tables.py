@@ -8,9 +8,9 @@ from typing import Any
 
 from . import published
 from .comparison import ZERO_SHOT, Cell, Comparison, results_of
+from .evaluation import unit_of
 from .options import TrainOptions
 from .run import write_json
-from .text import UNSPACED_LANGUAGES
 
 ALL = "all"
 METHOD_OPTIONS = (
@@ -123,7 +123,7 @@ def columns_of(lines: list[Line]) -> list[Column]:
     )
     columns = []
     for name, result in scored["sets"].items():
-        unit = "cer" if result["language"] in UNSPACED_LANGUAGES else "wer"
+        unit = unit_of(result)
         groups = [group for group in result["groups"] if group != ALL]
         # One group alone says what the whole says.
         columns += [Column(name, group, unit) for group in (groups if len(groups) > 1 else [])]

@@ -13,8 +13,8 @@ from .comparison import Comparison, read_comparison
 from .comparison_figures import draw_figures
 from .comparison_tables import Line, columns_of, lines_of, record, write_tables
 from .errors import UserError
+from .evaluation import unit_of
 from .output import writing
-from .text import UNSPACED_LANGUAGES
 
 _TEMPLATE = Path(__file__).parent / "report.html"
 _HIDDEN = ("normalized_reference", "normalized_hypothesis", "reference", "hypothesis", "utterance")
@@ -49,7 +49,7 @@ def _run_page(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     results = _read(folder / "results.json", [])
     rates = [
-        {"set": name, "group": group, "evaluation": evaluation["label"], **_rates(units, result["language"])}
+        {"set": name, "group": group, "evaluation": evaluation["label"], **_rates(units, unit_of(result))}
         for evaluation in results
         for name, result in evaluation["sets"].items()
         for group, units in result["groups"].items()
@@ -128,9 +128,7 @@ def _command(folder: Path) -> str:
     return file.read_text().splitlines()[-1] if file.is_file() else ""
 
 
-def _rates(units: dict[str, Any], language: str | None) -> dict[str, Any]:
-    """Word errors, or character errors of a language written without spaces."""
-    unit = "cer" if language in UNSPACED_LANGUAGES else "wer"
+def _rates(units: dict[str, Any], unit: str) -> dict[str, Any]:
     rate = units[unit]
     return {
         "utterances": rate["utterances"],
@@ -151,20 +149,20 @@ def _maps(name: str, patterns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[str, Any]:
     """By set, in the order they were scored: each utterance's metadata and reference, and by label its hypothesis with
     errors marked and counted; `second` is the label shown beside the first to begin with."""
-    languages = {
-        name: result["language"]
+    units = {
+        name: unit_of(result)
         for folder in folders.values()
         for name, result in _read(folder / "results.json", {"sets": {}})["sets"].items()
     }
     sets: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
-        order = list(languages)
+        order = list(units)
         files = folder.glob("*.tsv")
         for file in sorted(files, key=lambda file: (order.index(file.stem) if file.stem in order else 99, file.stem)):
             with file.open(encoding="utf-8", newline="") as stream:
                 rows = list(csv.DictReader(stream, delimiter="\t"))
-            by_character = languages.get(file.stem) in UNSPACED_LANGUAGES
-            found = sets.setdefault(file.stem, {"unit": "cer" if by_character else "wer", "rows": {}})
+            unit = units.get(file.stem, "wer")
+            found = sets.setdefault(file.stem, {"unit": unit, "rows": {}})
             for row in rows:
                 metadata = {key: value for key, value in row.items() if key not in _HIDDEN and "_" not in key}
                 entry = found["rows"].setdefault(
@@ -172,7 +170,7 @@ def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[st
                     {"utterance": row["utterance"], **metadata, "reference": row["reference"], "said": {}},
                 )
                 reference, heard = row["normalized_reference"], row["normalized_hypothesis"]
-                entry["said"][label] = marked(reference, heard, by_character=by_character)
+                entry["said"][label] = marked(reference, heard, by_character=unit == "cer")
     labels = list(folders)
     return {
         "labels": labels,

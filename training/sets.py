@@ -45,6 +45,7 @@ def scored_sets(options: TrainOptions) -> dict[str, TestSet]:
     return named_sets(
         options.test,
         options.language,
+        task=options.task,
         text_column=options.text_column,
         audio_column=options.audio_column,
         limit=options.limit,
@@ -56,6 +57,7 @@ def named_sets(
     specifications: Sequence[str],
     language: str | None,
     *,
+    task: str | None = None,
     text_column: str | None = None,
     audio_column: str | None = None,
     limit: int | None = None,
@@ -86,7 +88,7 @@ def named_sets(
         speech = load_speech(
             source, split="test", text_column=text_column, audio_column=audio_column, limit=limit, strict=strict
         )
-        sets[name] = TestSet(speech, language_code(own_language or language))
+        sets[name] = TestSet(speech, language_code(own_language or language), task)
     return sets
 
 
