@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .options import TrainOptions
 from .output import writing
 from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions, write_json
-from .sets import scored_sets
+from .sets import parts_of, scored_sets
 from .train import train
 
 ZERO_SHOT = "zero-shot"
@@ -97,7 +97,8 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     of every table, for runs that share a machine.
 
     Raises:
-        UserError: the file cannot be read, or names an option or method that does not exist.
+        UserError: the file cannot be read, names an option or method that does not exist, or gives one name to two
+            set-ups or two test sets.
     """
     file, output = Path(file), Path(output)
     try:
@@ -130,6 +131,7 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
         for cell in _cells(file, name, {**common, **base, **own}, base, output):
             _check_same_line(file, firsts.setdefault(cell.line, cell), cell)
             cells.setdefault(cell.name, cell)
+    _check_sets(file, cells.values())
     return Comparison(str(content.get("title", file.stem)), output, list(cells.values()), source, timed)
 
 
@@ -142,6 +144,18 @@ def _check_same_line(file: Path, first: Cell, cell: Cell) -> None:
             f"{file}: two different cells are called {cell.line}: {key} is {one[key]!r} in {first.row!r} and "
             f"{other[key]!r} in {cell.row!r}; give one of the rows another name"
         )
+
+
+def _check_sets(file: Path, cells: Iterable[Cell]) -> None:
+    """Refuses two test sets of one name, which would stand under one heading."""
+    found: dict[str, str] = {}
+    for options in (cell.options for cell in cells):
+        for name, source, language in map(parts_of, options.test):
+            told = f"{source}@{language or options.language}" + ", translated" * (options.task == "translate")
+            if found.setdefault(name, told) != told:
+                raise UserError(
+                    f"{file}: two test sets are named {name!r}, {found[name]} and {told}; name them apart in `test`"
+                )
 
 
 def _cells(file: Path, row: str, given: dict[str, Any], base: dict[str, Any], output: Path) -> Iterator[Cell]:

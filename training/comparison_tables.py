@@ -117,16 +117,17 @@ def _label(cell: Cell) -> str:
 
 
 def columns_of(lines: list[Line]) -> list[Column]:
-    """Sets and groups of the first line that was scored, groups before the whole."""
-    scored: dict[str, Any] = next(
-        (cell["results"] for line in lines for cell in line.cells if cell["results"]), {"sets": {}}
-    )
+    """Sets and groups of all lines in the order in which they first appear, groups before the whole."""
+    units: dict[str, str] = {}
+    groups: dict[str, dict[str, None]] = {}
+    for cell in (cell for line in lines for cell in line.cells if cell["results"]):
+        for name, result in cell["results"]["sets"].items():
+            units.setdefault(name, unit_of(result))
+            groups.setdefault(name, {}).update(dict.fromkeys(group for group in result["groups"] if group != ALL))
     columns = []
-    for name, result in scored["sets"].items():
-        unit = unit_of(result)
-        groups = [group for group in result["groups"] if group != ALL]
+    for name, unit in units.items():
         # One group alone says what the whole says.
-        columns += [Column(name, group, unit) for group in (groups if len(groups) > 1 else [])]
+        columns += [Column(name, group, unit) for group in (groups[name] if len(groups[name]) > 1 else [])]
         columns.append(Column(name, ALL, unit))
     return columns
 

@@ -202,6 +202,23 @@ def test_tables_hold_our_figures_and_the_published_ones(compared):
         assert entry["same WER rate"] == results["sets"]["same"]["groups"]["all"]["wer"]["rate"]
 
 
+def test_tables_have_the_sets_of_every_row(compared, tmp_path, quick, tones):
+    """In the order they first appear, also where an earlier row was scored on fewer."""
+    (name,) = quick["test"]
+    rows = [{"method": "lora"}, {"method": "adalora", "test": [name, f"more={tones}"]}]
+    comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
+    for cell in comparison.cells:
+        shutil.copytree(compared / "out" / "lora-r8-seed0", cell.path)
+        (cell.path / "config.json").write_text(json.dumps(asdict(cell.options)))
+    file = comparison.cells[1].path / "results.json"
+    results = json.loads(file.read_text())
+    results[-1]["sets"]["more"] = {**results[-1]["sets"]["same"], "scoring_language": "zh"}
+    file.write_text(json.dumps(results))
+    columns = [str(column) for column in columns_of(lines_of(comparison)) if column.group == "all"]
+    assert columns == ["same WER", "more CER"]
+    assert "more CER" in write_tables(comparison)
+
+
 def test_checkpoints_are_cleared_and_adapters_kept(compared):
     assert not list((compared / "out").glob("*/checkpoints"))
     assert len(list((compared / "out").glob("*/adapter/adapter_config.json"))) == 9
@@ -251,6 +268,14 @@ def test_figures_are_drawn_and_repeat(compared):
             "two different cells are called a-r8: method is 'lora' in 'a!' and 'glora' in 'A'",
         ),
         ({"rows": [{"name": "x", "method": "zero-shot", "seed": [0, 1]}]}, "are called x: seed is 0 in 'x' and 1 in"),
+        (
+            {"rows": [{"method": "lora", "test": ["a=x"]}, {"method": "glora", "test": ["a=y"]}]},
+            "two test sets are named 'a', x@en and y@en; name them apart in `test`",
+        ),
+        (
+            {"rows": [{"method": "lora", "test": ["x@de"]}, {"method": "glora", "test": ["x"], "task": "translate"}]},
+            "two test sets are named 'x', x@de and x@en, translated; name them apart",
+        ),
         ({"train": {"data": "x", "rank": 0}}, "--rank is 0"),
         ({"train": {"data": "x", "epochs": 0}}, "--epochs is 0"),
         ({"train": {"data": "x", "rank": "eight"}}, "rank of 'LoRA' is 'eight', not a whole number"),
@@ -345,7 +370,7 @@ def test_options_added_since_a_cell_was_finished_count_as_unset(compared, tmp_pa
 def test_missing_speech_stops_in_one_sentence_and_spoils_nothing(method, compared, tmp_path, quick, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.copytree(compared / "out" / "lora-r8-seed0", tmp_path / "out" / "lora-r8-seed0")
-    gone = {"data": ["no/such-folder"]} if method == "lora" else {"test": ["same=no/such-folder"]}
+    gone = {"data": ["no/such-folder"]} if method == "lora" else {"test": ["gone=no/such-folder"]}
     rows = [{"name": "LoRA", "method": "lora"}, {"name": "Gone", "method": method, **gone}]
     comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
     with pytest.raises(UserError, match=r"gone.*: no/such-folder: no such folder or file"):
