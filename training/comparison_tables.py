@@ -41,34 +41,39 @@ class Line:
     cells: list[dict[str, Any]]
 
     @property
+    def first(self) -> dict[str, Any]:
+        """The first seed that did not fail, which has all there is to have; the very first where all did."""
+        return next((cell for cell in self.cells if not cell["cell"]["failed"]), self.cells[0])
+
+    @property
     def method(self) -> str:
         """The method's name."""
-        return self.cells[0]["config"]["method"]
+        return self.first["config"]["method"]
 
     @property
     def rank(self) -> int:
         """The rank that was asked for."""
-        return self.cells[0]["config"]["rank"]
+        return self.first["config"]["rank"]
 
     @property
     def trainable(self) -> int | None:
         """Trainable parameters; None without training."""
-        summary = self.cells[0]["summary"]
+        summary = self.first["summary"]
         return summary["trainable_parameters"] if summary else None
 
     @property
     def varied(self) -> bool:
         """Whether it is one of several that a row of the file gives for a list of values (other than rank and seed)."""
-        return bool(self.cells[0]["varied"])
+        return bool(self.first["varied"])
 
     @property
     def changed(self) -> set[str]:
         """The options of the method that are not as the file has them for all its rows, by default the method's own."""
-        return self._unlike(self.cells[0]["base"])
+        return self._unlike(self.first["base"])
 
     def _unlike(self, base: dict[str, Any]) -> set[str]:
         default = dataclasses.asdict(TrainOptions(["-"], "-"))
-        config, usual = {**default, **self.cells[0]["config"]}, {**default, **base}
+        config, usual = {**default, **self.first["config"]}, {**default, **base}
         return {name for name in METHOD_OPTIONS if config[name] != usual[name]}
 
     @property
@@ -76,7 +81,7 @@ class Line:
         """The method's name where this is the paper's own set-up of it, and not an ablation of ours."""
         if self.varied:
             return None
-        config, changed = self.cells[0]["config"], self._unlike({})
+        config, changed = self.first["config"], self._unlike({})
         if self.method == "s2lora":
             as_published = config["preset"] == "paper" and changed == {"preset"}
         elif self.method == "full":
@@ -222,7 +227,7 @@ def _methods(title: str, lines: list[Line], columns: list[Column], *, beside_pap
                 trainable,
                 *(_rate(line, column) for column in columns),
                 *([f"{step:.2f}" if step else "–", f"{peak:,.0f}" if peak else "–"] if timed else []),
-                str(len(line.cells)),
+                str(len(line.cells) - len(failures)),
                 f"{share:g} %" if share else "–",
                 *(f"{rate:.2f}" for rate in rates),
                 *(["–"] * (len(published.SETS) - len(rates))),

@@ -94,7 +94,7 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
             made = {name: entry[name] for name in ("cell", "seed", "commit", "command", "device", "failed")}
             runs.append({"method": entry["row"], "UTC": entry["utc"][:16].replace("T", " "), **made})
     names = _names(lines)
-    first = {name: comparison.path / line.cells[0]["name"] / "after" for name, line in names.items()}
+    first = {name: comparison.path / line.first["name"] / "after" for name, line in names.items()}
     chosen = next((name for name, line in names.items() if line.method == "s2lora" and not line.changed), None)
     return {
         "title": comparison.title,
@@ -103,8 +103,8 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         "data": {
             "tables": [{"title": "Methods: error rates, percent", "rows": rows}, {"title": "Runs", "rows": runs}],
             "maps": [
-                entry for name, line in names.items() if line.cells[0]["rank_pattern"]
-                for entry in _maps(name, line.cells[0]["rank_pattern"])
+                entry for name, line in names.items() if line.first["rank_pattern"]
+                for entry in _maps(name, line.first["rank_pattern"])
             ],
             "transcripts": _transcripts(
                 {name: path for name, path in first.items() if any(path.glob("*.tsv"))}, second=chosen

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fused_s2lora.training import comparison as comparison_module
 from fused_s2lora.training.comparison import read_comparison, results_of, run_comparison
-from fused_s2lora.training.comparison_figures import draw_figures
+from fused_s2lora.training.comparison_figures import draw_figures, learning_figure
 from fused_s2lora.training.comparison_tables import METHOD_OPTIONS, columns_of, lines_of, write_tables
 from fused_s2lora.training.decoding import Decoding
 from fused_s2lora.training.errors import UserError
@@ -153,6 +153,26 @@ def test_a_cell_whose_loss_breaks_is_named_and_the_rest_runs(quick, tmp_path, sh
     assert "the loss is" in results_of(broken)["cell"]["failed"]
     assert results_of(lora)["cell"]["failed"] is None
     assert re.search(r"\| Broken \(failed: the loss is .*\| – \|", write_tables(comparison))
+
+
+def test_a_failed_seed_is_not_counted(compared, tmp_path, quick):
+    """And what there is once for all seeds is taken from one that did not fail."""
+    row = {"name": "LoRA", "method": "lora", "seed": [0, 1, 2]}
+    comparison = read_comparison(write(tmp_path, quick, [row]), tmp_path / "out")
+    for cell in comparison.cells:
+        shutil.copytree(compared / "out" / "lora-r8-seed0", cell.path)
+        (cell.path / "config.json").write_text(json.dumps(asdict(cell.options)))
+    failed = comparison.cells[0].path
+    for name in ("summary.json", "results.json", "metrics.json"):
+        (failed / name).unlink()
+    record = json.loads((failed / "cell.json").read_text())
+    (failed / "cell.json").write_text(json.dumps(record | {"failed": "the loss is nan"}))
+    (line,) = lines_of(comparison)
+    cells = write_tables(comparison).split("| LoRA (failed: the loss is nan) |")[1].split("|")
+    assert cells[0].strip() == f"{line.trainable:,}"
+    seeds = len(columns_of([line])) + 3  # after trainable, the rates, step and peak
+    assert cells[seeds].strip() == "2"
+    assert learning_figure([line]) is not None
 
 
 def test_a_row_is_the_papers_only_with_every_option_of_the_method_at_its_default():
