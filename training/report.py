@@ -163,10 +163,10 @@ def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[st
                 rows = list(csv.DictReader(stream, delimiter="\t"))
             unit = units.get(file.stem, "wer")
             found = sets.setdefault(file.stem, {"unit": unit, "rows": {}})
-            for row in rows:
+            for position, row in enumerate(rows):
                 metadata = {key: value for key, value in row.items() if key not in _HIDDEN and "_" not in key}
                 entry = found["rows"].setdefault(
-                    row["utterance"],
+                    (position, row["utterance"], row["reference"]),  # a table may name one file several times
                     {"utterance": row["utterance"], **metadata, "reference": row["reference"], "said": {}},
                 )
                 reference, heard = row["normalized_reference"], row["normalized_hypothesis"]
@@ -185,11 +185,11 @@ def marked(reference: str, hypothesis: str, *, by_character: bool = False) -> di
 
     A substitution is <s>said</s><b>heard</b>, a deletion <s>said</s>, an insertion <b>heard</b>.
     """
-    if not reference:
-        words = hypothesis.split()
-        return {"html": "".join(f"<b>{html.escape(word)}</b> " for word in words).strip(), "errors": len(words)}
-    process = jiwer.process_characters if by_character else jiwer.process_words
     joint = "" if by_character else " "
+    if not reference:
+        units = list(hypothesis) if by_character else hypothesis.split()
+        return {"html": joint.join(f"<b>{html.escape(unit)}</b>" for unit in units), "errors": len(units)}
+    process = jiwer.process_characters if by_character else jiwer.process_words
     output = process(reference, hypothesis)
     said, heard = output.references[0], output.hypotheses[0]
     parts = []
