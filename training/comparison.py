@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .options import TrainOptions
 from .output import writing
 from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions, write_json
-from .sets import scored_sets
+from .sets import parts_of, scored_sets
 from .train import train
 
 ZERO_SHOT = "zero-shot"
@@ -41,10 +41,11 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: the row of the table it belongs to, and its folder's name."""
+    """One run: the row of the table it belongs to, and its folder's name, with and without the seed."""
 
     row: str
     name: str
+    line: str
     options: TrainOptions
     varied: dict[str, Any] = field(default_factory=dict)  # options with several values in the file, but rank and seed
     base: dict[str, Any] = field(default_factory=dict)  # options that the file gives every row of the method
@@ -96,7 +97,8 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     of every table, for runs that share a machine.
 
     Raises:
-        UserError: the file cannot be read, or names an option or method that does not exist.
+        UserError: the file cannot be read, names an option or method that does not exist, or gives one name to two
+            set-ups or two test sets.
     """
     file, output = Path(file), Path(output)
     try:
@@ -119,6 +121,7 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     if unknown := sorted(map(str, methods.keys() - METHODS.keys())):
         raise UserError(f"{file}: the method {unknown[0]!r} under `methods` is not one of {', '.join(METHODS)}")
     cells: dict[str, Cell] = {}
+    firsts: dict[str, Cell] = {}
     for row in content["rows"]:
         if not isinstance(row, dict) or "method" not in row:
             raise UserError(f"{file}: the row {row!r} has no `method`")
@@ -126,12 +129,33 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
         own = {key: value for key, value in row.items() if key != "name"}
         base = methods.get(str(row["method"]), {})
         for cell in _cells(file, name, {**common, **base, **own}, base, output):
-            same = cells.setdefault(cell.name, cell)
-            if same.options != cell.options:
-                raise UserError(
-                    f"{file}: two different cells are called {cell.name}; give one of the rows another name"
-                )
+            _check_same_line(file, firsts.setdefault(cell.line, cell), cell)
+            cells.setdefault(cell.name, cell)
+    _check_sets(file, cells.values())
     return Comparison(str(content.get("title", file.stem)), output, list(cells.values()), source, timed)
+
+
+def _check_same_line(file: Path, first: Cell, cell: Cell) -> None:
+    """Refuses two cells that would be averaged as seeds of one row, but are of different options."""
+    one, other = dataclasses.asdict(first.options), dataclasses.asdict(cell.options)
+    free = {"output"} if cell.name == first.name else {"output", "seed"}
+    if key := next((key for key in one if key not in free and one[key] != other[key]), None):
+        raise UserError(
+            f"{file}: two different cells are called {cell.line}: {key} is {one[key]!r} in {first.row!r} and "
+            f"{other[key]!r} in {cell.row!r}; give one of the rows another name"
+        )
+
+
+def _check_sets(file: Path, cells: Iterable[Cell]) -> None:
+    """Refuses two test sets of one name, which would stand under one heading."""
+    found: dict[str, str] = {}
+    for options in (cell.options for cell in cells):
+        for name, source, language in map(parts_of, options.test):
+            told = f"{source}@{language or options.language}" + ", translated" * (options.task == "translate")
+            if found.setdefault(name, told) != told:
+                raise UserError(
+                    f"{file}: two test sets are named {name!r}, {found[name]} and {told}; name them apart in `test`"
+                )
 
 
 def _cells(file: Path, row: str, given: dict[str, Any], base: dict[str, Any], output: Path) -> Iterator[Cell]:
@@ -152,21 +176,22 @@ def _cells(file: Path, row: str, given: dict[str, Any], base: dict[str, Any], ou
     base = {key: _typed(file, row, key, value) for key, value in base.items()}
     for values in itertools.product(*(given[key] for key in several)):
         chosen = given | dict(zip(several, values, strict=True))
-        slug = re.sub(r"[^a-z0-9]+", "-", row.lower().replace("α", "a")).strip("-")
+        slug = re.sub(r"[\W_₀-₉]+", "-", row.lower().replace("α", "a")).strip("-")
         rank, seed = chosen.get("rank", 8), chosen.get("seed", 0)
         ranked = "rank" if given["method"] not in (ZERO_SHOT, "full", "bitfit", "ia3") else ""
         varied = {key: chosen[key] for key in several if key not in ("rank", "seed")}
         further = [f"{key}-{value}".replace("_", "-") for key, value in varied.items()]
-        name = "-".join([slug, *([f"r{rank}"] if ranked else []), *further, f"seed{seed}"])
+        line = "-".join([slug, *([f"r{rank}"] if ranked else []), *further])
+        name = f"{line}-seed{seed}"
         if given["method"] == ZERO_SHOT:
-            name = slug
+            name = line = slug
         try:
             options = TrainOptions(**chosen, output=str(output / name))
             if given["method"] != ZERO_SHOT:
                 check(options)
         except UserError as error:
             raise UserError(f"{file}: {row!r}: {error}") from error
-        yield Cell(row, name, options, varied, base)
+        yield Cell(row, name, line, options, varied, base)
 
 
 def _typed(file: Path, row: str, key: str, value: Any) -> Any:

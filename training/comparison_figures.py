@@ -67,16 +67,16 @@ def rank_map_figure(lines: list[Line]) -> Figure | None:
     """
     shown = [
         line for line in lines
-        if line.cells[0]["rank_pattern"] and line.rank == 8 and not line.varied
+        if line.first["rank_pattern"] and line.rank == 8 and not line.varied
         and line.method in _OTHER_MAPS and not line.changed & _OTHER_MAPS[line.method]
     ]  # fmt: skip
     if not shown:
         return None
-    stacks = max(len(line.cells[0]["rank_pattern"]) for line in shown)
+    stacks = max(len(line.first["rank_pattern"]) for line in shown)
     sizes: dict[str, Any] = {"squeeze": False, "figsize": (5.2 * stacks, 3.1 * len(shown))}
     figure, grid = plt.subplots(len(shown), stacks, **sizes)
     for line, row in zip(shown, grid, strict=True):
-        for axes, pattern in zip(row, line.cells[0]["rank_pattern"], strict=False):
+        for axes, pattern in zip(row, line.first["rank_pattern"], strict=False):
             magnitude = np.array(pattern["mean_magnitude"], dtype=float)
             axes.imshow(magnitude, cmap="Blues", vmin=0, aspect="auto")
             top = np.nanmax(magnitude) or 1.0
@@ -105,7 +105,7 @@ def _against_data(lines: list[Line], columns: list[Column]) -> Figure | None:
     whole = {line.method: line for line in lines if not line.changed and not line.varied and line.rank == 8}
     ours = [whole[method] for method in dict.fromkeys(line.method for line in amounts) if method in whole]
     names = {line.method: line.label for line in (*amounts, *ours)}
-    return _panels(amounts + ours, columns, lambda line: line.cells[0]["summary"]["utterances"], "utterances",
+    return _panels(amounts + ours, columns, lambda line: line.first["summary"]["utterances"], "utterances",
                    lambda line: names[line.method]) if amounts else None  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _panels(
     series_of: Callable[[Line], str],
 ) -> Figure | None:
     """Mean error, capped, over `position`, one panel a column and one series a name; bars span the seeds."""
-    lines = [line for line in lines if line.cells[0]["results"]]
+    lines = [line for line in lines if line.first["results"]]
     if len(lines) < 2 or not columns:
         return None
     height = max(3.2, 0.16 * len({series_of(line) for line in lines}))  # of a panel, and of the names beside them
@@ -155,10 +155,10 @@ def _panels(
 
 
 def learning_figure(lines: list[Line]) -> Figure | None:
-    """Training cross-entropy over steps, of each line's first seed: the methods, and S2-LoRA's ablations."""
+    """Training cross-entropy over steps, of each line's `first` seed: the methods, and S2-LoRA's ablations."""
     panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {"methods": {}, "S2-LoRA": {}}
     for line in lines:
-        history = [entry for entry in line.cells[0]["metrics"] or [] if "loss" in entry and "step" in entry]
+        history = [entry for entry in line.first["metrics"] or [] if "loss" in entry and "step" in entry]
         if not history or line.rank != 8 or line.varied:
             continue
         curve = ([entry["step"] for entry in history], [_cross_entropy(entry) for entry in history])
@@ -190,7 +190,7 @@ def _sparsity(lines: list[Line]) -> Figure | None:
     """Mean |s| and share of live ranks by matrix over α₁, for the runs that differ from the default in nothing else."""
     points: dict[float, dict[str, tuple[float, float]]] = {}
     for line in lines:
-        cell = line.cells[0]
+        cell = line.first
         if line.method == "s2lora" and line.rank == 8 and line.changed <= {"sparsity_weight"} and cell["rank_pattern"]:
             given = cell["config"]["sparsity_weight"]
             points[S2LoraConfig().sparsity_weight if given is None else given] = _sizes(cell["rank_pattern"])

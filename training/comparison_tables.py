@@ -8,9 +8,9 @@ from typing import Any
 
 from . import published
 from .comparison import ZERO_SHOT, Cell, Comparison, results_of
+from .evaluation import unit_of
 from .options import TrainOptions
 from .run import write_json
-from .text import UNSPACED_LANGUAGES
 
 ALL = "all"
 METHOD_OPTIONS = (
@@ -41,34 +41,39 @@ class Line:
     cells: list[dict[str, Any]]
 
     @property
+    def first(self) -> dict[str, Any]:
+        """The first seed that did not fail, which has all there is to have; the very first where all did."""
+        return next((cell for cell in self.cells if not cell["cell"]["failed"]), self.cells[0])
+
+    @property
     def method(self) -> str:
         """The method's name."""
-        return self.cells[0]["config"]["method"]
+        return self.first["config"]["method"]
 
     @property
     def rank(self) -> int:
         """The rank that was asked for."""
-        return self.cells[0]["config"]["rank"]
+        return self.first["config"]["rank"]
 
     @property
     def trainable(self) -> int | None:
         """Trainable parameters; None without training."""
-        summary = self.cells[0]["summary"]
+        summary = self.first["summary"]
         return summary["trainable_parameters"] if summary else None
 
     @property
     def varied(self) -> bool:
         """Whether it is one of several that a row of the file gives for a list of values (other than rank and seed)."""
-        return bool(self.cells[0]["varied"])
+        return bool(self.first["varied"])
 
     @property
     def changed(self) -> set[str]:
         """The options of the method that are not as the file has them for all its rows, by default the method's own."""
-        return self._unlike(self.cells[0]["base"])
+        return self._unlike(self.first["base"])
 
     def _unlike(self, base: dict[str, Any]) -> set[str]:
         default = dataclasses.asdict(TrainOptions(["-"], "-"))
-        config, usual = {**default, **self.cells[0]["config"]}, {**default, **base}
+        config, usual = {**default, **self.first["config"]}, {**default, **base}
         return {name for name in METHOD_OPTIONS if config[name] != usual[name]}
 
     @property
@@ -76,7 +81,7 @@ class Line:
         """The method's name where this is the paper's own set-up of it, and not an ablation of ours."""
         if self.varied:
             return None
-        config, changed = self.cells[0]["config"], self._unlike({})
+        config, changed = self.first["config"], self._unlike({})
         if self.method == "s2lora":
             as_published = config["preset"] == "paper" and changed == {"preset"}
         elif self.method == "full":
@@ -108,7 +113,7 @@ def lines_of(comparison: Comparison) -> list[Line]:
         if found is not None:
             if found["summary"] and not comparison.timed:
                 found["summary"] |= {"step_s": None, "peak_memory_mib": None}
-            groups.setdefault(cell.name.rpartition("-seed")[0] or cell.name, []).append((cell, found))
+            groups.setdefault(cell.line, []).append((cell, found))
     return [Line(_label(cells[0][0]), [found for _, found in cells]) for cells in groups.values()]
 
 
@@ -117,16 +122,17 @@ def _label(cell: Cell) -> str:
 
 
 def columns_of(lines: list[Line]) -> list[Column]:
-    """Sets and groups of the first line that was scored, groups before the whole."""
-    scored: dict[str, Any] = next(
-        (cell["results"] for line in lines for cell in line.cells if cell["results"]), {"sets": {}}
-    )
+    """Sets and groups of all lines in the order in which they first appear, groups before the whole."""
+    units: dict[str, str] = {}
+    groups: dict[str, dict[str, None]] = {}
+    for cell in (cell for line in lines for cell in line.cells if cell["results"]):
+        for name, result in cell["results"]["sets"].items():
+            units.setdefault(name, unit_of(result))
+            groups.setdefault(name, {}).update(dict.fromkeys(group for group in result["groups"] if group != ALL))
     columns = []
-    for name, result in scored["sets"].items():
-        unit = "cer" if result["language"] in UNSPACED_LANGUAGES else "wer"
-        groups = [group for group in result["groups"] if group != ALL]
+    for name, unit in units.items():
         # One group alone says what the whole says.
-        columns += [Column(name, group, unit) for group in (groups if len(groups) > 1 else [])]
+        columns += [Column(name, group, unit) for group in (groups[name] if len(groups[name]) > 1 else [])]
         columns.append(Column(name, ALL, unit))
     return columns
 
@@ -221,7 +227,7 @@ def _methods(title: str, lines: list[Line], columns: list[Column], *, beside_pap
                 trainable,
                 *(_rate(line, column) for column in columns),
                 *([f"{step:.2f}" if step else "–", f"{peak:,.0f}" if peak else "–"] if timed else []),
-                str(len(line.cells)),
+                str(len(line.cells) - len(failures)),
                 f"{share:g} %" if share else "–",
                 *(f"{rate:.2f}" for rate in rates),
                 *(["–"] * (len(published.SETS) - len(rates))),

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from .audio_window import AudioWindow
 from .data import Speech
 from .decoding import MAX_NEW_TOKENS, Decoding, Heard, transcribe_speech
 from .errors import UserError
-from .metrics import ErrorRate, UtteranceErrors, score, summarize
-from .text import normalizer
+from .metrics import ErrorRate, Unit, UtteranceErrors, score, summarize
+from .text import UNSPACED_LANGUAGES, normalizer
 
 ALL = "all"
 _AGE_GROUPS = ((0, 5), (6, 8), (9, 12), (13, 17))
@@ -28,10 +28,16 @@ _OWN_COLUMNS = ("audio", "target", "text", "utterance")
 
 @dataclass(frozen=True)
 class TestSet:
-    """Speech to score, and the language its errors are normalised for (and decoded in)."""
+    """Speech to score, the language it is decoded in, and the task."""
 
     speech: Speech
     language: str | None
+    task: str | None = None
+
+    @property
+    def scoring_language(self) -> str | None:
+        """The language of its references, which errors are normalised for: English where it is translated."""
+        return "en" if self.task == "translate" else self.language
 
     __test__ = False  # not a pytest class
 
@@ -42,6 +48,7 @@ class SetResult:
 
     name: str
     language: str | None
+    scoring_language: str | None
     heard: list[Heard]
     words: list[UtteranceErrors]
     characters: list[UtteranceErrors]
@@ -81,6 +88,7 @@ class Evaluation:
                 result.name: {
                     "source": result.speech.source,
                     "language": result.language,
+                    "scoring_language": result.scoring_language,
                     "skipped": result.skipped,
                     "cut_off": sum(result.cut_off),
                     "decoded_again": sum(result.again),
@@ -125,8 +133,10 @@ def evaluate_sets(
     Raises:
         UserError: a column of `group_by` is in none of the sets, or a set has no word to be counted.
     """
+    task = task or getattr(model.generation_config, "task", None)
+    sets = {name: replace(test, task=task) for name, test in sets.items()}
     for name, test in sets.items():
-        normalize = normalizer(test.language)
+        normalize = normalizer(test.scoring_language)
         if not any(normalize(text) for text in test.speech.dataset["text"][:]):
             raise UserError(f"test set {name} ({test.speech.source}): no transcript has a word left once normalised")
     for column in group_by:
@@ -160,8 +170,8 @@ def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequen
     """Error rates of transcripts given in the set's order, of every group with a word in its references."""
     hypotheses = [one.text for one in heard]
     references = test.speech.dataset["text"][:]
-    words = score(references, hypotheses, language=test.language, unit="wer")
-    characters = score(references, hypotheses, language=test.language, unit="cer")
+    words = score(references, hypotheses, language=test.scoring_language, unit="wer")
+    characters = score(references, hypotheses, language=test.scoring_language, unit="cer")
     rates, wordless = {}, []
     for group, members in _groups(test.speech, group_by).items():
         by_unit = {"wer": [words[i] for i in members], "cer": [characters[i] for i in members]}
@@ -170,7 +180,18 @@ def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequen
         else:
             wordless.append(group)
     skipped = len(test.speech.skipped)
-    return SetResult(name, test.language, list(heard), words, characters, rates, wordless, skipped, test.speech)
+    return SetResult(
+        name,
+        test.language,
+        test.scoring_language,
+        list(heard),
+        words,
+        characters,
+        rates,
+        wordless,
+        skipped,
+        test.speech,
+    )
 
 
 def read_evaluation(
@@ -186,7 +207,8 @@ def read_evaluation(
     for name, test in sets.items():
         file = folder / f"{name}.tsv"
         had = found.get(name, {})
-        if (had.get("source"), had.get("language")) != (test.speech.source, test.language) or not file.is_file():
+        was = (had.get("source"), had.get("language"), _scoring_language(had))
+        if was != (test.speech.source, test.language, test.scoring_language) or not file.is_file():
             return None
         with file.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t"))
@@ -199,6 +221,16 @@ def read_evaluation(
         ]
         results.append(score_set(name, test, heard, group_by))
     return Evaluation(label, results)
+
+
+def unit_of(result: Mapping[str, Any]) -> Unit:
+    """The error unit to read of a set in results.json: characters of a language written without spaces, else words."""
+    return "cer" if _scoring_language(result) in UNSPACED_LANGUAGES else "wer"
+
+
+def _scoring_language(result: Mapping[str, Any]) -> str | None:
+    # Before it was written, all sets were scored for the language of the speech.
+    return result.get("scoring_language", result.get("language"))
 
 
 def _groups(speech: Speech, group_by: Sequence[str]) -> dict[str, list[int]]:

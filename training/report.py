@@ -13,8 +13,8 @@ from .comparison import Comparison, read_comparison
 from .comparison_figures import draw_figures
 from .comparison_tables import Line, columns_of, lines_of, record, write_tables
 from .errors import UserError
+from .evaluation import unit_of
 from .output import writing
-from .text import UNSPACED_LANGUAGES
 
 _TEMPLATE = Path(__file__).parent / "report.html"
 _HIDDEN = ("normalized_reference", "normalized_hypothesis", "reference", "hypothesis", "utterance")
@@ -49,7 +49,7 @@ def _run_page(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     results = _read(folder / "results.json", [])
     rates = [
-        {"set": name, "group": group, "evaluation": evaluation["label"], **_rates(units, result["language"])}
+        {"set": name, "group": group, "evaluation": evaluation["label"], **_rates(units, unit_of(result))}
         for evaluation in results
         for name, result in evaluation["sets"].items()
         for group, units in result["groups"].items()
@@ -94,7 +94,7 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
             made = {name: entry[name] for name in ("cell", "seed", "commit", "command", "device", "failed")}
             runs.append({"method": entry["row"], "UTC": entry["utc"][:16].replace("T", " "), **made})
     names = _names(lines)
-    first = {name: comparison.path / line.cells[0]["name"] / "after" for name, line in names.items()}
+    first = {name: comparison.path / line.first["name"] / "after" for name, line in names.items()}
     chosen = next((name for name, line in names.items() if line.method == "s2lora" and not line.changed), None)
     return {
         "title": comparison.title,
@@ -103,8 +103,8 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         "data": {
             "tables": [{"title": "Methods: error rates, percent", "rows": rows}, {"title": "Runs", "rows": runs}],
             "maps": [
-                entry for name, line in names.items() if line.cells[0]["rank_pattern"]
-                for entry in _maps(name, line.cells[0]["rank_pattern"])
+                entry for name, line in names.items() if line.first["rank_pattern"]
+                for entry in _maps(name, line.first["rank_pattern"])
             ],
             "transcripts": _transcripts(
                 {name: path for name, path in first.items() if any(path.glob("*.tsv"))}, second=chosen
@@ -128,9 +128,7 @@ def _command(folder: Path) -> str:
     return file.read_text().splitlines()[-1] if file.is_file() else ""
 
 
-def _rates(units: dict[str, Any], language: str | None) -> dict[str, Any]:
-    """Word errors, or character errors of a language written without spaces."""
-    unit = "cer" if language in UNSPACED_LANGUAGES else "wer"
+def _rates(units: dict[str, Any], unit: str) -> dict[str, Any]:
     rate = units[unit]
     return {
         "utterances": rate["utterances"],
@@ -151,28 +149,28 @@ def _maps(name: str, patterns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[str, Any]:
     """By set, in the order they were scored: each utterance's metadata and reference, and by label its hypothesis with
     errors marked and counted; `second` is the label shown beside the first to begin with."""
-    languages = {
-        name: result["language"]
+    units = {
+        name: unit_of(result)
         for folder in folders.values()
         for name, result in _read(folder / "results.json", {"sets": {}})["sets"].items()
     }
     sets: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
-        order = list(languages)
+        order = list(units)
         files = folder.glob("*.tsv")
         for file in sorted(files, key=lambda file: (order.index(file.stem) if file.stem in order else 99, file.stem)):
             with file.open(encoding="utf-8", newline="") as stream:
                 rows = list(csv.DictReader(stream, delimiter="\t"))
-            by_character = languages.get(file.stem) in UNSPACED_LANGUAGES
-            found = sets.setdefault(file.stem, {"unit": "cer" if by_character else "wer", "rows": {}})
-            for row in rows:
+            unit = units.get(file.stem, "wer")
+            found = sets.setdefault(file.stem, {"unit": unit, "rows": {}})
+            for position, row in enumerate(rows):
                 metadata = {key: value for key, value in row.items() if key not in _HIDDEN and "_" not in key}
                 entry = found["rows"].setdefault(
-                    row["utterance"],
+                    (position, row["utterance"], row["reference"]),  # a table may name one file several times
                     {"utterance": row["utterance"], **metadata, "reference": row["reference"], "said": {}},
                 )
                 reference, heard = row["normalized_reference"], row["normalized_hypothesis"]
-                entry["said"][label] = marked(reference, heard, by_character=by_character)
+                entry["said"][label] = marked(reference, heard, by_character=unit == "cer")
     labels = list(folders)
     return {
         "labels": labels,
@@ -187,11 +185,11 @@ def marked(reference: str, hypothesis: str, *, by_character: bool = False) -> di
 
     A substitution is <s>said</s><b>heard</b>, a deletion <s>said</s>, an insertion <b>heard</b>.
     """
-    if not reference:
-        words = hypothesis.split()
-        return {"html": "".join(f"<b>{html.escape(word)}</b> " for word in words).strip(), "errors": len(words)}
-    process = jiwer.process_characters if by_character else jiwer.process_words
     joint = "" if by_character else " "
+    if not reference:
+        units = list(hypothesis) if by_character else hypothesis.split()
+        return {"html": joint.join(f"<b>{html.escape(unit)}</b>" for unit in units), "errors": len(units)}
+    process = jiwer.process_characters if by_character else jiwer.process_words
     output = process(reference, hypothesis)
     said, heard = output.references[0], output.hypotheses[0]
     parts = []

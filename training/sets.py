@@ -45,6 +45,7 @@ def scored_sets(options: TrainOptions) -> dict[str, TestSet]:
     return named_sets(
         options.test,
         options.language,
+        task=options.task,
         text_column=options.text_column,
         audio_column=options.audio_column,
         limit=options.limit,
@@ -56,6 +57,7 @@ def named_sets(
     specifications: Sequence[str],
     language: str | None,
     *,
+    task: str | None = None,
     text_column: str | None = None,
     audio_column: str | None = None,
     limit: int | None = None,
@@ -70,24 +72,32 @@ def named_sets(
     """
     sets: dict[str, TestSet] = {}
     for specification in specifications:
-        name, source = specification.split("=", 1) if "=" in specification else ("", specification)
-        if "/" in name:
-            raise UserError(
-                f"--test {specification}: the set's name {name!r} has a / in it; give NAME=SOURCE, and a name also "
-                "where the source has an = in it"
-            )
-        path, at, own_language = source.rpartition("@")
-        if not at or "/" in own_language or Path(source).exists():  # a path with @ in it
-            path, own_language = source, ""
-        source = path
-        name = name or Path(source).name
+        name, source, own_language = parts_of(specification)
         if name in sets:
             raise UserError(f"two test sets are named {name!r}; name them with --test NAME=SOURCE")
         speech = load_speech(
             source, split="test", text_column=text_column, audio_column=audio_column, limit=limit, strict=strict
         )
-        sets[name] = TestSet(speech, language_code(own_language or language))
+        sets[name] = TestSet(speech, language_code(own_language or language), task)
     return sets
+
+
+def parts_of(specification: str) -> tuple[str, str, str]:
+    """Name, source and language, "" without one, of a test set as `named_sets` is given it.
+
+    Raises:
+        UserError: a name with a / in it.
+    """
+    name, source = specification.split("=", 1) if "=" in specification else ("", specification)
+    if "/" in name:
+        raise UserError(
+            f"--test {specification}: the set's name {name!r} has a / in it; give NAME=SOURCE, and a name also "
+            "where the source has an = in it"
+        )
+    path, at, language = source.rpartition("@")
+    if not at or "/" in language or Path(source).exists():  # a path with @ in it
+        path, language = source, ""
+    return name or Path(path).name, path, language
 
 
 def _joined(sources: Sequence[Speech]) -> Speech:

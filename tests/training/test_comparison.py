@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fused_s2lora.training import comparison as comparison_module
 from fused_s2lora.training.comparison import read_comparison, results_of, run_comparison
-from fused_s2lora.training.comparison_figures import draw_figures
+from fused_s2lora.training.comparison_figures import draw_figures, learning_figure
 from fused_s2lora.training.comparison_tables import METHOD_OPTIONS, columns_of, lines_of, write_tables
 from fused_s2lora.training.decoding import Decoding
 from fused_s2lora.training.errors import UserError
@@ -37,6 +37,13 @@ def test_cells_of_a_file(compared):
     ]  # fmt: skip
     assert comparison.cells[5].options.rank == 2
     assert comparison.cells[7].options.sparsity_weight == 0.0
+
+
+def test_names_in_other_scripts_give_folders_of_their_own(tmp_path, quick):
+    names = ("方法一", "方法二", "Größe_α₁")
+    rows = [{"name": name, "method": "lora", "lr": lr} for name, lr in zip(names, (1e-3, 2e-3, 3e-3), strict=True)]
+    comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
+    assert [cell.name for cell in comparison.cells] == ["方法一-r8-seed0", "方法二-r8-seed0", "größe-a-r8-seed0"]
 
 
 def test_options_of_a_method_take_the_place_of_its_defaults(compared, tmp_path, quick):
@@ -148,6 +155,26 @@ def test_a_cell_whose_loss_breaks_is_named_and_the_rest_runs(quick, tmp_path, sh
     assert re.search(r"\| Broken \(failed: the loss is .*\| – \|", write_tables(comparison))
 
 
+def test_a_failed_seed_is_not_counted(compared, tmp_path, quick):
+    """And what there is once for all seeds is taken from one that did not fail."""
+    row = {"name": "LoRA", "method": "lora", "seed": [0, 1, 2]}
+    comparison = read_comparison(write(tmp_path, quick, [row]), tmp_path / "out")
+    for cell in comparison.cells:
+        shutil.copytree(compared / "out" / "lora-r8-seed0", cell.path)
+        (cell.path / "config.json").write_text(json.dumps(asdict(cell.options)))
+    failed = comparison.cells[0].path
+    for name in ("summary.json", "results.json", "metrics.json"):
+        (failed / name).unlink()
+    record = json.loads((failed / "cell.json").read_text())
+    (failed / "cell.json").write_text(json.dumps(record | {"failed": "the loss is nan"}))
+    (line,) = lines_of(comparison)
+    cells = write_tables(comparison).split("| LoRA (failed: the loss is nan) |")[1].split("|")
+    assert cells[0].strip() == f"{line.trainable:,}"
+    seeds = len(columns_of([line])) + 3  # after trainable, the rates, step and peak
+    assert cells[seeds].strip() == "2"
+    assert learning_figure([line]) is not None
+
+
 def test_a_row_is_the_papers_only_with_every_option_of_the_method_at_its_default():
     of_every_method = {
         "data", "output", "model", "test", "dev", "dev_share", "language", "task", "text_column", "audio_column",
@@ -195,6 +222,23 @@ def test_tables_hold_our_figures_and_the_published_ones(compared):
         assert entry["same WER rate"] == results["sets"]["same"]["groups"]["all"]["wer"]["rate"]
 
 
+def test_tables_have_the_sets_of_every_row(compared, tmp_path, quick, tones):
+    """In the order they first appear, also where an earlier row was scored on fewer."""
+    (name,) = quick["test"]
+    rows = [{"method": "lora"}, {"method": "adalora", "test": [name, f"more={tones}"]}]
+    comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
+    for cell in comparison.cells:
+        shutil.copytree(compared / "out" / "lora-r8-seed0", cell.path)
+        (cell.path / "config.json").write_text(json.dumps(asdict(cell.options)))
+    file = comparison.cells[1].path / "results.json"
+    results = json.loads(file.read_text())
+    results[-1]["sets"]["more"] = {**results[-1]["sets"]["same"], "scoring_language": "zh"}
+    file.write_text(json.dumps(results))
+    columns = [str(column) for column in columns_of(lines_of(comparison)) if column.group == "all"]
+    assert columns == ["same WER", "more CER"]
+    assert "more CER" in write_tables(comparison)
+
+
 def test_checkpoints_are_cleared_and_adapters_kept(compared):
     assert not list((compared / "out").glob("*/checkpoints"))
     assert len(list((compared / "out").glob("*/adapter/adapter_config.json"))) == 9
@@ -233,7 +277,24 @@ def test_figures_are_drawn_and_repeat(compared):
         ({"rows": [{"method": "lora", "output": "x"}]}, "'output' in 'lora' is not an option"),
         (
             {"rows": [{"name": "a", "method": "lora"}, {"name": "a", "method": "lora", "lr": 1.0}]},
-            "two different cells",
+            "two different cells are called a-r8: lr is None in 'a' and 1.0 in 'a'; give one of the rows another name",
+        ),
+        (
+            {"rows": [{"method": "lora"}, {"method": "lora", "lr": 0.1, "seed": [1, 2]}]},
+            "two different cells are called lora-r8: lr is None in 'lora' and 0.1 in 'lora'",
+        ),
+        (
+            {"rows": [{"name": "a!", "method": "lora"}, {"name": "A", "method": "glora", "seed": 1}]},
+            "two different cells are called a-r8: method is 'lora' in 'a!' and 'glora' in 'A'",
+        ),
+        ({"rows": [{"name": "x", "method": "zero-shot", "seed": [0, 1]}]}, "are called x: seed is 0 in 'x' and 1 in"),
+        (
+            {"rows": [{"method": "lora", "test": ["a=x"]}, {"method": "glora", "test": ["a=y"]}]},
+            "two test sets are named 'a', x@en and y@en; name them apart in `test`",
+        ),
+        (
+            {"rows": [{"method": "lora", "test": ["x@de"]}, {"method": "glora", "test": ["x"], "task": "translate"}]},
+            "two test sets are named 'x', x@de and x@en, translated; name them apart",
         ),
         ({"train": {"data": "x", "rank": 0}}, "--rank is 0"),
         ({"train": {"data": "x", "epochs": 0}}, "--epochs is 0"),
@@ -329,7 +390,7 @@ def test_options_added_since_a_cell_was_finished_count_as_unset(compared, tmp_pa
 def test_missing_speech_stops_in_one_sentence_and_spoils_nothing(method, compared, tmp_path, quick, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.copytree(compared / "out" / "lora-r8-seed0", tmp_path / "out" / "lora-r8-seed0")
-    gone = {"data": ["no/such-folder"]} if method == "lora" else {"test": ["same=no/such-folder"]}
+    gone = {"data": ["no/such-folder"]} if method == "lora" else {"test": ["gone=no/such-folder"]}
     rows = [{"name": "LoRA", "method": "lora"}, {"name": "Gone", "method": method, **gone}]
     comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
     with pytest.raises(UserError, match=r"gone.*: no/such-folder: no such folder or file"):

@@ -20,10 +20,10 @@ from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.decoding import Decoding, Heard, transcribe_speech
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
-from fused_s2lora.training.evaluation import read_evaluation, results_table
+from fused_s2lora.training.evaluation import read_evaluation, results_table, unit_of
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
-from fused_s2lora.training.sets import named_sets
+from fused_s2lora.training.sets import named_sets, scored_sets
 from fused_s2lora.training.train import train
 from fused_s2lora.training.transcribe import transcribe
 from tests.training.comparisons import QUIET
@@ -243,6 +243,25 @@ def test_a_model_says_its_task(finished, options, tiny_folder, tones, tmp_path, 
         evaluate(named_sets([f"t={tones}"], "sw"), tmp_path / "out", model=str(model), precision="fp32", console=QUIET)
         assert prompts == [expected, ("sw", expected[1])], model
         prompts.clear()
+
+
+def test_a_translation_is_scored_as_english(options, tiny_folder, tones, tmp_path, prompts):
+    run = options(tmp_path / "run", language="zh", task="translate", max_steps=1, test=[f"t={tones}"])
+    train(run, console=QUIET)
+    sets = named_sets([f"t={tones}"], "zh")
+    quick = {"model": str(tiny_folder), "precision": "fp32", "console": QUIET}
+    evaluations = [
+        read_evaluation(tmp_path / "run" / "after", "after", scored_sets(run)),
+        evaluate(sets, tmp_path / "adapted", adapter=str(tmp_path / "run" / "adapter"), **quick),
+    ]
+    for evaluation in evaluations:
+        (result,) = evaluation.sets
+        assert (result.language, result.scoring_language) == ("zh", "en")
+        assert [utterance.length for utterance in result.words] == [4, 4, 4, 3, 4, 3]  # words, not joined
+        assert unit_of(evaluation.to_dict()["sets"]["t"]) == "wer"
+    assert unit_of({"language": "zh"}) == "cer"
+    assert read_evaluation(tmp_path / "run" / "after", "after", sets) is None  # as scored before, in Chinese
+    assert set(prompts) == {("zh", "translate")}
 
 
 @pytest.mark.parametrize(("age", "group"), [("7.5", "6-8"), ("18", "18+"), ("-1", "unknown"), ("nan", "unknown")])

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.report import marked, write_report
+from tests.training.speech import TEXTS
 
 
 def test_errors_are_marked():
@@ -19,6 +20,20 @@ def test_errors_are_marked():
     assert marked("<i>", "<i>") == {"html": "&lt;i&gt;", "errors": 0}
     assert marked("", "x y") == {"html": "<b>x</b> <b>y</b>", "errors": 2}
     assert marked("你好吗", "你号吗", by_character=True) == {"html": "你<s>好</s><b>号</b>吗", "errors": 1}
+    assert marked("", "你好", by_character=True) == {"html": "<b>你</b><b>好</b>", "errors": 2}
+
+
+def test_utterances_of_one_name_are_all_shown(compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "out" / "lora-r8-seed0", run)
+    table = run / "after" / "same.tsv"
+    head, first, second, *_ = table.read_text().splitlines()
+    table.write_text("\n".join([head, first, second.replace("u1.flac", "u0.flac")]) + "\n")
+    text = write_report(run).read_text()
+    assert re.findall(r'"utterance": "([^"]*)".*?"reference": "([^"]*)"', text) == [
+        ("u0.flac", TEXTS[0]),
+        ("u0.flac", TEXTS[1]),
+    ]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
