@@ -220,10 +220,7 @@ def test_an_adapter_is_for_models_of_its_depth(method, tiny_whisper, tmp_path):
     adapt(tiny_whisper(), options_of(method=method), steps=10).save_pretrained(tmp_path)
     load_adapter(tiny_whisper(), tmp_path)
     for layers in (1, 3):
-        message = r"cannot be put on this model \(.* does not fit this model: it (has|lacks)"
-        with pytest.raises(UserError, match=message):
-            UserError, match=r"cannot be put on this model \(.* does not fit this model: it (has|lacks)"
-        ):
+        with pytest.raises(UserError, match=r"this model \(.* does not fit this model: it (has|lacks)"):
             load_adapter(tiny_whisper(decoder_layers=layers), tmp_path)
 
 
