@@ -85,10 +85,9 @@ def _output_gradients_kernel(
     dy0..2 [M, N], z [M, rank], up [N, rank], coefficients [GROUP, rank]
     -> g [M, rank], product [blocks, rank, N], d_coefficients [blocks, GROUP, rank], all float32
     """
-    tiles_r = tl.cdiv(rank, R)
-    pid = tl.program_id(0) // tiles_r
+    pid = tl.program_id(1)
     dtype: tl.constexpr = dy0_ptr.dtype.element_ty
-    offs_r = tl.program_id(0) % tiles_r * R + tl.arange(0, R)
+    offs_r = tl.program_id(0) * R + tl.arange(0, R)
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
@@ -323,7 +322,7 @@ def _launch_pass(
         z = None
     given = [*dys, *(None,) * (MAX_GROUP - group)]
     launch(
-        _output_gradients_kernel, (cdiv(rank, R) * cdiv(rows, config.BLOCK_M),),
+        _output_gradients_kernel, (cdiv(rank, R), cdiv(rows, config.BLOCK_M)),
         *given, z, up, coefficients, g, product, partial, rows, outputs, rank,
         *(0 if dy is None else dy.stride(0) for dy in given), 0 if z is None else z.stride(0), *up.stride(),
         0 if g is None else g.stride(0), partial.stride(0),

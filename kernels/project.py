@@ -35,10 +35,8 @@ def _project_kernel(
     x [M, K], down [rank, K] -> z [M, rank]
     """
     # Neighbouring programs share the rows: what the first reads is in the L2 cache for the others.
-    pid = tl.program_id(0)
-    tiles_r = tl.cdiv(rank, R)
-    offs_r = pid % tiles_r * R + tl.arange(0, R)
-    offs_m = pid // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.program_id(0) * R + tl.arange(0, R)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
     mask_r = offs_r < rank
@@ -75,7 +73,7 @@ def project(x: Tensor, down: Tensor) -> Tensor:
     R = rank_tile(rank)
     config = PROJECT[pass_config_name(rows, 1, R, x.dtype)]
     launch(
-        _project_kernel, (cdiv(rank, R) * cdiv(rows, config.BLOCK_M),),
+        _project_kernel, (cdiv(rank, R), cdiv(rows, config.BLOCK_M)),
         x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
         PRECISION=device.precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
         num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), device.shared_memory(x)),
