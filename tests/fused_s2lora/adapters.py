@@ -39,3 +39,25 @@ def logits(model: nn.Module) -> torch.Tensor:
     """What the model makes of `batch()`, without gradient."""
     with torch.no_grad():
         return model(**batch()).logits
+
+
+def step(model: nn.Module, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Loss and the gradient of every trainable parameter, in one training step."""
+    model.zero_grad()
+    inputs = {name: value.to(next(model.parameters()).device) for name, value in batch().items()}
+    loss = model(input_features=inputs["input_features"].to(dtype), labels=inputs["labels"]).loss
+    loss.backward()
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert all(value.grad is not None for value in trainable.values())
+    return {"loss": loss.detach(), **{name: value.grad.clone() for name, value in trainable.items()}}
+
+
+def in_float64(tiny_whisper, **config) -> PeftModel:
+    return adapted(tiny_whisper, r=4, **config).double().train()
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (got[name] - value).abs().max()
+        assert error <= 1e-9 * value.abs().max() + 1e-12, f"{name} is off by {error:.1e}"

@@ -7,13 +7,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, unfuse_whisper, whisper_fusion
+from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, unfuse_whisper
 from fused_s2lora.kernels import choice, device, strategies
 from fused_s2lora.kernels import s2_linear as s2_linear_module
 from fused_s2lora.kernels import shared as shared_module
-from tests.fused_s2lora.adapters import adapted, awaken, batch, logits
+from tests.fused_s2lora.adapters import adapted, assert_same, awaken, batch, in_float64, logits, step
 from tests.oracle import DEVICE
 
 # Self-attention of two encoder and two decoder layers, cross-attention of two decoder layers.
@@ -28,28 +27,6 @@ WAYS = {
     "v and fc2": {"target_modules": ["v_proj", "k_proj", "fc2"]},
     "split": {"backend": "split"},
 }
-
-
-def step(model: nn.Module, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """Loss and the gradient of every trainable parameter, in one training step."""
-    model.zero_grad()
-    inputs = {name: value.to(next(model.parameters()).device) for name, value in batch().items()}
-    loss = model(input_features=inputs["input_features"].to(dtype), labels=inputs["labels"]).loss
-    loss.backward()
-    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    assert all(value.grad is not None for value in trainable.values())
-    return {"loss": loss.detach(), **{name: value.grad.clone() for name, value in trainable.items()}}
-
-
-def in_float64(tiny_whisper, **config) -> PeftModel:
-    return adapted(tiny_whisper, r=4, **config).double().train()
-
-
-def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        error = (got[name] - value).abs().max()
-        assert error <= 1e-9 * value.abs().max() + 1e-12, f"{name} is off by {error:.1e}"
 
 
 def assert_as_exact(
@@ -363,49 +340,6 @@ def test_what_leaves_peft_is_not_fused(tiny_whisper, leave):
     assert plain.config._attn_implementation == "sdpa"
     assert not any("Projecting" in type(module).__name__ for module in plain.modules())
     assert not plain.get_decoder()._forward_pre_hooks
-
-
-def test_attention_in_blocks_is_the_reference_in_every_gradient(tiny_whisper, monkeypatch):
-    oracle = step(in_float64(tiny_whisper))
-    model = in_float64(tiny_whisper)
-    calls = []
-    attention = whisper_fusion.attention
-    monkeypatch.setattr(whisper_fusion, "attention", lambda *qkv: calls.append(qkv[0].shape) or attention(*qkv))
-    fuse_whisper(model)
-    assert_same(step(model), oracle)
-    assert not calls  # float64 is PyTorch's
-    monkeypatch.setattr(device, "attends_in_blocks", lambda q: True)
-    assert_same(step(model), oracle)
-    assert len(calls) == 2 + 2  # two encoder layers and two cross-attentions: the decoder's own attention is masked
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same(step(model), oracle)
-    calls.clear()
-    for module in model.modules():
-        if isinstance(module, WhisperAttention):
-            module.dropout = 0.5
-    step(model)
-    assert not calls
-    unfuse_whisper(model)
-    assert model.get_base_model().config._attn_implementation == "sdpa"
-
-
-def test_attention_in_blocks_generates_the_same(tiny_whisper, monkeypatch):
-    model = adapted(tiny_whisper)
-    features = batch()["input_features"]
-    options = {"max_new_tokens": 8, "num_beams": 2}
-    plain = model.generate(features, **options)
-    fuse_whisper(model)
-    monkeypatch.setattr(device, "attends_in_blocks", lambda q: True)
-    assert torch.equal(model.generate(features, **options), plain)
-
-
-def test_an_attention_that_was_chosen_is_left_alone(tiny_whisper):
-    model = adapted(tiny_whisper)
-    model.get_base_model().set_attn_implementation("eager")
-    fuse_whisper(model)
-    assert model.get_base_model().config._attn_implementation == "eager"
-    unfuse_whisper(model)
-    assert model.get_base_model().config._attn_implementation == "eager"
 
 
 def test_models_that_cannot_be_fused_are_named(tiny_whisper):

@@ -8,6 +8,7 @@ from rich.console import Console
 from fused_s2lora.training.options import TrainOptions
 
 QUIET = Console(quiet=True)
+REPRODUCTION = Path(__file__).parents[2] / "docs" / "reproduction"
 ROWS = [
     {"name": "zero-shot", "method": "zero-shot", "window": "full"},
     {"name": "S2-LoRA", "method": "s2lora", "seed": [0, 1]},
