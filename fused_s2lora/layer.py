@@ -55,7 +55,8 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         """Adds an adapter whose pair is already in the shared dictionaries; its coefficients start at zero."""
         self.configs[adapter_name] = config
         self._frozen_ranks.pop(adapter_name, None)
-        size, linear = config.r if config.coefficient == "rank" else 1, self.base_linear
+        linear = self.base_linear
+        size = config.r if config.coefficient == "rank" else 1
         self.s2lora_coefficients[adapter_name] = nn.Parameter(
             torch.zeros(size, device=adapter_device(linear), dtype=linear.weight.dtype)
         )
@@ -76,7 +77,8 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             up, down = down.mT, up.mT
         config = self.configs[adapter_name]
         coefficients = self.s2lora_coefficients[adapter_name]
-        down, up = down.to(coefficients.device), up.to(coefficients.device)
+        if up.device != coefficients.device:
+            down, up = down.to(coefficients.device), up.to(coefficients.device)
         if config.coefficient == "scalar":
             coefficients = coefficients.expand(config.r)
         return down, up, coefficients * config.scaling if config.scaling != 1.0 else coefficients

@@ -198,8 +198,9 @@ class S2LoraModel(BaseTuner):
             config = self.peft_config[name]
             if config.penalty == "proximal" and config.sparsity_weight > 0:
                 step = lr * config.sparsity_weight
-                for coefficient in filter(lambda one: one.requires_grad, self._coefficients(name)):
-                    coefficient.copy_(torch.nn.functional.softshrink(coefficient, step))
+                for coefficient in self._coefficients(name):
+                    if coefficient.requires_grad:
+                        coefficient.copy_(torch.nn.functional.softshrink(coefficient, step))
 
     # Leaving PEFT
 

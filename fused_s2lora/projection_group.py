@@ -12,7 +12,7 @@ from torch import Tensor
 from .kernels import device
 from .kernels.configs import rank_block
 from .kernels.s2_linear import s2_linear_group
-from .kernels.shared import GradientSink, known_z, write_count
+from .kernels.shared import GradientSink, Sources, known_z, write_count
 
 if TYPE_CHECKING:
     from .layer import S2LoraLinear
@@ -50,7 +50,7 @@ class ProjectionGroup:
 
     def __init__(self, layers: list[S2LoraLinear]) -> None:
         self.layers = layers
-        self._bias: tuple[Any, ...] = (None, None, None)  # its key, what lies under that, and all biases in one
+        self._bias: tuple[Sources, Tensor] | None = None
         self._waiting = _Waiting()
 
     def output(self, layer: S2LoraLinear, x: Tensor) -> Tensor | None:
@@ -106,19 +106,12 @@ class ProjectionGroup:
         biases = [layer.base_linear.bias for layer in layers]
         if all(bias is None for bias in biases):
             return None
-        key = [
-            (id(bias), write_count(bias), bias.untyped_storage()._cdata, bias.device, bias.dtype)
-            for bias in biases
-            if bias is not None
-        ]
-        known, _, stacked = self._bias
-        if known != key:
-            like = next(bias for bias in biases if bias is not None)
-            stacked = torch.cat([torch.zeros_like(like) if bias is None else bias.detach() for bias in biases])
-            # Held, so that nothing else comes to lie there.
-            held = [bias.untyped_storage() for bias in biases if bias is not None]
-            self._bias = key, held, stacked
-        return stacked
+        given = [bias for bias in biases if bias is not None]
+        known = self._bias
+        if known is None or not known[0].are(given):
+            stacked = torch.cat([torch.zeros_like(given[0]) if bias is None else bias.detach() for bias in biases])
+            self._bias = known = Sources(given), stacked
+        return known[1]
 
 
 def live_operands(

@@ -21,7 +21,7 @@ from .configs import SPARE_BLOCK_N, cdiv, rank_block
 from .launch import launch
 from .ops import kernel_op
 from .producers import split_spare
-from .shared import write_count
+from .shared import Sources
 from .variants import Variant
 
 
@@ -104,9 +104,7 @@ class AugmentedWeight:
             self.buffer = F.pad(stacked, (0, rank_block(rank)))
             self.bias = self._stacked_bias(biases, dtype)
         self.version = 0
-        self._sources = [_identity(weight) for weight in weights]
-        # Kept, so that no other weight comes to lie where one of them was.
-        self._storages = [weight.untyped_storage() for weight in weights]
+        self._sources = Sources(weights)
 
     def _stacked_bias(self, biases: Sequence[Tensor | None] | None, dtype: torch.dtype) -> Tensor | None:
         if biases is None or all(bias is None for bias in biases):
@@ -127,11 +125,7 @@ class AugmentedWeight:
 
     def is_copy_of(self, weights: Sequence[Tensor]) -> bool:
         """Whether these are the weights it was made from, neither replaced, moved nor written to since."""
-        return self._sources == [_identity(weight) for weight in weights]
-
-
-def _identity(weight: Tensor) -> tuple[torch.device, torch.dtype, int, int]:
-    return weight.device, weight.dtype, weight.untyped_storage()._cdata, write_count(weight)
+        return self._sources.are(weights)
 
 
 def with_spare_columns(x: Tensor, down: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -6,7 +6,7 @@ Left to itself, autograd makes a gradient for every use and adds them one by one
 hands autograd nothing; one node before all uses, which autograd reaches after the last of them, hands over the sum.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def write_count(tensor: Tensor) -> int:
     """How often the tensor was written to, as far as PyTorch counts: not for tensors made in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+class Sources:
+    """What something was made from: tensors that may since have been replaced, moved or written to."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._found = [_identity(tensor) for tensor in tensors]
+        # Held, so that no other tensor comes to lie where one of them was.
+        self._storages = [tensor.untyped_storage() for tensor in tensors]
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the very tensors, as they were then."""
+        return self._found == [_identity(tensor) for tensor in tensors]
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()._cdata
+    return tensor.device, tensor.dtype, storage, tensor.storage_offset(), write_count(tensor)
 
 
 def same_tensor(one: Tensor, other: Tensor) -> bool:
@@ -187,32 +205,38 @@ _Z = "_s2lora_z"
 _GELU_INPUT = "_s2lora_gelu_input"
 
 
+def _remember(x: Tensor, name: str, value: Any) -> None:
+    setattr(x, name, (write_count(x), value))
+
+
+def _remembered(x: Tensor, name: str) -> Any:
+    """What was remembered of x under that name; None where nothing was, or x was written to since."""
+    count, value = getattr(x, name, (None, None))
+    return value if count is not None and count == write_count(x) else None
+
+
 def remember_z(x: Tensor, z: Tensor, down: Tensor) -> None:
     """Lets the maps that read x [..., K] find z = x Aᵀ, computed with `down` A, in `known_z`."""
-    setattr(x, _Z, (z, down.detach(), write_count(x)))
+    _remember(x, _Z, (z, down.detach()))
 
 
 def remember_gelu(x: Tensor, u: Tensor) -> None:
     """Lets a map that reads x = GELU(u) find u, of x's shape and dtype, in `gelu_input`."""
-    setattr(x, _GELU_INPUT, (u.detach(), write_count(x)))
+    _remember(x, _GELU_INPUT, u.detach())
 
 
 def gelu_input(x: Tensor) -> Tensor | None:
     """u where x = GELU(u) and the GELU keeps u for its own backward: keeping that is for free."""
-    found: tuple[Tensor, int] | None = getattr(x, _GELU_INPUT, None)
-    if found is None:
-        return None
-    u, written = found
-    return u if write_count(x) == written else None
+    return _remembered(x, _GELU_INPUT)
 
 
 def known_z(x: Tensor, down: Tensor) -> Tensor | None:
     """z [M, r] of x [..., K] with this very `down`, if something computed it and x is what it was then."""
-    found: tuple[Tensor, Tensor, int] | None = getattr(x, _Z, None)
+    found = _remembered(x, _Z)
     if found is None:
         return None
-    z, its_down, written = found
-    return z if write_count(x) == written and same_tensor(its_down, down) else None
+    z, its_down = found
+    return z if same_tensor(its_down, down) else None
 
 
 class _ShareInputFunction(torch.autograd.Function):

@@ -68,10 +68,10 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
             # Keys like audio_window are ours and unknown to PEFT's own methods.
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
             adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-        if isinstance(adapted.base_model, BaseTuner):
-            _check_complete(adapted, adapted.base_model.prefix, adapter)
-        if isinstance(adapted.base_model, S2LoraModel):
+        if isinstance(adapted.base_model, S2LoraModel):  # which has checked the file itself
             fuse_whisper(adapted)
+        elif isinstance(adapted.base_model, BaseTuner):
+            _check_complete(adapted, adapted.base_model.prefix, adapter)
         return adapted
     except SafetensorError as error:
         raise UserError(
