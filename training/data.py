@@ -11,7 +11,7 @@ from rich.progress import track
 
 from .audio import duration_s
 from .errors import UserError
-from .text import is_unpunctuated_capitals, sentence_case
+from .text import as_written, is_unpunctuated_capitals, sentence_case
 
 MAX_AUDIO_S = 30.0
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
@@ -72,7 +72,7 @@ def load_speech(
         text_column, audio_column: default the first of the usual names that is there.
         limit: only the first so many utterances.
         keep_case: leave transcripts in capitals without punctuation as they are, instead of sentence case.
-        language: of the transcripts, as Whisper's code, for the letters of sentence case.
+        language: of the transcripts, as Whisper's code, for the letters of sentence case and the space before a target.
         strict: stop at the first bad utterance instead of skipping it.
         progress: show a bar while files are checked.
 
@@ -123,7 +123,7 @@ def load_speech(
         )
     recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
     for row in kept:
-        row["target"] = sentence_case(row["text"], language) if recase else row["text"]
+        row["target"] = as_written(sentence_case(row["text"], language) if recase else row["text"], language)
     strings = {name: datasets.Value("string") for name in (*further, "target")}
     return Speech(datasets.Dataset.from_list(kept, datasets.Features(_OWN_FEATURES | strings)), source, skipped)
 

@@ -59,6 +59,15 @@ def sentence_case(text: str, language: str | None = "en") -> str:
     return text[:1].upper() + lowered[1:] + ("" if text.endswith((".", "?", "!")) else ".")
 
 
+def as_written(text: str, language: str | None) -> str:
+    """ "Go home." -> " Go home.": a transcript as Whisper writes it, with a space before the first word.
+
+    Its tokens for a word at the start are those inside a sentence; without the space it would have to learn others.
+    Languages written without spaces between words have none.
+    """
+    return text if language in UNSPACED_LANGUAGES else f" {text}"
+
+
 def normalizer(language: str | None) -> Callable[[str], str]:
     """Whisper's normaliser for the language: English with its spelling map, simplified characters for Chinese, basic.
 

@@ -42,11 +42,11 @@ def test_more_audio_than_32_bit_offsets_reach(tmp_path):
 def test_audiofolder_becomes_sentence_case(tmp_path):
     speech = load_speech(write_folder(tmp_path))
     assert speech.dataset["text"][:] == list(TEXTS)
-    assert speech.dataset["target"][0] == "We call it bear."
+    assert speech.dataset["target"][0] == " We call it bear."
     assert speech.dataset["speaker"][:3] == ["s0", "s1", "s2"]
     assert speech.dataset["duration_s"][2] == pytest.approx(0.7)
-    assert load_speech(tmp_path, keep_case=True).dataset["target"][0] == "WE CALL IT BEAR"
-    assert load_speech(tmp_path, language="tr").dataset["target"][-1] == "It ıs red."
+    assert load_speech(tmp_path, keep_case=True).dataset["target"][0] == " WE CALL IT BEAR"
+    assert load_speech(tmp_path, language="tr").dataset["target"][-1] == " It ıs red."
     assert len(load_speech(tmp_path, limit=2)) == 2
 
 
@@ -62,7 +62,7 @@ def test_manifests(tmp_path, kind):
     row = load_speech(manifest).dataset[0]
     assert (row["text"], row["target"], row["region"], row["utterance"]) == (
         "Hello there.",
-        "Hello there.",
+        " Hello there.",
         "north",
         "one.wav",
     )
@@ -89,7 +89,8 @@ def test_columns_of_our_names_do_not_replace_ours(tmp_path):
     manifest = write_lines(tmp_path, "list.jsonl", *(json.dumps(row | {"text": text}) for text in ("wrong", None)))
     speech = load_speech(manifest, text_column="sentence", audio_column="path")
     for row in speech.dataset:
-        assert (row["text"], row["target"], row["utterance"], row["duration_s"]) == ("Right.", "Right.", "one.wav", 0.5)
+        written = (row["text"], row["target"], row["utterance"], row["duration_s"])
+        assert written == ("Right.", " Right.", "one.wav", 0.5)
         assert row["audio"]["path"] == str(tmp_path / "one.wav")
     assert sorted(speech.dataset.column_names) == ["audio", "duration_s", "target", "text", "utterance"]
     assert not speech.skipped

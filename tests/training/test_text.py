@@ -3,7 +3,13 @@
 import pytest
 
 from fused_s2lora.training.errors import UserError
-from fused_s2lora.training.text import is_unpunctuated_capitals, language_code, normalizer, sentence_case
+from fused_s2lora.training.text import (
+    as_written,
+    is_unpunctuated_capitals,
+    language_code,
+    normalizer,
+    sentence_case,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +29,11 @@ def test_the_letter_i_of_other_languages():
     assert sentence_case("NOI SIAMO I PRIMI", "it") == "Noi siamo i primi."
     assert sentence_case("IŞIK İYİ Mİ", "tr") == "Işık iyi mi."
     assert sentence_case("İKİ", "az") == "İki."
+
+
+def test_a_space_before_the_first_word_where_words_have_spaces():
+    assert as_written("Go home.", "en") == as_written("Go home.", None) == " Go home."
+    assert as_written("今天天气很好", "zh") == "今天天气很好"
 
 
 @pytest.mark.parametrize(
