@@ -170,10 +170,11 @@ def _keeping_languages(
 
 
 def _steps(options: TrainOptions, utterances: int) -> int:
-    """Optimizer steps of the whole run, as the Trainer counts them."""
+    """Optimizer steps of the whole run, as the Trainer counts them, under torchrun too."""
     if options.max_steps > 0:
         return options.max_steps
-    batches = math.ceil(utterances / options.batch_size)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = math.ceil(math.ceil(utterances / options.batch_size) / processes)  # of each process
     return math.ceil(options.epochs * math.ceil(batches / options.accumulation))
 
 

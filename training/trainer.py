@@ -27,8 +27,8 @@ class SpeechTrainer(Seq2SeqTrainer):
     """Batches of `SpeechCollator` in, log-mel features made on the training device, cross-entropy out.
 
     The optimizer has the groups of `parameter_groups`. The logged `loss` is what is minimised; `cross_entropy`,
-    `other_languages`, `sparsity` and `norm` are its parts. With `cuda_graphs` forward and backward are recorded for
-    each shape of batch and replayed (`GraphedBackward`).
+    `other_languages`, `sparsity`, `norm` and AdaLoRA's `orthogonality` are its parts. With `cuda_graphs` forward and
+    backward are recorded for each shape of batch and replayed (`GraphedBackward`).
 
     Raises:
         DivergedError: the loss stops being finite, naming the step.
@@ -116,11 +116,8 @@ class SpeechTrainer(Seq2SeqTrainer):
     def _forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """Whisper's outputs, and the loss with its parts."""
         whisper = self.accelerator.unwrap_model(model)
-        # AdaLoRA's orthogonality term is added by PEFT's tuner, which PeftModel passes by for a model like Whisper.
-        tuner = getattr(model, "base_model", None)
-        called = tuner if model.training and isinstance(tuner, AdaLoraModel) else model
         with window_of(whisper, batch["mel_frames"]):
-            outputs = called(
+            outputs = model(
                 input_features=batch["features"].to(whisper.dtype),
                 decoder_input_ids=batch["decoder_input_ids"],
                 labels=batch["labels"],
@@ -130,8 +127,15 @@ class SpeechTrainer(Seq2SeqTrainer):
             answers = _answer_loss(outputs.logits, batch)
             loss = loss + answers
         tuner = getattr(whisper, "base_model", None)
-        penalties = tuner.last_penalties if model.training and isinstance(tuner, S2LoraModel) else {}
-        cross_entropy = (outputs.loss - sum(penalties.values())).detach()
+        penalties: dict[str, Tensor] = {}
+        cross_entropy = outputs.loss.detach()
+        if model.training and isinstance(tuner, S2LoraModel):
+            penalties = tuner.last_penalties
+            cross_entropy = cross_entropy - sum(penalties.values())
+        elif model.training and isinstance(tuner, AdaLoraModel):
+            orthogonality = _orthogonality(tuner)
+            loss = loss + orthogonality
+            penalties = {"orthogonality": orthogonality.detach()}
         parts = {"cross_entropy": cross_entropy, "other_languages": answers.detach(), **penalties}
         return outputs, {"loss": loss, **parts}
 
@@ -148,9 +152,10 @@ class SpeechTrainer(Seq2SeqTrainer):
         self._part_steps += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each part since the last log to a training log."""
+        """Adds the mean of each part since the last log, over all processes, to a training log."""
         if "loss" in logs and self._part_steps:
-            logs |= {name: round(float(total) / self._part_steps, 5) for name, total in self._parts.items()}
+            means = {name: self.accelerator.gather(total).mean() for name, total in self._parts.items()}
+            logs |= {name: round(float(mean) / self._part_steps, 5) for name, mean in means.items()}
             self._parts, self._part_steps = {}, 0
         super().log(logs, start_time)
 
@@ -166,6 +171,21 @@ def _answer_loss(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
     tokens, wanted = tokens[:, : written.shape[1]], wanted[:, : written.shape[1]]
     count = (inputs["labels"] != IGNORED).sum() + (wanted.sum(dim=-1) > 0).sum()
     return -(wanted * written.gather(-1, tokens)).sum() / count
+
+
+def _orthogonality(tuner: AdaLoraModel) -> Tensor:
+    """γ times the mean over P and Q of ‖PᵀP − I‖ and ‖QQᵀ − I‖ (arXiv 2303.10512, equation 4, as PEFT weighs it).
+
+    PEFT adds it in its tuner's forward, which PeftModel passes by for a model like Whisper.
+    """
+    adapter = tuner.trainable_adapter_name
+    config: Any = tuner.peft_config[adapter]
+    distances = []
+    for name, factor in tuner.named_parameters():
+        if adapter in name and ("lora_A" in name or "lora_B" in name):
+            product = factor @ factor.T if "lora_A" in name else factor.T @ factor
+            distances.append(torch.linalg.matrix_norm(product - torch.eye(len(product), device=product.device)))
+    return config.orth_reg_weight * torch.stack(distances).mean()
 
 
 class SeededSampler(Sampler[int]):

@@ -2,10 +2,6 @@
 
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +18,7 @@ from fused_s2lora.training.models import load_base
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.other_languages import LARGEST_LANGUAGES, with_answers
 from tests.training.comparisons import QUIET
+from tests.training.ranks import run_ranks
 from tests.training.speech import TEXTS, write_folder
 
 
@@ -89,18 +86,7 @@ more, count = other_languages.with_answers(
 rows = more.dataset.select(range(12, len(more)))
 (folder / f"rank{os.environ['RANK']}.txt").write_text(f"{len(asked)} of {count}: {list(rows['utterance'])}")
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    run_ranks(code, tmp_path)
     first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in range(2))
     assert first == second
     assert first.startswith("3 of 6: ")
