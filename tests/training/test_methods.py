@@ -19,7 +19,6 @@ from fused_s2lora.training.train import parameter_counts, train
 from fused_s2lora.training.trainer import _orthogonality
 from tests.fused_s2lora.adapters import batch
 from tests.training.comparisons import QUIET, options
-from tests.training.ranks import run_ranks
 
 ADALORA = [name for name in METHODS if name.startswith("adalora")]
 
@@ -148,28 +147,6 @@ def test_adalora_gives_up_ranks_and_adds_its_orthogonality(quick, tmp_path, tiny
     # At the start the factors are far from orthogonal and the loss says so.
     assert found["adalora"][1] > found["adalora-without-orthogonality"][1] + 1
     assert found["adalora-without-allocation"][1] > found["adalora-without-both"][1] + 1
-
-
-def test_adalora_in_two_processes(quick, tmp_path):
-    """Its term is in the loss of a model in DistributedDataParallel, and its budget ends with the steps of one rank."""
-    code = """
-import json, sys
-from fused_s2lora.training.options import TrainOptions
-from fused_s2lora.training.train import train
-
-train(TrainOptions(**json.loads(sys.argv[1])))
-"""
-    run = tmp_path / "run"
-    asked = {**quick, "output": str(run), "method": "adalora", "epochs": 10, "rank": 2, "test": [], "save_steps": 100}
-    run_ranks(code, json.dumps(asked))
-    assert json.loads((run / "summary.json").read_text())["steps"] == 20
-    first = json.loads((run / "metrics.json").read_text())[0]
-    assert float(first["orthogonality"]) > 1
-    assert float(first["loss"]) == pytest.approx(
-        float(first["cross_entropy"]) + float(first["orthogonality"]), rel=1e-3
-    )
-    patterns = json.loads((run / "rank_pattern.json").read_text())
-    assert sum(sum(value or 0 for value in row) for pattern in patterns for row in pattern["live"]) == 2 * 12
 
 
 def test_orthogonality_is_that_of_peft(tiny_whisper):
