@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import itertools
-import json
 import re
 import shutil
 import time
@@ -21,9 +20,9 @@ from .errors import DivergedError, UserError
 from .evaluate import evaluate
 from .methods import METHODS, check
 from .options import TrainOptions
-from .output import writing
+from .output import read_json, replacing, write_json, writing
 from .precision import resolved
-from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions, write_json
+from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions
 from .sets import parts_of, scored_sets
 from .train import train
 
@@ -64,7 +63,7 @@ class Cell:
         config, ended = self.path / "config.json", (self.path / "cell.json").is_file()
         if not config.is_file():
             return False
-        found, wanted = json.loads(config.read_text()), dataclasses.asdict(self.options)
+        found, wanted = read_json(config), dataclasses.asdict(self.options)
         # What is scored can be made up for until the end, and not after it.
         key = changed_option(found, wanted, FREE_TO_CHANGE - {"test", "group_by"} if ended else FREE_TO_CHANGE)
         if key is not None:
@@ -104,7 +103,7 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     try:
         source = file.read_text(encoding="utf-8")
         content = yaml.safe_load(source)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: not to be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or not content["rows"]:
         raise UserError(f"{file}: needs `rows`, a list of methods to compare, and `train`, the options of all of them")
@@ -234,7 +233,8 @@ def run_comparison(
     done = sum(cell.finished() for cell in cells)
     with writing(comparison.path):
         comparison.path.mkdir(parents=True, exist_ok=True)
-        (comparison.path / "comparison.yaml").write_text(comparison.source, encoding="utf-8")
+        with replacing(comparison.path / "comparison.yaml") as unfinished:
+            unfinished.write_text(comparison.source, encoding="utf-8")
     if done:
         console.print(f"{done} of {len(cells)} cells are finished already")
     ran = 0
@@ -276,7 +276,7 @@ def _claimed(cell: Cell) -> Iterator[bool]:
 
 def _progress(comparison: Comparison, cell: Cell) -> str:
     finished = [one for one in comparison.cells if one.finished()]
-    took = [json.loads((one.path / "cell.json").read_text())["seconds"] for one in finished]
+    took = [read_json(one.path / "cell.json")["seconds"] for one in finished]
     left = len(comparison.cells) - len(finished)
     work = f", about {_duration(sum(took) / len(took) * left)} of work left" if took else ""
     return f"{len(finished) + 1} of {len(comparison.cells)}: {cell.name}{work}"
@@ -330,7 +330,7 @@ def results_of(cell: Cell) -> dict[str, Any] | None:
     found["command"] = command.read_text().splitlines()[-1] if command.is_file() else ""
     for part in ("cell", "config", "summary", "metrics", "rank_pattern"):
         file = cell.path / f"{part}.json"
-        found[part] = json.loads(file.read_text()) if file.is_file() else None
+        found[part] = read_json(file) if file.is_file() else None
     results = cell.path / "results.json"
-    found["results"] = json.loads(results.read_text())[-1] if results.is_file() else None
+    found["results"] = read_json(results)[-1] if results.is_file() else None
     return found

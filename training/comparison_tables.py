@@ -10,7 +10,7 @@ from . import published
 from .comparison import ZERO_SHOT, Cell, Comparison, results_of
 from .evaluation import unit_of
 from .options import TrainOptions
-from .run import write_json
+from .output import replacing, write_json
 
 ALL = "all"
 METHOD_OPTIONS = (
@@ -143,11 +143,15 @@ def write_tables(comparison: Comparison) -> str:
     columns = columns_of(lines)
     text = markdown(comparison, lines, columns)
     comparison.path.mkdir(parents=True, exist_ok=True)
-    (comparison.path / "comparison.md").write_text(text, encoding="utf-8")
+    with replacing(comparison.path / "comparison.md") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
     records = [record(line, cell, columns) for line in lines for cell in line.cells]
     write_json(comparison.path / "comparison.json", records)
     flat = [{key: value for key, value in entry.items() if key != "config"} for entry in records]
-    with (comparison.path / "comparison.csv").open("w", encoding="utf-8", newline="") as stream:
+    with (
+        replacing(comparison.path / "comparison.csv") as unfinished,
+        unfinished.open("w", encoding="utf-8", newline="") as stream,
+    ):
         writer = csv.DictWriter(stream, fieldnames=list(flat[0]) if flat else ["row"])
         writer.writeheader()
         writer.writerows(flat)

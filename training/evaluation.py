@@ -1,7 +1,6 @@
 """Test sets transcribed, and their error rates, overall and by group."""
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +18,7 @@ from .data import Speech
 from .decoding import MAX_NEW_TOKENS, Decoding, Heard, transcribe_speech
 from .errors import UserError
 from .metrics import ErrorRate, Unit, UtteranceErrors, score, summarize
+from .output import read_json, replacing, write_json
 from .text import UNSPACED_LANGUAGES, normalizer
 
 ALL = "all"
@@ -108,7 +108,7 @@ class Evaluation:
         for result in self.sets:
             _write_utterances(folder / f"{result.name}.tsv", result)
         # Last, so that its presence says the folder is complete.
-        (folder / "results.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / "results.json", self.to_dict())
 
 
 def evaluate_sets(
@@ -202,7 +202,7 @@ def read_evaluation(
     None unless it has these sets, of the same sources, utterances and languages.
     """
     written = folder / "results.json"
-    found = json.loads(written.read_text(encoding="utf-8"))["sets"] if written.is_file() else {}
+    found = read_json(written)["sets"] if written.is_file() else {}
     results = []
     for name, test in sets.items():
         file = folder / f"{name}.tsv"
@@ -312,7 +312,7 @@ def _write_utterances(file: Path, result: SetResult) -> None:
     header += [f"word_{name}" for name in counts] + [f"character_{name}" for name in counts]
     header += ["cut_off", "decoded_again"]
     rows = dataset.remove_columns("audio")
-    with file.open("w", encoding="utf-8", newline="") as stream:
+    with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t")
         writer.writerow(header)
         for row, heard, words, characters in zip(rows, result.heard, result.words, result.characters, strict=True):

@@ -19,6 +19,7 @@ from fused_s2lora import S2LoraModel, fuse_whisper
 
 from .audio_window import AudioWindow
 from .errors import UserError
+from .output import read_json, write_json
 from .packaged_model import packaged_whisper_base
 from .text import language_code
 
@@ -107,8 +108,7 @@ def remember_speech(adapter: Path, window: AudioWindow, language: str | None, ta
     """Writes window, language and task of training into the adapter's own adapter_config.json."""
     file = adapter / "adapter_config.json"
     values = (window.mode, window.margin, language, task)
-    config = json.loads(file.read_text()) | dict(zip(SPEECH_KEYS, values, strict=True))
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(file, read_json(file) | dict(zip(SPEECH_KEYS, values, strict=True)))
 
 
 def set_speech(model: Any, language: str | None, task: str | None) -> None:

@@ -7,7 +7,6 @@ The first tokens decide it; the rest of such an answer is no transcript of anyth
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from .collate import ANSWER_TOKENS, prefix_in
 from .data import Speech
 from .errors import UserError
 from .features import LogMel
+from .output import read_json, write_json
 from .precision import autocast
-from .run import write_json
 
 # Those Whisper was trained on for longest, after English (arXiv 2212.04356, appendix E).
 LARGEST_LANGUAGES = ("zh", "de", "es", "ru", "fr", "pt", "ko", "ja")
@@ -86,7 +85,7 @@ def with_answers(
 
 def _read_answers(file: Path, speech: Speech) -> list[dict[str, Any]]:
     """The answers in `file`, if there is one, each to the utterance that `speech` has in its row."""
-    answers = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    answers = read_json(file) if file.is_file() else []
     utterances = speech.dataset["utterance"][:]
     for answer in answers:
         row, utterance = answer["row"], answer["utterance"]

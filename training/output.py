@@ -1,8 +1,11 @@
-"""Files that the user names with --output."""
+"""Files that a run leaves, and those that the user names with --output."""
 
 import contextlib
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -27,3 +30,32 @@ def check_writable(file: Path) -> None:
         file.open("a").close()
         if not there:
             file.unlink()
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path to write to, which takes `file`'s place at the end: that is whole or as it was, killed whenever."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Indented JSON with a final newline."""
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: is damaged ({error}); restore it, or delete it and run again") from error

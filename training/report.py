@@ -14,7 +14,7 @@ from .comparison_figures import draw_figures
 from .comparison_tables import Line, columns_of, lines_of, record, write_tables
 from .errors import UserError
 from .evaluation import unit_of
-from .output import writing
+from .output import read_json, writing
 
 _TEMPLATE = Path(__file__).parent / "report.html"
 _HIDDEN = ("normalized_reference", "normalized_hypothesis", "reference", "hypothesis", "utterance")
@@ -46,7 +46,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def _run_page(folder: Path) -> dict[str, Any]:
     """Of one run: what was asked, error rates before and after, its rank map and transcripts."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     results = _read(folder / "results.json", [])
     rates = [
         {"set": name, "group": group, "evaluation": evaluation["label"], **_rates(units, unit_of(result))}
@@ -120,7 +120,7 @@ def _names(lines: list[Line]) -> dict[str, Line]:
 
 
 def _read(file: Path, default: Any) -> Any:
-    return json.loads(file.read_text()) if file.is_file() else default
+    return read_json(file) if file.is_file() else default
 
 
 def _command(folder: Path) -> str:

@@ -6,7 +6,6 @@ import datetime
 import gc
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import resource
@@ -25,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data import Skipped
 from .errors import UserError
 from .options import TrainOptions
-from .output import writing
+from .output import replacing, write_json, writing
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
 # Options that may differ when a run is resumed: they change what is shown, not what is learned (see `changed_option`).
@@ -88,7 +87,8 @@ class RunFolder:
     def write_skipped(self, skipped: list[Skipped]) -> None:
         """One line for each utterance that was left out, with the reason."""
         lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
-        (self.path / "skipped.tsv").write_text("\n".join(lines) + "\n")
+        with replacing(self.path / "skipped.tsv") as unfinished:
+            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:
@@ -144,13 +144,6 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
 def called_as() -> str:
     """The command line of this process."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Indented JSON with a final newline, complete or not there at all, whenever the process is killed."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(file)
 
 
 def source_commit() -> str | None:

@@ -18,6 +18,7 @@ import soxr
 
 from .audio import SAMPLE_RATE
 from .errors import UserError
+from .output import replacing
 
 # Asynchronous retrieval (1) hangs in espeak_Synchronize once the library is initialised a second time.
 _SYNCHRONOUS_RETRIEVAL = 2
@@ -169,7 +170,10 @@ def write_speech(folder: Path, texts: Sequence[str], children: Sequence[Child], 
             soundfile.write(folder / name, synthesizer.speak(text, child, rng), SAMPLE_RATE)
             rows.append((name, text, child.name, child.age))
         # Last, so that its presence says that all audio is there.
-        with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as stream:
+        with (
+            replacing(folder / "metadata.csv") as unfinished,
+            unfinished.open("w", encoding="utf-8", newline="") as stream,
+        ):
             writer = csv.writer(stream)
             writer.writerow(["file_name", "text", "speaker", "age"])
             writer.writerows(rows)

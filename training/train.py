@@ -1,6 +1,5 @@
 """Adapting Whisper to speech: `train` reads the data, scores before, trains, saves the adapter and scores after."""
 
-import json
 import math
 import os
 import time
@@ -29,9 +28,10 @@ from .methods import adapt, check, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
+from .output import read_json, write_json
 from .precision import autocast_dtype, resolved
 from .rank_maps import rank_maps
-from .run import RunFolder, check_folder, peak_memory_mib, reset_peak_memory, versions, write_json
+from .run import RunFolder, check_folder, peak_memory_mib, reset_peak_memory, versions
 from .sets import scored_sets, training_speech
 from .trainer import AdaLoraCallback, SpeechTrainer, StepTimes
 
@@ -118,7 +118,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         evaluations.append(after)
         write_json(run.path / "results.json", [evaluation.to_dict() for evaluation in evaluations])
         console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
-    summary = json.loads((run.path / "summary.json").read_text())
+    summary = read_json(run.path / "summary.json")
     trainable, total = summary["trainable_parameters"], summary["parameters"]
     console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)")
     return evaluations

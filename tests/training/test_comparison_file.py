@@ -81,6 +81,9 @@ def test_a_file_that_is_not_yaml_is_refused(tmp_path):
         read_comparison(tmp_path / "file.yaml", tmp_path)
     with pytest.raises(UserError, match="not to be read as YAML"):
         read_comparison(tmp_path / "missing.yaml", tmp_path)
+    (tmp_path / "file.yaml").write_bytes("title: Straßen".encode("latin-1"))
+    with pytest.raises(UserError, match="not to be read as YAML"):
+        read_comparison(tmp_path / "file.yaml", tmp_path)
 
 
 def test_the_committed_comparison_can_be_read():

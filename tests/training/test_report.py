@@ -41,6 +41,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         write_report(tmp_path)
 
 
+def test_a_damaged_file_of_a_comparison_is_named(compared, tmp_path):
+    shutil.copytree(compared / "out", tmp_path / "out")
+    damaged = next((tmp_path / "out").glob("*/summary.json"))
+    damaged.write_text(damaged.read_text()[:20])
+    with pytest.raises(UserError, match=f"{re.escape(str(damaged))}: is damaged"):
+        write_report(tmp_path / "out")
+
+
 def test_report_of_a_run_is_one_file_that_needs_no_network(compared):
     result = CliRunner().invoke(app, ["report", str(compared / "out" / "s2-lora-r8-seed0")])
     assert result.exit_code == 0, result.output

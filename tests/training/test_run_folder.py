@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory, versions, write_json
+from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.output import read_json, write_json
+from fused_s2lora.training.run import peak_memory_mib, reset_peak_memory, versions
 from fused_s2lora.training.trainer import StepTimes
 
 
@@ -21,9 +23,17 @@ def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_json(file, {"steps": 2})
     assert json.loads(file.read_text()) == {"steps": 1}
+    assert list(tmp_path.iterdir()) == [file]
     monkeypatch.undo()
     write_json(file, {"steps": 2})
     assert json.loads(file.read_text()) == {"steps": 2}
+
+
+def test_damaged_json_names_its_file(tmp_path):
+    file = tmp_path / "summary.json"
+    file.write_text('{"steps": ')
+    with pytest.raises(UserError, match=r"summary\.json: is damaged .* restore it, or delete it and run again"):
+        read_json(file)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory can be reset on Linux only")
