@@ -15,6 +15,7 @@ from .errors import UserError
 
 SAMPLE_RATE = 16_000
 _BLOCK_FRAMES = 2**20
+_ROUNDING_S = 0.05  # by how much a segment may be said to end after its file
 _UNKNOWN_FRAMES = 2**62  # and more: a FLAC written to a pipe, which has no length in its header
 
 
@@ -36,19 +37,47 @@ def _opened(entry: dict[str, Any]) -> Iterator[_Stream]:
 
 
 def _blocks(file: _Stream, entry: dict[str, Any]) -> Iterator[np.ndarray]:
-    """All samples, in parts of [n, channels] in float32."""
-    while len(samples := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+    """All samples of the segment that the entry names, else of the file, in parts of [n, channels] in float32."""
+    start_s, length_s = entry.get("offset_s") or 0.0, entry.get("length_s")
+    left = math.inf if length_s is None else round(length_s * file.samplerate)
+    at_end = not _go_to(file, round(start_s * file.samplerate))
+    while not at_end and left > 0:
+        samples = file.read(int(min(left, _BLOCK_FRAMES)), dtype="float32", always_2d=True)
         if not np.isfinite(samples).all():
             raise UserError(f"{_name(entry)}: it has samples that are not finite numbers; write it again without them")
-        yield samples
+        left -= len(samples)
+        at_end = not len(samples)
+        if not at_end:
+            yield samples
+    if at_end and length_s is not None and left > _ROUNDING_S * file.samplerate:
+        raise UserError(
+            f"{_name(entry)}: it ends before the segment of {length_s:g} s from {start_s:g} s on does; correct offset "
+            "and duration, which are in seconds"
+        )
+
+
+def _go_to(file: _Stream, frame: int) -> bool:
+    """Lets the next samples read be those from `frame` on; whether the file is as long."""
+    if file.frames < _UNKNOWN_FRAMES and file.subtype != "VORBIS":  # in which seeking ends some samples beside
+        if frame > file.frames:
+            return False
+        if frame:
+            file.seek(frame)
+        return True
+    while frame and (passed := len(file.read(min(frame, _BLOCK_FRAMES), dtype="float32"))):
+        frame -= passed
+    return not frame
 
 
 def read_audio(entry: dict[str, Any]) -> np.ndarray:
-    """Samples [n] in float32, mono (mean of the channels), 16 kHz. `entry` holds "path" or "bytes" as in `datasets`.
+    """Samples [n] in float32, mono (mean of the channels), 16 kHz.
+
+    `entry` holds "path" or "bytes" as in `datasets`, and of a segment also "offset_s", where it begins, and "length_s",
+    both in seconds; without a length it is what is left of the file.
 
     Raises:
-        UserError: the file is missing, is no audio that libsndfile can read to its end, or has samples that are not
-            finite.
+        UserError: the file is missing, is no audio that libsndfile can read to its end, ends before the segment, or has
+            samples that are not finite.
     """
     with _opened(entry) as file:
         rate = file.samplerate
@@ -61,7 +90,7 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
     """Length in seconds of audio that `read_audio` can read.
 
     All of it is decoded, for damage in its middle is not seen otherwise. Integers without compression are not, for any
-    bytes are such, nor is what is longer than `longest_s` by its header.
+    bytes are such, nor is what is longer than `longest_s` by its header or as a segment.
 
     Raises:
         UserError: as `read_audio`.
@@ -69,7 +98,10 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
     with _opened(entry) as file:
         header_s = file.frames / file.samplerate
         plain = file.format != "FLAC" and file.subtype.startswith("PCM_")
-        if plain or (header_s > longest_s and file.frames < _UNKNOWN_FRAMES):
+        if entry.get("offset_s") is not None:
+            if (entry.get("length_s") or 0) > longest_s:
+                return entry["length_s"]
+        elif plain or (header_s > longest_s and file.frames < _UNKNOWN_FRAMES):
             return header_s
         return sum(len(samples) for samples in _blocks(file, entry)) / file.samplerate
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,18 @@ _SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 _FORMATS: dict[str, dict[str, Any]] = {".csv": {}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
 _OWN_FEATURES = {
     "utterance": datasets.Value("string"),
-    "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")},
+    "audio": {
+        "path": datasets.Value("string"),
+        "bytes": datasets.Value("large_binary"),
+        "offset_s": datasets.Value("float64"),
+        "length_s": datasets.Value("float64"),
+    },
     "text": datasets.Value("string"),
     "duration_s": datasets.Value("float64"),
 }
+_OFFSET, _DURATION = "offset", "duration"  # of a segment in its file, in seconds, as NeMo's manifests call them
 _TARGET = ("target", "target_language")
+_WHOLE: dict[str, Any] = {"path": None, "bytes": None, "offset_s": None, "length_s": None}  # an audio entry
 _FAULT = "what is wrong with this row"  # the key of it in a row
 
 
@@ -38,10 +46,10 @@ class Skipped:
 
 @dataclass
 class Speech:
-    """Checked speech. Columns of `dataset`: utterance (the audio's path as the source gives it), audio (path or bytes,
-    undecoded), text (as published), target (what a model is trained to write), duration_s, and every further column of
-    the source not named like one of these, as text, None where a row lacks it. Where `target` is in another language
-    than the speech, target_language has that one's code."""
+    """Checked speech. Columns of `dataset`: utterance (the audio's path as the source gives it, and where a segment of
+    it begins), audio (path or bytes, undecoded, and the segment), text (as published), target (what a model is trained
+    to write), duration_s, and every further column of the source not named like one of these, as text, None where a row
+    lacks it. Where `target` is in another language than the speech, target_language has that one's code."""
 
     dataset: datasets.Dataset
     source: str
@@ -64,6 +72,8 @@ def load_speech(
     progress: bool = True,
 ) -> Speech:
     """Speech from an `audiofolder` (metadata.csv or .jsonl), a .csv/.tsv/.jsonl manifest, or a hub data set id.
+
+    A row with an `offset` is a segment of its file, from there on for `duration`, both in seconds.
 
     Args:
         source: folder, file or hub id (ORG/SET, ORG/SET:SPLIT or ORG/SET:CONFIG:SPLIT). Relative audio paths are
@@ -109,6 +119,9 @@ def load_speech(
         utterance = _utterance(row.get(audio_column), base) or str(index)
         try:
             text = _checked_text(utterance, row, text_column)
+            if row.get(_OFFSET) not in (None, ""):
+                entry |= _segment(utterance, row)
+                utterance = f"{utterance}@{entry['offset_s']:g}s"
             duration = checked_duration(utterance, entry)
         except UserError as error:
             if strict:
@@ -233,8 +246,23 @@ def _column(
 
 def _audio_entry(value: Any, base: Path) -> dict[str, Any]:
     if isinstance(value, dict):
-        return {"path": value.get("path"), "bytes": value.get("bytes")}
-    return {"path": str(base / str(value)) if value else None, "bytes": None}
+        return _WHOLE | {"path": value.get("path"), "bytes": value.get("bytes")}
+    return _WHOLE | {"path": str(base / str(value)) if value else None}
+
+
+def _segment(utterance: str, row: dict[str, Any]) -> dict[str, float | None]:
+    """Where in its file the audio of a row begins, and how long it is, None to the end of the file."""
+    seconds: list[float | None] = []
+    for column in (_OFFSET, _DURATION):
+        given = row.get(column)
+        try:
+            number = None if given in (None, "") else float(given)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and not 0 <= number < math.inf:
+            raise UserError(f"{utterance}: its {column} is {given!r:.40}; give seconds, 0 or more")
+        seconds.append(number)
+    return {"offset_s": seconds[0], "length_s": seconds[1]}
 
 
 def _utterance(value: Any, base: Path) -> str | None:

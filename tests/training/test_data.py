@@ -216,14 +216,10 @@ def test_samples_that_are_not_finite_are_named(tmp_path, number):
 
 
 def test_flac_without_a_length_is_read(tmp_path):
-    """As one written to a pipe: 36 bits of its header are zero."""
     folder = write_folder(tmp_path, TEXTS[:1], seconds=1.0)
     file = folder / "u0.flac"
     expected = read_audio({"path": str(file), "bytes": None})
-    content = bytearray(file.read_bytes())
-    content[21] &= 0xF0
-    content[22:26] = bytes(4)
-    file.write_bytes(content)
+    file.write_bytes(_without_length(file.read_bytes()))
     (row,) = load_speech(folder).dataset
     assert row["duration_s"] == pytest.approx(1.0)
     np.testing.assert_array_equal(read_audio(row["audio"]), expected)
@@ -346,3 +342,59 @@ def test_overlong_transcripts(tmp_path):
     with pytest.raises(UserError, match="every transcript is longer than 1 tokens"):
         drop_overlong(speech, _Words(), max_tokens=1)
     assert isinstance(drop_overlong(speech, _Words(), max_tokens=9), Speech)
+
+
+def _without_length(content: bytes) -> bytes:
+    """A FLAC as one written to a pipe: 36 bits of its header are zero."""
+    cut = bytearray(content)
+    cut[21] &= 0xF0
+    cut[22:26] = bytes(4)
+    return bytes(cut)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "opus", "mp3", "flac without a length"])
+def test_segments_of_a_file(tmp_path, kind):
+    """As NeMo's manifests name them."""
+    file = tmp_path / f"talk.{kind.partition(' ')[0]}"
+    rate = 16_000
+    tolerance = 2e-3 if kind == "opus" else 1e-6  # where its decoder begins changes its rounding
+    encoding = {"format": "OGG", "subtype": "OPUS"} if kind == "opus" else {}
+    soundfile.write(file, np.concatenate([tone(1.0, pitch=pitch) for pitch in (200, 300, 400)]), rate, **encoding)
+    if "without" in kind:
+        file.write_bytes(_without_length(file.read_bytes()))
+    rows = [
+        {"audio_filepath": file.name, "text": "One.", "offset": 0, "duration": 1.0},
+        {"audio_filepath": file.name, "text": "Two.", "offset": 1.25, "duration": 0.5},
+        {"audio_filepath": file.name, "text": "To the end.", "offset": 2.5},
+        {"audio_filepath": file.name, "text": "All.", "offset": None, "duration": 9.0},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    speech = load_speech(tmp_path / "list.jsonl")
+    assert speech.dataset["utterance"][:] == [f"{file.name}@0s", f"{file.name}@1.25s", f"{file.name}@2.5s", file.name]
+    first, second, rest, whole = (read_audio(entry) for entry in speech.dataset["audio"][:])
+    for got, start, end in ((first, 0, rate), (second, 5 * rate // 4, 7 * rate // 4), (rest, 5 * rate // 2, None)):
+        np.testing.assert_allclose(got, whole[start:end], atol=tolerance)
+    assert np.abs(second - whole[5 * rate // 4 + 1 : 7 * rate // 4 + 1]).max() > 0.03  # a sample late
+    lengths = [len(part) / rate for part in (first, second, rest, whole)]
+    assert speech.dataset["duration_s"][:] == pytest.approx(lengths)
+
+
+def test_segments_that_cannot_be(tmp_path):
+    """And one in a file of more than 30 s, which can."""
+    soundfile.write(tmp_path / "long.wav", np.tile(tone(1.0), 40), 16_000)
+    segments = ("35.5,2", "0,31", "39,2", "41,", "-1,2", "x,2", "1,nan", "39.03,1", "40,")
+    lines = ("path,text,offset,duration", *(f"long.wav,A.,{segment}" for segment in segments))
+    speech = load_speech(write_lines(tmp_path, "list.csv", *lines))
+    assert speech.dataset["utterance"][:] == ["long.wav@35.5s", "long.wav@39.03s"]
+    assert speech.dataset["duration_s"][:] == pytest.approx([2, 0.97])
+    path = tmp_path / "long.wav"
+    assert [skipped.reason for skipped in speech.skipped] == [
+        "long.wav@0s: 31.0 s of audio, Whisper takes 30 s; split it",
+        f"{path}: it ends before the segment of 2 s from 39 s on does; correct offset and duration, which are in "
+        "seconds",
+        "long.wav@41s: the audio is empty",
+        "long.wav: its offset is '-1'; give seconds, 0 or more",
+        "long.wav: its offset is 'x'; give seconds, 0 or more",
+        "long.wav: its duration is 'nan'; give seconds, 0 or more",
+        "long.wav@40s: the audio is empty",
+    ]
