@@ -119,6 +119,8 @@ def load_speech(
         utterance = _utterance(row.get(audio_column), base) or str(index)
         try:
             text = _checked_text(utterance, row, text_column)
+            if not isinstance(entry["bytes"], bytes | None):
+                raise UserError(f"{utterance}: its audio is bytes written as text; give the path of a file")
             if row.get(_OFFSET) not in (None, ""):
                 entry |= _segment(utterance, row)
                 utterance = f"{utterance}@{entry['offset_s']:g}s"

@@ -135,16 +135,7 @@ def evaluate_sets(
     """
     task = task or getattr(model.generation_config, "task", None)
     sets = {name: replace(test, task=task) for name, test in sets.items()}
-    for name, test in sets.items():
-        normalize = normalizer(test.scoring_language)
-        if not any(normalize(text) for text in test.speech.dataset["text"][:]):
-            raise UserError(f"test set {name} ({test.speech.source}): no transcript has a word left once normalised")
-    for column in group_by:
-        if not any(column in test.speech.dataset.column_names for test in sets.values()):
-            known = sorted(
-                {name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS}
-            )
-            raise UserError(f"no test set has a column {column!r} to group by; there is {', '.join(known)}")
+    check_sets(sets, group_by)
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bars:
@@ -164,6 +155,24 @@ def evaluate_sets(
             )
             results.append(score_set(name, test, heard, group_by))
     return Evaluation(label, results)
+
+
+def check_sets(sets: Mapping[str, TestSet], group_by: Sequence[str]) -> None:
+    """Nothing, where every set can be scored and grouped; needs no model.
+
+    Raises:
+        UserError: a column of `group_by` is in none of the sets, or a set has no word to be counted.
+    """
+    for name, test in sets.items():
+        normalize = normalizer(test.scoring_language)
+        if not any(normalize(text).strip() for text in test.speech.dataset["text"][:]):
+            raise UserError(f"test set {name} ({test.speech.source}): no transcript has a word left once normalised")
+    for column in group_by if sets else ():
+        if not any(column in test.speech.dataset.column_names for test in sets.values()):
+            known = sorted(
+                {name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS}
+            )
+            raise UserError(f"no test set has a column {column!r} to group by; there is {', '.join(known)}")
 
 
 def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequence[str] = ()) -> SetResult:

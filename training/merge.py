@@ -23,7 +23,7 @@ def merge(adapter: str, output: str | Path, *, model: str = "packaged-base") -> 
     trained = remembered_speech(adapter)
     merged = load_adapter(whisper, adapter).merge_and_unload(safe_merge=True)
     set_speech(merged, trained.get("language"), trained.get("task"))
-    with writing(folder):
+    with writing(folder, "OUTPUT"):
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
     return trained

@@ -112,7 +112,8 @@ def _adalora(orthogonality: bool, allocation: bool) -> Callable[[TrainOptions, i
 
 # The options of one method and not of another; a frozen base can be stored in half precision, trained weights cannot.
 _TARGETED = ("target_modules", "half_base")
-_SCALED = (*_TARGETED, "interpolation")
+_RANKED = (*_TARGETED, "rank")
+_SCALED = (*_RANKED, "interpolation")
 _S2LORA = (
     *_SCALED, "preset", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty", "freeze_factors",
     "coefficient_lr_ratio",
@@ -135,7 +136,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "s2lora": Method(_s2lora, reads=_S2LORA),
     "lora": Method(_lora, reads=_SCALED),
-    "glora": Method(_glora, reads=_TARGETED),
+    "glora": Method(_glora, reads=_RANKED),
     "adalora": Method(_adalora(orthogonality=True, allocation=True), reads=_SCALED),
     "adalora-without-orthogonality": Method(_adalora(orthogonality=False, allocation=True), reads=_SCALED),
     "adalora-without-allocation": Method(_adalora(orthogonality=True, allocation=False), reads=_SCALED),

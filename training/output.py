@@ -11,12 +11,12 @@ from .errors import UserError
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An `OSError` within becomes the `UserError` that `path` cannot be written."""
+def writing(path: Path, argument: str = "--output") -> Iterator[None]:
+    """An `OSError` within becomes the `UserError` that `path`, given by `argument`, cannot be written."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another --output") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another {argument}") from error
 
 
 def check_writable(file: Path) -> None:

@@ -1,5 +1,6 @@
 """Which speech a run trains on, holds out for development, and is scored on."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def parts_of(specification: str) -> tuple[str, str, str]:
     path, at, language = source.rpartition("@")
     if not at or "/" in language or Path(source).exists():  # a path with @ in it
         path, language = source, ""
-    return name or Path(path).name, path, language
+    return name or os.path.basename(os.path.abspath(path)), path, language
 
 
 def _joined(sources: Sequence[Speech]) -> Speech:

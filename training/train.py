@@ -23,7 +23,7 @@ from .audio_window import AudioWindow
 from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong
 from .errors import UserError
-from .evaluation import Evaluation, evaluate_sets, read_evaluation, results_table
+from .evaluation import Evaluation, check_sets, evaluate_sets, read_evaluation, results_table
 from .methods import adapt, check, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
 from .options import TrainOptions
@@ -55,6 +55,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     check_folder(options, fresh=fresh)
     speech, dev = training_speech(options)
     tests = scored_sets(options)
+    check_sets(tests, options.group_by)
     model, processor = load_base(options.model, dtype=base_dtype(options))
     language = check_language(model, options.language)
     for further in (*options.keep_languages, *(test.language for test in tests.values())):

@@ -14,6 +14,11 @@ from .output import check_writable, writing
 from .precision import autocast_dtype
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+# What is looked at in folders; what of it cannot be read is skipped and counted.
+_LOOKED_AT = (
+    *AUDIO_SUFFIXES, ".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".mka", ".mp2", ".mp4", ".oga", ".webm",
+    ".wma", ".w64",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ def transcribe(
     window: str | None = None,
     margin: int | None = None,
     beams: int = 1,
+    decode_once: bool = False,
     precision: str = "auto",
     batch_size: int = 8,
     strict: bool = False,
@@ -44,12 +50,13 @@ def transcribe(
 
     Language, task, window and its margin default to those the adapter was trained with; without an adapter language and
     task to those of the model's generation configuration, else detected and transcription, and the window is full.
-    With more than one of `beams` each transcript is the best of so many. `output` also writes a TSV of file and text.
+    With more than one of `beams` each transcript is the best of so many; with `decode_once` one without an end is left
+    so. `output` also writes a TSV of file and text.
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `output` not writable.
     """
-    dtype, decoding = autocast_dtype(precision), Decoding(beams)
+    dtype, decoding = autocast_dtype(precision), Decoding(beams, decode_once)
     files = _audio_files(inputs)
     if output is not None:
         check_writable(Path(output))
@@ -86,7 +93,7 @@ def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in _LOOKED_AT)
         else:
             files.append(path)
     if not files:
@@ -98,13 +105,16 @@ def _usable(files: Sequence[Path], strict: bool) -> tuple[list[dict], list[Skipp
     entries, skipped = [], []
     for file in files:
         entry = {"path": str(file), "bytes": None}
+        name = str(file).encode(errors="backslashreplace").decode()
         try:
+            if name != str(file) or any(character in name for character in "\t\n\r"):
+                raise UserError(f"{name!r}: its name has characters that no list of files can have; rename it")
             checked_duration(str(file), entry)
             entries.append(entry)
         except UserError as error:
             if strict:
                 raise
-            skipped.append(Skipped(str(file), str(error)))
+            skipped.append(Skipped(name, str(error)))
     if not entries:
         raise UserError(f"none of the {len(files)} audio files is usable; the first problem: {skipped[0].reason}")
     return entries, skipped

@@ -80,6 +80,8 @@ def test_every_option_has_help(command):
         ({"method": "lora", "preset": "paper"}, "--preset goes with --method s2lora, not lora; leave it out"),
         ({"method": "adalora", "sharing": "all"}, "--sharing goes with --method s2lora, not adalora"),
         ({"method": "alpha-lora", "sparsity_weight": 0.0}, "--sparsity-weight goes with --method s2lora, not"),
+        ({"method": "ia3", "rank": 4}, "--rank goes with --method s2lora, .*, not ia3"),
+        ({"method": "full", "rank": 4}, "--rank goes with --method s2lora, .*, not full"),
         ({"method": "ia3", "norm_weight": 0.1}, "--norm-weight goes with --method s2lora, not ia3"),
         ({"method": "lora", "penalty": "soft"}, "--penalty goes with --method s2lora, not lora"),
         ({"method": "bitfit", "freeze_factors": True}, "--freeze-factors goes with --method s2lora, not bitfit"),
@@ -127,6 +129,7 @@ def test_bad_options(options, tones, tmp_path, fields, message, monkeypatch):
         ("evaluate --test t=SPEECH --output out --precision int8", "--precision 'int8' is not one of auto, fp32"),
         ("evaluate --test t=SPEECH --output out --eval-batch-size 0", "--eval-batch-size is 0; give at least 1"),
         ("evaluate --test t=SPEECH --output RUN", "run: holds a training run, whose results.json stays; give another"),
+        ("merge RUN/adapter FILE/merged", "FILE/merged: cannot be written (Not a directory); give another OUTPUT"),
         ("merge RUN/adapter RUN", "run: exists already; give an empty OUTPUT"),
         ("evaluate --test t=SPEECH --output out --limit 0", "--limit is 0; give at least 1"),
         ("transcribe SPEECH --output no/where.tsv", "no/where.tsv: cannot be written (No such file or directory)"),
@@ -155,7 +158,7 @@ def test_bad_arguments_are_told_before_anything_is_decoded(
     [
         {"method": "lroa"}, {"preset": "papr"}, {"sharing": "some"}, {"target_modules": ["missing"]},
         {"exclude_modules": ".*"}, {"data": ["no/where"]}, {"dev": "no/where"}, {"test": ["no/where"]},
-        {"model": "no/where"}, {"keep_share": 0.5, "keep_languages": ["yue"]},
+        {"model": "no/where"}, {"group_by": ["town"]}, {"keep_share": 0.5, "keep_languages": ["yue"]},
     ],
     ids=str,
 )  # fmt: skip

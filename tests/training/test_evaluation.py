@@ -1,6 +1,7 @@
 """Scoring, transcribing and merging what a run left, on a tiny Whisper."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -167,13 +168,18 @@ def test_a_group_without_words_does_not_lose_the_evaluation(tmp_path, tiny_folde
     nothing = write_folder(tmp_path / "nothing", ("UM", "HMM"))
     with pytest.raises(UserError, match="no transcript has a word left"):
         evaluate(named_sets([f"t={nothing}"], "en"), tmp_path / "no", model=str(tiny_folder), console=QUIET)
+    nothing = write_folder(tmp_path / "dots", ("...", "- ?"))
+    with pytest.raises(UserError, match="no transcript has a word left"):
+        evaluate(named_sets([f"t={nothing}"], "de"), tmp_path / "no", model=str(tiny_folder), console=QUIET)
 
 
-def test_names_of_test_sets(tmp_path):
+def test_names_of_test_sets(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "snr=10" / "speech", TEXTS[:2])
     assert list(named_sets([f"noisy={folder}"], "en")) == ["noisy"]
     with pytest.raises(UserError, match=r"the set's name '.*/snr' has a / in it; give NAME=SOURCE"):
         named_sets([str(folder)], "en")
+    monkeypatch.chdir(write_folder(tmp_path / "here", TEXTS[:2]))
+    assert list(named_sets(["."], "en")) == ["here"]
 
 
 def test_test_sets_in_a_path_with_an_at_sign(tmp_path):
@@ -298,16 +304,23 @@ def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
     soundfile.write(tmp_path / "damaged.flac", tone(3.0), 16_000)
     content = (tmp_path / "damaged.flac").read_bytes()
     (tmp_path / "damaged.flac").write_bytes(content[:20_000] + bytes(500) + content[20_500:])
+    (tmp_path / "phone.m4a").write_bytes(b"not for libsndfile")
+    for name in (b"\xfc.wav", b"a\tb.wav"):  # Latin-1, and what a TSV cannot have
+        shutil.copy(tmp_path / "good.wav", os.fsencode(tmp_path) + b"/" + name)
     transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en")
     assert [transcript.file.name for transcript in transcripts] == ["good.wav"]
     assert sorted(Path(item.utterance).name for item in skipped) == [
+        "\\udcfc.wav",
+        "a\tb.wav",
         "bad.mp3",
         "damaged.flac",
         "long.wav",
         "nothing.wav",
+        "phone.m4a",
     ]
+    assert all(item.reason.isprintable() for item in skipped)
     with pytest.raises(UserError, match=r"bad\.mp3: not readable as audio"):
-        transcribe([tmp_path], model=str(tiny_folder), strict=True)
+        transcribe([tmp_path / "bad.mp3", tmp_path / "good.wav"], model=str(tiny_folder), strict=True)
     with pytest.raises(UserError, match="none of the 1 audio files is usable"):
         transcribe([tmp_path / "bad.mp3"], model=str(tiny_folder))
     (tmp_path / "empty").mkdir()
