@@ -16,6 +16,9 @@ from .errors import UserError
 SAMPLE_RATE = 16_000
 _BLOCK_FRAMES = 2**20
 _ROUNDING_S = 0.05  # by how much a segment may be said to end after its file
+# Where libsndfile finds the very sample; in Vorbis it ends some beside, in GSM 6.10 and ADPCM it cannot.
+_SOUGHT_IN = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
+_SOUGHT = ("FLOAT", "DOUBLE", "ULAW", "ALAW", "OPUS", "MPEG_LAYER_III")
 _UNKNOWN_FRAMES = 2**62  # and more: a FLAC written to a pipe, which has no length in its header
 
 
@@ -38,9 +41,9 @@ def _opened(entry: dict[str, Any]) -> Iterator[_Stream]:
 
 def _blocks(file: _Stream, entry: dict[str, Any]) -> Iterator[np.ndarray]:
     """All samples of the segment that the entry names, else of the file, in parts of [n, channels] in float32."""
-    start_s, length_s = entry.get("offset_s") or 0.0, entry.get("length_s")
-    left = math.inf if length_s is None else round(length_s * file.samplerate)
-    at_end = not _go_to(file, round(start_s * file.samplerate))
+    start_s, length_s = entry.get("offset_s"), entry.get("length_s")
+    left = math.inf if start_s is None else round(length_s * file.samplerate)
+    at_end = start_s is not None and not _go_to(file, round(start_s * file.samplerate))
     while not at_end and left > 0:
         samples = file.read(int(min(left, _BLOCK_FRAMES)), dtype="float32", always_2d=True)
         if not np.isfinite(samples).all():
@@ -49,16 +52,17 @@ def _blocks(file: _Stream, entry: dict[str, Any]) -> Iterator[np.ndarray]:
         at_end = not len(samples)
         if not at_end:
             yield samples
-    if at_end and length_s is not None and left > _ROUNDING_S * file.samplerate:
+    if at_end and start_s is not None and left > _ROUNDING_S * file.samplerate:
         raise UserError(
-            f"{_name(entry)}: it ends before the segment of {length_s:g} s from {start_s:g} s on does; correct offset "
-            "and duration, which are in seconds"
+            f"{_name(entry)}: it ends before the segment of {length_s:.10g} s from {start_s:.10g} s on does; correct "
+            "offset and duration, which are in seconds"
         )
 
 
 def _go_to(file: _Stream, frame: int) -> bool:
     """Lets the next samples read be those from `frame` on; whether the file is as long."""
-    if file.frames < _UNKNOWN_FRAMES and file.subtype != "VORBIS":  # in which seeking ends some samples beside
+    exact = file.format in _SOUGHT_IN and (file.subtype in _SOUGHT or file.subtype.startswith("PCM_"))
+    if exact and file.frames < _UNKNOWN_FRAMES:
         if frame > file.frames:
             return False
         if frame:
@@ -73,7 +77,7 @@ def read_audio(entry: dict[str, Any]) -> np.ndarray:
     """Samples [n] in float32, mono (mean of the channels), 16 kHz.
 
     `entry` holds "path" or "bytes" as in `datasets`, and of a segment also "offset_s", where it begins, and "length_s",
-    both in seconds; without a length it is what is left of the file.
+    both in seconds. Ogg Vorbis and some others are read from their start to it.
 
     Raises:
         UserError: the file is missing, is no audio that libsndfile can read to its end, ends before the segment, or has
@@ -90,7 +94,7 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
     """Length in seconds of audio that `read_audio` can read.
 
     All of it is decoded, for damage in its middle is not seen otherwise. Integers without compression are not, for any
-    bytes are such, nor is what is longer than `longest_s` by its header or as a segment.
+    bytes are such, but for segments, nor is what is longer than `longest_s` by its header or as a segment.
 
     Raises:
         UserError: as `read_audio`.
@@ -99,7 +103,7 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
         header_s = file.frames / file.samplerate
         plain = file.format != "FLAC" and file.subtype.startswith("PCM_")
         if entry.get("offset_s") is not None:
-            if (entry.get("length_s") or 0) > longest_s:
+            if entry["length_s"] > longest_s:
                 return entry["length_s"]
         elif plain or (header_s > longest_s and file.frames < _UNKNOWN_FRAMES):
             return header_s

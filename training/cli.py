@@ -66,6 +66,10 @@ def train(
     keep_case: Annotated[
         bool, typer.Option("--keep-case", help="Do not turn bare capitals into sentence case.")
     ] = False,
+    leading_space: Annotated[
+        bool,
+        typer.Option(help="Begin transcripts with a space, as Whisper does where words have spaces between them."),
+    ] = True,
     limit: Limit = None,
     utterances: Annotated[
         int | None, typer.Option(help="Train on so many utterances, drawn at random with --seed.")

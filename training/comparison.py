@@ -177,7 +177,7 @@ def _cells(file: Path, row: str, given: dict[str, Any], base: dict[str, Any], ou
         chosen = given | dict(zip(several, values, strict=True))
         slug = re.sub(r"[\W_₀-₉]+", "-", row.lower().replace("α", "a")).strip("-")
         rank, seed = chosen.get("rank", 8), chosen.get("seed", 0)
-        ranked = "rank" if given["method"] not in (ZERO_SHOT, "full", "bitfit", "ia3") else ""
+        ranked = given["method"] != ZERO_SHOT and "rank" in METHODS[given["method"]].reads
         varied = {key: chosen[key] for key in several if key not in ("rank", "seed")}
         further = [f"{key}-{value}".replace("_", "-") for key, value in varied.items()]
         line = "-".join([slug, *([f"r{rank}"] if ranked else []), *further])

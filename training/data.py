@@ -12,6 +12,7 @@ from rich.progress import track
 
 from .audio import duration_s
 from .errors import UserError
+from .output import check_name
 from .text import as_written, is_unpunctuated_capitals, sentence_case
 
 MAX_AUDIO_S = 30.0
@@ -31,6 +32,7 @@ _OWN_FEATURES = {
     "duration_s": datasets.Value("float64"),
 }
 _OFFSET, _DURATION = "offset", "duration"  # of a segment in its file, in seconds, as NeMo's manifests call them
+_NO_SECONDS = 1e7  # four months are no place in a file
 _TARGET = ("target", "target_language")
 _WHOLE: dict[str, Any] = {"path": None, "bytes": None, "offset_s": None, "length_s": None}  # an audio entry
 _FAULT = "what is wrong with this row"  # the key of it in a row
@@ -67,13 +69,14 @@ def load_speech(
     audio_column: str | None = None,
     limit: int | None = None,
     keep_case: bool = False,
+    leading_space: bool = True,
     language: str | None = "en",
     strict: bool = False,
     progress: bool = True,
 ) -> Speech:
     """Speech from an `audiofolder` (metadata.csv or .jsonl), a .csv/.tsv/.jsonl manifest, or a hub data set id.
 
-    A row with an `offset` is a segment of its file, from there on for `duration`, both in seconds.
+    A row with `offset` and `duration`, both in seconds, is a segment of its file, but where the audio is in the source.
 
     Args:
         source: folder, file or hub id (ORG/SET, ORG/SET:SPLIT or ORG/SET:CONFIG:SPLIT). Relative audio paths are
@@ -82,7 +85,8 @@ def load_speech(
         text_column, audio_column: default the first of the usual names that is there.
         limit: only the first so many utterances.
         keep_case: leave transcripts in capitals without punctuation as they are, instead of sentence case.
-        language: of the transcripts, as Whisper's code, for the letters of sentence case and the space before a target.
+        leading_space: begin targets with a space, as Whisper's transcripts do in languages with spaces between words.
+        language: of the transcripts, as Whisper's code.
         strict: stop at the first bad utterance instead of skipping it.
         progress: show a bar while files are checked.
 
@@ -92,6 +96,7 @@ def load_speech(
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; give at least 1")
+    check_name(source)
     source = str(source)
     path = Path(source)
     if path.is_dir():
@@ -119,11 +124,11 @@ def load_speech(
         utterance = _utterance(row.get(audio_column), base) or str(index)
         try:
             text = _checked_text(utterance, row, text_column)
-            if not isinstance(entry["bytes"], bytes | None):
-                raise UserError(f"{utterance}: its audio is bytes written as text; give the path of a file")
-            if row.get(_OFFSET) not in (None, ""):
+            if not isinstance(entry["path"], str | None) or not isinstance(entry["bytes"], bytes | None):
+                raise UserError(f"{utterance}: its audio is not the path of a file; give that")
+            if entry["bytes"] is None and row.get(_OFFSET) not in (None, ""):
                 entry |= _segment(utterance, row)
-                utterance = f"{utterance}@{entry['offset_s']:g}s"
+                utterance = f"{utterance}@{entry['offset_s']:.10g}s"
             duration = checked_duration(utterance, entry)
         except UserError as error:
             if strict:
@@ -138,7 +143,8 @@ def load_speech(
         )
     recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
     for row in kept:
-        row["target"] = as_written(sentence_case(row["text"], language) if recase else row["text"], language)
+        text = sentence_case(row["text"], language) if recase else row["text"]
+        row["target"] = as_written(text, language) if leading_space else text
     strings = {name: datasets.Value("string") for name in (*further, "target")}
     return Speech(datasets.Dataset.from_list(kept, datasets.Features(_OWN_FEATURES | strings)), source, skipped)
 
@@ -146,9 +152,14 @@ def load_speech(
 def speakers(speech: Speech) -> tuple[str, list[str]]:
     """What belongs together when a part is held out, "speaker" or "utterance", and its name for each utterance.
 
-    Speakers are in a column speaker, speaker_id or client_id; an utterance of unknown speaker counts for itself.
+    Speakers are in a column speaker, speaker_id or client_id; an utterance of unknown speaker counts for itself, the
+    segments of a file for one.
     """
-    utterances = speech.dataset["utterance"][:]
+    starts = speech.dataset.select_columns("audio").flatten()["audio.offset_s"][:]
+    utterances = [
+        name if start is None else name.rpartition("@")[0]
+        for name, start in zip(speech.dataset["utterance"][:], starts, strict=True)
+    ]
     columns = [speech.dataset[name][:] for name in _SPEAKER_COLUMNS if name in speech.dataset.column_names]
     if not columns:
         return "utterance", utterances
@@ -252,17 +263,20 @@ def _audio_entry(value: Any, base: Path) -> dict[str, Any]:
     return _WHOLE | {"path": str(base / str(value)) if value else None}
 
 
-def _segment(utterance: str, row: dict[str, Any]) -> dict[str, float | None]:
-    """Where in its file the audio of a row begins, and how long it is, None to the end of the file."""
-    seconds: list[float | None] = []
-    for column in (_OFFSET, _DURATION):
+def _segment(utterance: str, row: dict[str, Any]) -> dict[str, float]:
+    """Where in its file the audio of a row begins, and how long it is."""
+    seconds = []
+    for column, least in ((_OFFSET, 0.0), (_DURATION, 1e-3)):
         given = row.get(column)
         try:
-            number = None if given in (None, "") else float(given)
-        except (TypeError, ValueError):
+            number = float(given)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if number is not None and not 0 <= number < math.inf:
-            raise UserError(f"{utterance}: its {column} is {given!r:.40}; give seconds, 0 or more")
+        if not least <= number < _NO_SECONDS:
+            raise UserError(
+                f"{utterance}: its {column} is {given!r:.40}; a segment has offset and duration in seconds; "
+                "rename columns that are something else"
+            )
         seconds.append(number)
     return {"offset_s": seconds[0], "length_s": seconds[1]}
 

@@ -19,7 +19,7 @@ from fused_s2lora import S2LoraModel, fuse_whisper
 
 from .audio_window import AudioWindow
 from .errors import UserError
-from .output import read_json, write_json
+from .output import read_json, replacing
 from .packaged_model import packaged_whisper_base
 from .text import language_code
 
@@ -108,7 +108,9 @@ def remember_speech(adapter: Path, window: AudioWindow, language: str | None, ta
     """Writes window, language and task of training into the adapter's own adapter_config.json."""
     file = adapter / "adapter_config.json"
     values = (window.mode, window.margin, language, task)
-    write_json(file, read_json(file) | dict(zip(SPEECH_KEYS, values, strict=True)))
+    config = read_json(file) | dict(zip(SPEECH_KEYS, values, strict=True))
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")  # ASCII, as PEFT writes it
 
 
 def set_speech(model: Any, language: str | None, task: str | None) -> None:
@@ -135,7 +137,7 @@ def remembered_speech(adapter: str | Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as JSON ({error}); restore it or train again") from error
     return {key: config[key] for key in SPEECH_KEYS if key in config}

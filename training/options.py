@@ -29,6 +29,7 @@ class TrainOptions:
     text_column: str | None = None
     audio_column: str | None = None
     keep_case: bool = False
+    leading_space: bool = True
     limit: int | None = None
     utterances: int | None = None
     strict: bool = False

@@ -32,10 +32,21 @@ def check_writable(file: Path) -> None:
             file.unlink()
 
 
+def check_name(path: str | Path) -> None:
+    """Nothing, where the path can stand in a table of files.
+
+    Raises:
+        UserError: it has bytes that are not UTF-8, a tab or a line break.
+    """
+    name = str(path)
+    if name.encode(errors="replace").decode() != name or any(character in name for character in "\t\n\r"):
+        raise UserError(f"{name!r}: its name has characters that no table can have; rename it")
+
+
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to, which takes `file`'s place at the end: that is whole or as it was, killed whenever."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished = file.with_name(f".unfinished.{os.getpid()}")  # short, for the file's own name may be as long as can be
     try:
         yield unfinished
         unfinished.replace(file)
@@ -58,4 +69,4 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file}: is damaged ({error}); restore it, or delete it and run again") from error
+        raise UserError(f"{file}: is damaged ({error}); restore it, or delete the folder of the run") from error

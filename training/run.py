@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import Skipped
 from .errors import UserError
 from .options import TrainOptions
-from .output import replacing, write_json, writing
+from .output import check_name, replacing, write_json, writing
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
 # Options that may differ when a run is resumed: they change what is shown, not what is learned (see `changed_option`).
@@ -50,15 +51,22 @@ class RunFolder:
         self.other_languages = self.path / "other_languages.json"
         try:
             check_folder(options, fresh=fresh)
-            if fresh and run_options(self.path) is not None:
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "config.json", asdict(options))
-            with (self.path / "command.txt").open("a") as stream:
-                stream.write(called_as() + "\n")
-            write_json(self.path / "versions.json", versions())
+            state = PartialState(cpu=not torch.cuda.is_available())
+            state.wait_for_everyone()  # all have looked before one deletes
+            if state.is_main_process:
+                self._begin(options, fresh)
+            state.wait_for_everyone()
         except OSError as error:
             raise UserError(f"{self.path}: cannot write the run there ({error}); give another --output") from error
+
+    def _begin(self, options: TrainOptions, fresh: bool) -> None:
+        if fresh and run_options(self.path) is not None:
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "config.json", asdict(options))
+        with (self.path / "command.txt").open("a") as stream:
+            stream.write(called_as() + "\n")
+        write_json(self.path / "versions.json", versions())
 
     def finished(self) -> bool:
         """Whether training is done and the adapter saved."""
@@ -98,6 +106,7 @@ def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:
         UserError: the folder holds a run with other options, or other files than a run's, or cannot be read.
     """
     path = Path(options.output)
+    check_name(path)
     with writing(path):
         found = run_options(path)
         if found is None and path.is_dir() and any(not item.name.startswith(".") for item in path.iterdir()):
@@ -112,7 +121,7 @@ def run_options(folder: Path) -> dict[str, Any] | None:
     if not config.is_file():
         return None
     try:
-        found = json.loads(config.read_text())
+        found = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:
         return None
     return found if isinstance(found, dict) and {"data", "method"} <= found.keys() else None
@@ -125,10 +134,10 @@ def changed_option(found: dict[str, Any], wanted: dict[str, Any], free: Iterable
     """
     if wanted["dev"] is not None or wanted["dev_share"]:
         free = set(free) - {"save_steps"}
-    unset = {
+    unset: dict[str, Any] = {
         field.name: field.default_factory() if callable(field.default_factory) else field.default
         for field in fields(TrainOptions)
-    }
+    } | {"leading_space": False}  # before there was the option
     return next((key for key in wanted if key not in free and found.get(key, unset[key]) != wanted[key]), None)
 
 

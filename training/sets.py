@@ -24,6 +24,7 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
     written = "en" if options.task == "translate" else language_code(options.language)
     reading: dict[str, Any] = {
         "text_column": options.text_column, "audio_column": options.audio_column, "keep_case": options.keep_case,
+        "leading_space": options.leading_space,
         "language": written, "strict": options.strict,
     }  # fmt: skip
     sources = [load_speech(source, limit=options.limit, **reading) for source in options.data]

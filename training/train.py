@@ -107,8 +107,6 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         if not isinstance(adapted, PeftModel):
             set_speech(adapted, language, options.task)
         _train(options, run, adapted, processor, speech, dev, utterances)
-        if isinstance(adapted, PeftModel):
-            remember_speech(run.adapter, options.audio_window(), language, options.task)
     if tests:
         after = read_evaluation(run.path / "after", options.method, tests, options.group_by)
         if after is None:
@@ -276,22 +274,23 @@ def _train(
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
-    steps = trainer.state.global_step
     whisper.config.use_cache = True
     whisper.config.update(found)
     if options.interpolation != 1:
         interpolate(model, options.interpolation)
-    model.save_pretrained(str(run.adapter if wrapped else run.model))
-    if not wrapped:
-        processor.save_pretrained(str(run.model))
-    if maps := rank_maps(model):
-        write_json(run.path / "rank_pattern.json", [pattern.to_dict() for pattern in maps])
-    write_json(run.path / "metrics.json", trainer.state.log_history)
-    trainable, total = parameter_counts(model)
-    write_json(
-        run.path / "summary.json",
-        {
-            "steps": steps,
+    if trainer.is_world_process_zero():
+        model.save_pretrained(str(run.adapter if wrapped else run.model))
+        if wrapped:
+            language = check_language(whisper, options.language)
+            remember_speech(run.adapter, options.audio_window(), language, options.task)
+        else:
+            processor.save_pretrained(str(run.model))
+        if maps := rank_maps(model):
+            write_json(run.path / "rank_pattern.json", [pattern.to_dict() for pattern in maps])
+        write_json(run.path / "metrics.json", trainer.state.log_history)
+        trainable, total = parameter_counts(model)
+        summary = {
+            "steps": trainer.state.global_step,
             "resumed_at_step": first_step,
             "train_s": round(seconds, 1),
             "step_s": round(step_times.median_s(), 4),
@@ -303,8 +302,9 @@ def _train(
             "precision": resolved(options.precision),
             # A run may be scored later and elsewhere than it was trained.
             **{name: value for name, value in versions().items() if name in ("commit", "device", "utc")},
-        },
-    )
+        }
+        write_json(run.path / "summary.json", summary)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _report_skipped(run: RunFolder, skipped: list[Skipped], console: Console) -> None:

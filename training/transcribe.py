@@ -10,7 +10,7 @@ from .data import Skipped, checked_duration
 from .decoding import Decoding, transcribe_speech
 from .errors import UserError
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
-from .output import check_writable, writing
+from .output import check_name, check_writable, writing
 from .precision import autocast_dtype
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -93,7 +93,8 @@ def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in _LOOKED_AT)
+            found = (file for file in path.rglob("*") if file.suffix.lower() in _LOOKED_AT)
+            files += sorted(file for file in found if file.is_file())
         else:
             files.append(path)
     if not files:
@@ -107,8 +108,7 @@ def _usable(files: Sequence[Path], strict: bool) -> tuple[list[dict], list[Skipp
         entry = {"path": str(file), "bytes": None}
         name = str(file).encode(errors="backslashreplace").decode()
         try:
-            if name != str(file) or any(character in name for character in "\t\n\r"):
-                raise UserError(f"{name!r}: its name has characters that no list of files can have; rename it")
+            check_name(file)
             checked_duration(str(file), entry)
             entries.append(entry)
         except UserError as error:

@@ -13,6 +13,7 @@ def run_ranks(code: str, *arguments: Any) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world["CUDA_VISIBLE_DEVICES"] = ""  # NCCL does not give one GPU to two
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
@@ -20,4 +21,8 @@ def run_ranks(code: str, *arguments: Any) -> None:
         )
         for rank in range(2)
     ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()  # else it waits for the one that failed

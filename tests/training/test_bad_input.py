@@ -244,6 +244,13 @@ def test_run_folder_of_other_options_or_files(options, finished, tones, tmp_path
     RunFolder(options(tmp_path / "with-dev", dev="dev"))
     with pytest.raises(UserError, match="holds a run with save_steps = 2, not 3"):  # it decides what is kept
         RunFolder(options(tmp_path / "with-dev", dev="dev", save_steps=3))
+    config = tmp_path / "with-dev" / "config.json"
+    older = json.loads(config.read_text())
+    del older["leading_space"]  # as written before there was the option
+    config.write_text(json.dumps(older))
+    with pytest.raises(UserError, match="holds a run with leading_space = None, not True"):
+        RunFolder(options(tmp_path / "with-dev", dev="dev"))
+    RunFolder(options(tmp_path / "with-dev", dev="dev", leading_space=False))
     shutil.rmtree(tmp_path / "with-dev")
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):

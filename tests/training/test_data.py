@@ -46,6 +46,7 @@ def test_audiofolder_becomes_sentence_case(tmp_path):
     assert speech.dataset["speaker"][:3] == ["s0", "s1", "s2"]
     assert speech.dataset["duration_s"][2] == pytest.approx(0.7)
     assert load_speech(tmp_path, keep_case=True).dataset["target"][0] == " WE CALL IT BEAR"
+    assert load_speech(tmp_path, leading_space=False).dataset["target"][0] == "We call it bear."
     assert load_speech(tmp_path, language="tr").dataset["target"][-1] == " It ıs red."
     assert len(load_speech(tmp_path, limit=2)) == 2
 
@@ -178,6 +179,39 @@ def test_sources_of_different_columns_can_be_joined(tmp_path, monkeypatch):
     assert joined["age"][:] == ["7", "8"]
     assert joined["gender"][:] == [None, "f"]
     assert [len(read_audio(entry)) for entry in joined["audio"][:]] == [8000, 8000]
+
+
+def test_the_segments_of_a_file_are_held_out_together(tmp_path):
+    lines = ("path,text,offset,duration", "one.wav,A.,0,0.2", "one.wav,B.,0.2,0.2", "two.wav,C.,,")
+    assert speakers(load_speech(write_lines(tmp_path, "list.csv", *lines))) == (
+        "utterance",
+        ["one.wav", "one.wav", "two.wav"],
+    )
+
+
+def test_audio_in_the_source_is_whole(tmp_path, monkeypatch):
+    """An offset beside it is where it was in another file."""
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": "one.wav"}
+    hub = datasets.Dataset.from_list([{"audio": content, "text": "A.", "offset": 12.0, "duration": 0.5}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=hub))
+    (row,) = load_speech("someone/speech").dataset
+    assert (row["utterance"], row["duration_s"], row["offset"]) == ("one.wav", 0.5, "12.0")
+
+
+def test_audio_that_is_no_path_is_named(tmp_path):
+    entries = [{"path": 3}, {"path": ["a"]}, {"bytes": "UklGRg=="}, "one.wav"]
+    rows = (json.dumps({"audio": entry, "text": "A."}) for entry in entries)
+    speech = load_speech(write_lines(tmp_path, "list.jsonl", *rows))
+    assert [skipped.reason.partition(": ")[2] for skipped in speech.skipped] == [
+        "its audio is not the path of a file; give that"
+    ] * 3
+    assert len(speech) == 1
+
+
+def test_a_source_that_cannot_be_named_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"lat\\udcfc': its name has characters that no table can have"):
+        load_speech(f"{tmp_path}/lat\udcfc")
 
 
 @pytest.mark.parametrize("column", ["speaker", "speaker_id", "client_id"])
@@ -352,20 +386,20 @@ def _without_length(content: bytes) -> bytes:
     return bytes(cut)
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "opus", "mp3", "flac without a length"])
+@pytest.mark.parametrize("kind", ["wav", "wav in GSM610", "flac", "flac without a length", "ogg", "opus", "mp3"])
 def test_segments_of_a_file(tmp_path, kind):
     """As NeMo's manifests name them."""
     file = tmp_path / f"talk.{kind.partition(' ')[0]}"
     rate = 16_000
     tolerance = 2e-3 if kind == "opus" else 1e-6  # where its decoder begins changes its rounding
-    encoding = {"format": "OGG", "subtype": "OPUS"} if kind == "opus" else {}
+    encoding = {"opus": {"format": "OGG", "subtype": "OPUS"}, "wav in GSM610": {"subtype": "GSM610"}}.get(kind, {})
     soundfile.write(file, np.concatenate([tone(1.0, pitch=pitch) for pitch in (200, 300, 400)]), rate, **encoding)
     if "without" in kind:
         file.write_bytes(_without_length(file.read_bytes()))
     rows = [
         {"audio_filepath": file.name, "text": "One.", "offset": 0, "duration": 1.0},
         {"audio_filepath": file.name, "text": "Two.", "offset": 1.25, "duration": 0.5},
-        {"audio_filepath": file.name, "text": "To the end.", "offset": 2.5},
+        {"audio_filepath": file.name, "text": "To the end.", "offset": 2.5, "duration": 0.5},
         {"audio_filepath": file.name, "text": "All.", "offset": None, "duration": 9.0},
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -382,19 +416,22 @@ def test_segments_of_a_file(tmp_path, kind):
 def test_segments_that_cannot_be(tmp_path):
     """And one in a file of more than 30 s, which can."""
     soundfile.write(tmp_path / "long.wav", np.tile(tone(1.0), 40), 16_000)
-    segments = ("35.5,2", "0,31", "39,2", "41,", "-1,2", "x,2", "1,nan", "39.03,1", "40,")
+    segments = ("35.5,2", "0,31", "39,2", "41,2", "-1,2", "x,2", "1,nan", "39.03,1", "40,", f"1{'0' * 400},2", "1,0")
     lines = ("path,text,offset,duration", *(f"long.wav,A.,{segment}" for segment in segments))
     speech = load_speech(write_lines(tmp_path, "list.csv", *lines))
     assert speech.dataset["utterance"][:] == ["long.wav@35.5s", "long.wav@39.03s"]
     assert speech.dataset["duration_s"][:] == pytest.approx([2, 0.97])
     path = tmp_path / "long.wav"
+    remedy = "correct offset and duration, which are in seconds"
+    needed = "a segment has offset and duration in seconds; rename columns that are something else"
     assert [skipped.reason for skipped in speech.skipped] == [
         "long.wav@0s: 31.0 s of audio, Whisper takes 30 s; split it",
-        f"{path}: it ends before the segment of 2 s from 39 s on does; correct offset and duration, which are in "
-        "seconds",
-        "long.wav@41s: the audio is empty",
-        "long.wav: its offset is '-1'; give seconds, 0 or more",
-        "long.wav: its offset is 'x'; give seconds, 0 or more",
-        "long.wav: its duration is 'nan'; give seconds, 0 or more",
-        "long.wav@40s: the audio is empty",
+        f"{path}: it ends before the segment of 2 s from 39 s on does; {remedy}",
+        f"{path}: it ends before the segment of 2 s from 41 s on does; {remedy}",
+        f"long.wav: its offset is '-1'; {needed}",
+        f"long.wav: its offset is 'x'; {needed}",
+        f"long.wav: its duration is 'nan'; {needed}",
+        f"long.wav: its duration is ''; {needed}",
+        f"long.wav: its offset is '1{'0' * 38}; {needed}",
+        f"long.wav: its duration is '0'; {needed}",
     ]

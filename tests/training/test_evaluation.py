@@ -217,6 +217,28 @@ def test_evaluate_transcribe_and_merge_use_what_training_used(
         merge(adapter, tmp_path / "merged", model=str(tiny_folder))
 
 
+def test_transcribe_decodes_as_asked(tiny_folder, tones, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fused_s2lora.training.transcribe.transcribe_speech",
+        lambda *arguments, decoding, **options: asked.append(decoding) or [],
+    )
+    command = ["transcribe", str(tones), "--model", str(tiny_folder), "--decode-once", "--beams", "3"]
+    CliRunner().invoke(app, command)
+    assert asked == [Decoding(beams=3, once=True)]
+
+
+def test_a_table_is_whole_or_as_it_was(finished, tones, tmp_path):
+    scored = read_evaluation(finished / "after", "after", named_sets([f"same={tones}"], "en"))
+    scored.write(tmp_path)
+    before = (tmp_path / "same.tsv").read_bytes()
+    scored.sets[0].heard.pop()  # it fails after having written some lines
+    with pytest.raises(ValueError, match="zip"):
+        scored.write(tmp_path)
+    assert (tmp_path / "same.tsv").read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["results.json", "same.tsv"]
+
+
 @pytest.fixture
 def prompts(monkeypatch):
     """Language and task of each decoded batch, which is not decoded."""

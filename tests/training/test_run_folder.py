@@ -32,7 +32,7 @@ def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_damaged_json_names_its_file(tmp_path):
     file = tmp_path / "summary.json"
     file.write_text('{"steps": ')
-    with pytest.raises(UserError, match=r"summary\.json: is damaged .* restore it, or delete it and run again"):
+    with pytest.raises(UserError, match=r"summary\.json: is damaged .* restore it, or delete the folder of the run"):
         read_json(file)
 
 

@@ -13,14 +13,14 @@ import json, sys
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.train import StepTimes, train
 
-if len(sys.argv) > 2:
+if sys.argv[2:] > ["0"]:  # stop after so many steps; 0: delete the run and start anew
     on_step_end = StepTimes.on_step_end
     def stopped(self, args, state, control, **kwargs):
         on_step_end(self, args, state, control, **kwargs)
         if state.global_step == int(sys.argv[2]):
             sys.exit(0)
     StepTimes.on_step_end = stopped
-train(TrainOptions(**json.loads(sys.argv[1])))
+train(TrainOptions(**json.loads(sys.argv[1])), fresh=sys.argv[2:] == ["0"])
 """
 
 
@@ -35,6 +35,10 @@ def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path):
     assert (summary["resumed_at_step"], summary["steps"]) == (4, 6)
     expected, got = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "stopped")
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+    run_ranks(TRAIN, whole, 0)  # anew: one of them deletes the run, and both do it again
+    again = adapter_of(tmp_path / "whole")
+    assert all(torch.equal(expected[key], again[key]) for key in expected)
+    assert (tmp_path / "whole" / "command.txt").read_text().count("\n") == 1
 
 
 def test_adalora_in_two_processes(quick, tmp_path):
