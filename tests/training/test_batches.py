@@ -82,7 +82,7 @@ def test_batch(tmp_path, tokenizer):
     assert batch["mel_frames"] == 2 * (35 + 10)
     assert not batch["waveforms"][0, 8000:].any()
     first = [token for token in batch["labels"][0].tolist() if token != -100]
-    assert tokenizer.decode(first) == "<|en|><|transcribe|><|notimestamps|>We call it bear.<|endoftext|>"
+    assert tokenizer.decode(first) == "<|en|><|transcribe|><|notimestamps|> We call it bear.<|endoftext|>"
     assert SpeechCollator(tokenizer, AudioWindow())(rows)["mel_frames"] == 3000
 
 
