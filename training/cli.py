@@ -49,7 +49,7 @@ def train(
         list[str],
         typer.Option(
             help="Training speech: audiofolder, .csv/.tsv/.jsonl manifest, or hub id ORG/SET, ORG/SET:SPLIT or "
-            "ORG/SET:CONFIG:SPLIT. A row with offset (and duration), in seconds, is a segment of its file. Repeat."
+            "ORG/SET:CONFIG:SPLIT. A row with offset and duration, in seconds, is a segment of its file. Repeat."
         ),
     ],
     output: Annotated[str, typer.Option(help="Folder of this run.")] = "runs/s2lora",

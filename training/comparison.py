@@ -20,7 +20,7 @@ from .errors import DivergedError, UserError
 from .evaluate import evaluate
 from .methods import METHODS, check
 from .options import TrainOptions
-from .output import read_json, replacing, write_json, writing
+from .output import read_json, write_json, write_text, writing
 from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions
 from .sets import parts_of, scored_sets
@@ -233,8 +233,7 @@ def run_comparison(
     done = sum(cell.finished() for cell in cells)
     with writing(comparison.path):
         comparison.path.mkdir(parents=True, exist_ok=True)
-        with replacing(comparison.path / "comparison.yaml") as unfinished:
-            unfinished.write_text(comparison.source, encoding="utf-8")
+        write_text(comparison.path / "comparison.yaml", comparison.source)
     if done:
         console.print(f"{done} of {len(cells)} cells are finished already")
     ran = 0

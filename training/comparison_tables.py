@@ -10,7 +10,7 @@ from . import published
 from .comparison import ZERO_SHOT, Cell, Comparison, results_of
 from .evaluation import unit_of
 from .options import TrainOptions
-from .output import replacing, write_json
+from .output import replacing, write_json, write_text
 
 ALL = "all"
 METHOD_OPTIONS = (
@@ -143,8 +143,7 @@ def write_tables(comparison: Comparison) -> str:
     columns = columns_of(lines)
     text = markdown(comparison, lines, columns)
     comparison.path.mkdir(parents=True, exist_ok=True)
-    with replacing(comparison.path / "comparison.md") as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_text(comparison.path / "comparison.md", text)
     records = [record(line, cell, columns) for line in lines for cell in line.cells]
     write_json(comparison.path / "comparison.json", records)
     flat = [{key: value for key, value in entry.items() if key != "config"} for entry in records]

@@ -19,7 +19,7 @@ from fused_s2lora import S2LoraModel, fuse_whisper
 
 from .audio_window import AudioWindow
 from .errors import UserError
-from .output import read_json, replacing
+from .output import read_json, write_text
 from .packaged_model import packaged_whisper_base
 from .text import language_code
 
@@ -109,8 +109,7 @@ def remember_speech(adapter: Path, window: AudioWindow, language: str | None, ta
     file = adapter / "adapter_config.json"
     values = (window.mode, window.margin, language, task)
     config = read_json(file) | dict(zip(SPEECH_KEYS, values, strict=True))
-    with replacing(file) as unfinished:
-        unfinished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")  # ASCII, as PEFT writes it
+    write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")  # ASCII, as PEFT writes it
 
 
 def set_speech(model: Any, language: str | None, task: str | None) -> None:

@@ -54,10 +54,15 @@ def replacing(file: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Indented JSON with a final newline."""
+def write_text(file: Path, text: str) -> None:
+    """The text in UTF-8, by `replacing`."""
     with replacing(file) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Indented JSON with a final newline, by `replacing`."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(file: Path) -> Any:

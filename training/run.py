@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data import Skipped
 from .errors import UserError
 from .options import TrainOptions
-from .output import check_name, replacing, write_json, writing
+from .output import check_name, write_json, write_text, writing
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
 # Options that may differ when a run is resumed: they change what is shown, not what is learned (see `changed_option`).
@@ -95,8 +95,7 @@ class RunFolder:
     def write_skipped(self, skipped: list[Skipped]) -> None:
         """One line for each utterance that was left out, with the reason."""
         lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
-        with replacing(self.path / "skipped.tsv") as unfinished:
-            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(self.path / "skipped.tsv", "\n".join(lines) + "\n")
 
 
 def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:

@@ -123,12 +123,17 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     return evaluations
 
 
+def _processes() -> int:
+    """How many of them train together, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _check_one_gpu(options: TrainOptions) -> None:
     if not torch.cuda.is_available():
         raise UserError("--cuda-graphs needs a CUDA GPU, and torch sees none; leave it out")
     if resolved(options.precision) == "fp16":
         raise UserError("--cuda-graphs does not go with fp16, which this GPU trains in; give --precision fp32")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _processes() > 1:
         raise UserError("--cuda-graphs is for one process; leave it out under torchrun")
 
 
@@ -172,8 +177,7 @@ def _steps(options: TrainOptions, utterances: int) -> int:
     """Optimizer steps of the whole run, as the Trainer counts them, under torchrun too."""
     if options.max_steps > 0:
         return options.max_steps
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = math.ceil(math.ceil(utterances / options.batch_size) / processes)  # of each process
+    batches = math.ceil(math.ceil(utterances / options.batch_size) / _processes())  # of each process
     return math.ceil(options.epochs * math.ceil(batches / options.accumulation))
 
 

@@ -33,6 +33,15 @@ def write_folder(folder: Path, texts: Sequence[str] = TEXTS, *, seconds: float =
     return folder
 
 
+def write_lines(folder: Path, name: str, *lines: str) -> Path:
+    """A manifest of two recordings, one.wav and two.wav."""
+    folder.mkdir(exist_ok=True)
+    for recording in ("one.wav", "two.wav"):
+        soundfile.write(folder / recording, tone(0.5), 16_000)
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / name
+
+
 def adapter_of(run: Path) -> dict[str, torch.Tensor]:
     """The tensors of a run's adapter."""
     return load_file(run / "adapter" / "adapter_model.safetensors")

@@ -10,21 +10,7 @@ import soundfile
 from fused_s2lora.training.audio import read_audio
 from fused_s2lora.training.data import Speech, drop_overlong, load_speech, speakers
 from fused_s2lora.training.errors import UserError
-from tests.training.speech import TEXTS, tone, write_folder
-
-
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
-@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8_000, 1)])
-def test_every_format_is_read_as_mono_16_khz(tmp_path, name, rate, channels):
-    soundfile.write(tmp_path / name, tone(1.0, rate, channels), rate)
-    samples = read_audio({"path": str(tmp_path / name), "bytes": None})
-    assert samples.dtype == np.float32
-    assert samples.ndim == 1
-    assert abs(len(samples) - 16_000) < 2000  # mp3 and ogg pad
-    spectrum = np.abs(np.fft.rfft(samples[2000:12_000]))
-    assert abs(np.argmax(spectrum) * 1.6 - 220) < 5
-    content = (tmp_path / name).read_bytes()
-    np.testing.assert_array_equal(read_audio({"path": None, "bytes": content}), samples)
+from tests.training.speech import TEXTS, tone, write_folder, write_lines
 
 
 def test_more_audio_than_32_bit_offsets_reach(tmp_path):
@@ -67,15 +53,6 @@ def test_manifests(tmp_path, kind):
         "north",
         "one.wav",
     )
-
-
-def write_lines(folder, name, *lines):
-    """A manifest of two recordings, one.wav and two.wav."""
-    folder.mkdir(exist_ok=True)
-    for recording in ("one.wav", "two.wav"):
-        soundfile.write(folder / recording, tone(0.5), 16_000)
-    (folder / name).write_text("\n".join(lines) + "\n")
-    return folder / name
 
 
 def test_columns_of_our_names_do_not_replace_ours(tmp_path):
@@ -223,42 +200,6 @@ def test_speakers_are_known_by_several_columns(tmp_path, column):
     assert speakers(speech) == ("utterance", ["one.wav", "two.wav", "one.wav"])
 
 
-def test_cut_off_or_damaged_audio_is_found_before_training(tmp_path):
-    folder = write_folder(tmp_path, seconds=3.0)
-    file = folder / "u1.flac"
-    whole = file.read_bytes()
-    middle = len(whole) // 2
-    damaged = whole[:middle] + bytes(500) + whole[middle + 500 :]
-    for content in (*(whole[: round(share * len(whole))] for share in (0.3, 0.6, 0.99)), damaged):
-        file.write_bytes(content)
-        (skipped,) = load_speech(folder).skipped
-        assert skipped.reason.startswith(f"{file}: not readable as audio (")
-        with pytest.raises(UserError, match=r"u1\.flac: not readable as audio"):
-            read_audio({"path": str(file), "bytes": None})
-
-
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_samples_that_are_not_finite_are_named(tmp_path, number):
-    samples = tone(0.5)
-    samples[100] = number
-    soundfile.write(tmp_path / "one.wav", samples, 16_000, subtype="FLOAT")
-    soundfile.write(tmp_path / "two.wav", tone(0.5), 16_000, subtype="FLOAT")
-    (tmp_path / "list.csv").write_text("path,text\none.wav,A.\ntwo.wav,B.\n")
-    speech = load_speech(tmp_path / "list.csv")
-    assert speech.dataset["utterance"][:] == ["two.wav"]
-    assert speech.skipped[0].reason.startswith(f"{tmp_path}/one.wav: it has samples that are not finite numbers")
-
-
-def test_flac_without_a_length_is_read(tmp_path):
-    folder = write_folder(tmp_path, TEXTS[:1], seconds=1.0)
-    file = folder / "u0.flac"
-    expected = read_audio({"path": str(file), "bytes": None})
-    file.write_bytes(_without_length(file.read_bytes()))
-    (row,) = load_speech(folder).dataset
-    assert row["duration_s"] == pytest.approx(1.0)
-    np.testing.assert_array_equal(read_audio(row["audio"]), expected)
-
-
 def test_hub_path_reads_a_saved_data_set(tmp_path):
     """`datasets.load_dataset` is the hub's path; a folder of parquet files named like an id takes the same one."""
     soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
@@ -376,62 +317,3 @@ def test_overlong_transcripts(tmp_path):
     with pytest.raises(UserError, match="every transcript is longer than 1 tokens"):
         drop_overlong(speech, _Words(), max_tokens=1)
     assert isinstance(drop_overlong(speech, _Words(), max_tokens=9), Speech)
-
-
-def _without_length(content: bytes) -> bytes:
-    """A FLAC as one written to a pipe: 36 bits of its header are zero."""
-    cut = bytearray(content)
-    cut[21] &= 0xF0
-    cut[22:26] = bytes(4)
-    return bytes(cut)
-
-
-@pytest.mark.parametrize("kind", ["wav", "wav in GSM610", "flac", "flac without a length", "ogg", "opus", "mp3"])
-def test_segments_of_a_file(tmp_path, kind):
-    """As NeMo's manifests name them."""
-    file = tmp_path / f"talk.{kind.partition(' ')[0]}"
-    rate = 16_000
-    tolerance = 2e-3 if kind == "opus" else 1e-6  # where its decoder begins changes its rounding
-    encoding = {"opus": {"format": "OGG", "subtype": "OPUS"}, "wav in GSM610": {"subtype": "GSM610"}}.get(kind, {})
-    soundfile.write(file, np.concatenate([tone(1.0, pitch=pitch) for pitch in (200, 300, 400)]), rate, **encoding)
-    if "without" in kind:
-        file.write_bytes(_without_length(file.read_bytes()))
-    rows = [
-        {"audio_filepath": file.name, "text": "One.", "offset": 0, "duration": 1.0},
-        {"audio_filepath": file.name, "text": "Two.", "offset": 1.25, "duration": 0.5},
-        {"audio_filepath": file.name, "text": "To the end.", "offset": 2.5, "duration": 0.5},
-        {"audio_filepath": file.name, "text": "All.", "offset": None, "duration": 9.0},
-    ]
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    speech = load_speech(tmp_path / "list.jsonl")
-    assert speech.dataset["utterance"][:] == [f"{file.name}@0s", f"{file.name}@1.25s", f"{file.name}@2.5s", file.name]
-    first, second, rest, whole = (read_audio(entry) for entry in speech.dataset["audio"][:])
-    for got, start, end in ((first, 0, rate), (second, 5 * rate // 4, 7 * rate // 4), (rest, 5 * rate // 2, None)):
-        np.testing.assert_allclose(got, whole[start:end], atol=tolerance)
-    assert np.abs(second - whole[5 * rate // 4 + 1 : 7 * rate // 4 + 1]).max() > 0.03  # a sample late
-    lengths = [len(part) / rate for part in (first, second, rest, whole)]
-    assert speech.dataset["duration_s"][:] == pytest.approx(lengths)
-
-
-def test_segments_that_cannot_be(tmp_path):
-    """And one in a file of more than 30 s, which can."""
-    soundfile.write(tmp_path / "long.wav", np.tile(tone(1.0), 40), 16_000)
-    segments = ("35.5,2", "0,31", "39,2", "41,2", "-1,2", "x,2", "1,nan", "39.03,1", "40,", f"1{'0' * 400},2", "1,0")
-    lines = ("path,text,offset,duration", *(f"long.wav,A.,{segment}" for segment in segments))
-    speech = load_speech(write_lines(tmp_path, "list.csv", *lines))
-    assert speech.dataset["utterance"][:] == ["long.wav@35.5s", "long.wav@39.03s"]
-    assert speech.dataset["duration_s"][:] == pytest.approx([2, 0.97])
-    path = tmp_path / "long.wav"
-    remedy = "correct offset and duration, which are in seconds"
-    needed = "a segment has offset and duration in seconds; rename columns that are something else"
-    assert [skipped.reason for skipped in speech.skipped] == [
-        "long.wav@0s: 31.0 s of audio, Whisper takes 30 s; split it",
-        f"{path}: it ends before the segment of 2 s from 39 s on does; {remedy}",
-        f"{path}: it ends before the segment of 2 s from 41 s on does; {remedy}",
-        f"long.wav: its offset is '-1'; {needed}",
-        f"long.wav: its offset is 'x'; {needed}",
-        f"long.wav: its duration is 'nan'; {needed}",
-        f"long.wav: its duration is ''; {needed}",
-        f"long.wav: its offset is '1{'0' * 38}; {needed}",
-        f"long.wav: its duration is '0'; {needed}",
-    ]
