@@ -101,7 +101,7 @@ class S2LoraConfig(PeftConfig):
     threshold: float = field(default=1e-4, metadata={"help": "A rank with |s| below this is counted as dead."})
     train_factors: bool = field(default=True, metadata={"help": "False: A and B stay random, only s is trained."})
     coefficient_lr_ratio: float = field(
-        default=6.0, metadata={"help": "Learning rate of s over that of A and B, see `parameter_groups`."}
+        default=1.0, metadata={"help": "Learning rate of s over that of A and B, see `parameter_groups`."}
     )
     backend: str = field(
         default="auto",

@@ -103,8 +103,12 @@ def train(
         float | None, typer.Option(help="Learning rate of the coefficients over --lr. [dim]default: the preset's[/dim]")
     ] = None,
     interpolation: Annotated[
-        float, typer.Option(help="Share of the update kept after training; at 0.6 less of other speech is forgotten.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Share of the update kept after training; with less, less of other speech is forgotten. "
+            "[dim]default: the preset's, all of it for other methods[/dim]"
+        ),
+    ] = None,
     keep_share: Annotated[
         float,
         typer.Option(

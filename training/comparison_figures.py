@@ -59,6 +59,11 @@ _OTHER_MAPS = {
 }
 
 
+def _own_options(line: Line) -> set[str]:
+    """The options of the row itself; one that it leaves to the preset, where the file has another for all, is none."""
+    return {name for name in line.changed if line.first["config"][name] is not None}
+
+
 def rank_map_figure(lines: list[Line]) -> Figure | None:
     """One panel for each stack of S2-LoRA and of AdaLoRA: shade and number are the mean |s|, above it the ranks.
 
@@ -68,7 +73,7 @@ def rank_map_figure(lines: list[Line]) -> Figure | None:
     shown = [
         line for line in lines
         if line.first["rank_pattern"] and line.rank == 8 and not line.varied
-        and line.method in _OTHER_MAPS and not line.changed & _OTHER_MAPS[line.method]
+        and line.method in _OTHER_MAPS and not _own_options(line) & _OTHER_MAPS[line.method]
     ]  # fmt: skip
     if not shown:
         return None

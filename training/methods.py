@@ -27,13 +27,14 @@ class Preset:
     """Settings of S2-LoRA that go together."""
 
     config: Callable[..., S2LoraConfig] = S2LoraConfig
-    learning_rate: float = 3e-3  # of the factors; that of the coefficients is `coefficient_lr_ratio` times it
+    learning_rate: float = 8e-3  # of the factors; that of the coefficients is `coefficient_lr_ratio` times it
+    interpolation: float = 0.75  # the share of the update kept after training
 
 
 # Found by experiment (docs/defaults.md), but for the paper's own.
 PRESETS = {
     "default": Preset(),
-    "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE),
+    "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE, interpolation=1.0),
 }
 
 
@@ -219,3 +220,10 @@ def learning_rate(options: TrainOptions) -> float:
     if options.method == "s2lora":
         return PRESETS[options.preset].learning_rate
     return METHODS[options.method].learning_rate
+
+
+def interpolation(options: TrainOptions) -> float:
+    """The share of the update that is kept after training: of `options`, or of the preset, or all of it."""
+    if options.interpolation is not None:
+        return options.interpolation
+    return PRESETS[options.preset].interpolation if options.method == "s2lora" else 1.0

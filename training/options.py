@@ -46,7 +46,7 @@ class TrainOptions:
     freeze_factors: bool = False
     lr: float | None = None
     coefficient_lr_ratio: float | None = None
-    interpolation: float = 1.0
+    interpolation: float | None = None
     keep_share: float = 0.0
     keep_languages: list[str] = field(default_factory=list)  # none: `LARGEST_LANGUAGES`
     learn_language: bool = True
@@ -121,7 +121,7 @@ class TrainOptions:
             self._check_cuda_graphs()
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr is {self.lr}; give a positive learning rate")
-        if not 0 < self.interpolation <= 1:
+        if self.interpolation is not None and not 0 < self.interpolation <= 1:
             raise UserError(f"--interpolation is {self.interpolation}; give a share above 0, at most 1")
 
     def _check_cuda_graphs(self) -> None:

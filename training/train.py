@@ -24,7 +24,7 @@ from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong
 from .errors import UserError
 from .evaluation import Evaluation, check_sets, evaluate_sets, read_evaluation, results_table
-from .methods import adapt, check, learning_rate
+from .methods import adapt, check, interpolation, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
@@ -280,8 +280,8 @@ def _train(
     seconds = time.perf_counter() - start
     whisper.config.use_cache = True
     whisper.config.update(found)
-    if options.interpolation != 1:
-        interpolate(model, options.interpolation)
+    if (share := interpolation(options)) != 1:
+        interpolate(model, share)
     if trainer.is_world_process_zero():
         model.save_pretrained(str(run.adapter if wrapped else run.model))
         if wrapped:
@@ -304,6 +304,8 @@ def _train(
             "utterances": utterances,
             "answers_in_other_languages": len(speech) - utterances,
             "precision": resolved(options.precision),
+            "learning_rate": learning_rate(options),
+            "interpolation": share,
             # A run may be scored later and elsewhere than it was trained.
             **{name: value for name, value in versions().items() if name in ("commit", "device", "utc")},
         }

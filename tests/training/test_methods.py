@@ -11,7 +11,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from fused_s2lora import S2LoraLinear
 from fused_s2lora.training import published
 from fused_s2lora.training.errors import UserError
-from fused_s2lora.training.methods import METHODS, adalora_start, adapt
+from fused_s2lora.training.methods import METHODS, PRESETS, adalora_start, adapt, interpolation
 from fused_s2lora.training.models import load_base
 from fused_s2lora.training.rank_maps import rank_maps
 from fused_s2lora.training.sets import training_speech
@@ -99,6 +99,21 @@ def test_maps_can_be_left_out_by_name(tiny_whisper):
 def test_frozen_factors_train_coefficients_alone(tiny_whisper):
     model = adapt(tiny_whisper(), options(rank=2, freeze_factors=True), steps=100)
     assert all("coefficients" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [
+        ({}, PRESETS["default"].interpolation),
+        ({"preset": "paper"}, 1.0),
+        ({"method": "lora"}, 1.0),
+        ({"method": "full"}, 1.0),
+        ({"interpolation": 0.3}, 0.3),
+        ({"method": "lora", "interpolation": 0.3}, 0.3),
+    ],
+)
+def test_only_the_default_preset_keeps_less_than_the_whole_update(given, share):
+    assert interpolation(options(**given)) == share
 
 
 @pytest.mark.parametrize(("rank", "start"), [(1, 12), (8, 12), (32, 48)])

@@ -17,6 +17,7 @@ from fused_s2lora import S2LoraConfig
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.methods import PRESETS
 from fused_s2lora.training.models import remembered_speech
 from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
@@ -252,15 +253,18 @@ def test_masking_is_of_the_run_that_asks_for_it(options, tiny_folder, tmp_path, 
 
 
 def test_a_share_of_the_update_is_kept(options, tmp_path):
-    """The adapter that is saved is `interpolation` times the one that was trained."""
+    """The adapter that is saved is `interpolation` times the one that was trained, by default the preset's."""
     found = {}
-    for name, given in {"whole": {}, "little": {"interpolation": 0.1}}.items():
+    shares = {"whole": {"interpolation": 1.0}, "little": {"interpolation": 0.1}, "usual": {}}
+    for name, given in shares.items():
         train(options(tmp_path / name, max_steps=3, **given), console=QUIET)
         found[name] = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
     coefficients = [name for name in found["whole"] if "coefficients" in name]
     assert all(found["whole"][name].abs().max() > 0 for name in coefficients)
-    for name, value in found["whole"].items():
-        torch.testing.assert_close(found["little"][name], (0.1 if name in coefficients else 1) * value, msg=name)
+    for run, share in {"little": 0.1, "usual": PRESETS["default"].interpolation}.items():
+        assert share < 1
+        for name, value in found["whole"].items():
+            torch.testing.assert_close(found[run][name], (share if name in coefficients else 1) * value, msg=name)
 
 
 def test_command_line_from_end_to_end(tiny_folder, tones, tmp_path, monkeypatch, short_decoding):
