@@ -161,13 +161,16 @@ def check_sets(sets: Mapping[str, TestSet], group_by: Sequence[str]) -> None:
     """Nothing, where every set can be scored and grouped; needs no model.
 
     Raises:
-        UserError: a column of `group_by` is in none of the sets, or a set has no word to be counted.
+        UserError: a column of `group_by` is in none of the sets, there is no set to group, or one has no word to be
+            counted.
     """
+    if group_by and not sets:
+        raise UserError(f"--group-by {group_by[0]} without a set to score; give --test, or leave it out")
     for name, test in sets.items():
         normalize = normalizer(test.scoring_language)
         if not any(normalize(text).strip() for text in test.speech.dataset["text"][:]):
             raise UserError(f"test set {name} ({test.speech.source}): no transcript has a word left once normalised")
-    for column in group_by if sets else ():
+    for column in group_by:
         if not any(column in test.speech.dataset.column_names for test in sets.values()):
             known = sorted(
                 {name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS}

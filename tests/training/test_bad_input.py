@@ -106,6 +106,7 @@ def test_every_option_has_help(command):
         ({"target_modules": ["missing"]}, "--target-modules: .*missing"),
         ({"rank": 300}, "r=300 is not between 1 and 256"),
         ({"group_by": ["town"], "test": ["SPEECH"]}, "no test set has a column 'town' to group by; there is age"),
+        ({"group_by": ["age"]}, "--group-by age without a set to score; give --test, or leave it out"),
         ({"test": ["a=SPEECH", "a=SPEECH"]}, "two test sets are named 'a'"),
         ({"test": ["a/b=SPEECH"]}, "the set's name 'a/b' has a / in it; give NAME=SOURCE"),
         ({"dev_share": 0.01}, r"too few to hold out 1%"),
