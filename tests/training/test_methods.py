@@ -157,7 +157,9 @@ def test_adalora_gives_up_ranks_and_adds_its_orthogonality(quick, tmp_path, tiny
     found = {}
     for method in ADALORA:
         run = tmp_path / method
-        made = options(**{**quick, "output": str(run), "method": method, "epochs": 12, "rank": 2, "test": []})
+        made = options(
+            **{**quick, "output": str(run), "method": method, "epochs": 12, "rank": 2, "test": [], "group_by": []}
+        )
         train(made, console=QUIET)
         patterns = json.loads((run / "rank_pattern.json").read_text())
         live = sum(sum(value or 0 for value in row) for pattern in patterns for row in pattern["live"])
