@@ -8,6 +8,7 @@ from rich.console import Console
 from fused_s2lora.training.options import TrainOptions
 
 QUIET = Console(quiet=True)
+UNSCORED = {"test": [], "group_by": []}  # options of a run that is trained alone
 REPRODUCTION = Path(__file__).parents[2] / "docs" / "reproduction"
 ROWS = [
     {"name": "zero-shot", "method": "zero-shot", "window": "full"},

@@ -18,7 +18,7 @@ from fused_s2lora.training.sets import training_speech
 from fused_s2lora.training.train import parameter_counts, train
 from fused_s2lora.training.trainer import _orthogonality
 from tests.fused_s2lora.adapters import batch
-from tests.training.comparisons import QUIET, options
+from tests.training.comparisons import QUIET, UNSCORED, options
 
 ADALORA = [name for name in METHODS if name.startswith("adalora")]
 
@@ -157,9 +157,7 @@ def test_adalora_gives_up_ranks_and_adds_its_orthogonality(quick, tmp_path, tiny
     found = {}
     for method in ADALORA:
         run = tmp_path / method
-        made = options(
-            **{**quick, "output": str(run), "method": method, "epochs": 12, "rank": 2, "test": [], "group_by": []}
-        )
+        made = options(**{**quick, **UNSCORED, "output": str(run), "method": method, "epochs": 12, "rank": 2})
         train(made, console=QUIET)
         patterns = json.loads((run / "rank_pattern.json").read_text())
         live = sum(sum(value or 0 for value in row) for pattern in patterns for row in pattern["live"])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.training.comparisons import UNSCORED
 from tests.training.ranks import run_ranks
 from tests.training.speech import TEXTS, adapter_of, write_folder
 
@@ -26,7 +27,7 @@ train(TrainOptions(**json.loads(sys.argv[1])), fresh=sys.argv[2:] == ["0"])
 
 def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path):
     data = write_folder(tmp_path / "speech", TEXTS * 2)
-    asked = {**quick, "data": [str(data)], "epochs": 2, "save_steps": 2, "test": [], "group_by": []}
+    asked = {**quick, **UNSCORED, "data": [str(data)], "epochs": 2, "save_steps": 2}
     whole, stopped = (json.dumps({**asked, "output": str(tmp_path / name)}) for name in ("whole", "stopped"))
     run_ranks(TRAIN, whole)
     run_ranks(TRAIN, stopped, 5)  # the last checkpoint is the first of the second epoch's three steps
@@ -44,16 +45,7 @@ def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path):
 def test_adalora_in_two_processes(quick, tmp_path):
     """Its term is in the loss of a model in DistributedDataParallel, and its budget ends with the steps of one rank."""
     run = tmp_path / "run"
-    asked = {
-        **quick,
-        "output": str(run),
-        "method": "adalora",
-        "epochs": 10,
-        "rank": 2,
-        "test": [],
-        "group_by": [],
-        "save_steps": 100,
-    }
+    asked = {**quick, **UNSCORED, "output": str(run), "method": "adalora", "epochs": 10, "rank": 2, "save_steps": 100}
     run_ranks(TRAIN, json.dumps(asked))
     assert json.loads((run / "summary.json").read_text())["steps"] == 20
     first = json.loads((run / "metrics.json").read_text())[0]
