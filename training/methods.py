@@ -14,6 +14,7 @@ from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 from fused_s2lora import S2LoraConfig, S2LoraModel, fuse_whisper
+from fused_s2lora.config import WHISPER_LINEAR_MAPS
 
 from .errors import UserError
 from .options import TrainOptions
@@ -181,12 +182,21 @@ def check(options: TrainOptions) -> None:
 
 
 def _check_targets(model: WhisperForConditionalGeneration, options: TrainOptions) -> None:
-    """As PEFT finds them: by the whole name, or by its end after a dot."""
+    """As PEFT finds them: by the whole name, or by its end after a dot; what is left out by the whole name."""
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for target in options.target_modules or ():
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+    found: set[str] = set()
+    for target in options.target_modules or WHISPER_LINEAR_MAPS:
+        meant = {name for name in linear if name == target or name.endswith(f".{target}")}
+        if not meant and options.target_modules:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(f"--target-modules: the model has no linear map {target!r}; there are {known}")
+        found |= meant
+    excluded = options.exclude_modules
+    if excluded is not None and not any(re.fullmatch(excluded, name) for name in found):
+        raise UserError(
+            f"--exclude-modules {excluded!r} leaves out nothing that would be adapted; the whole name has to match, "
+            f"such as {min(found)}"
+        )
 
 
 def adapt(
@@ -195,7 +205,7 @@ def adapt(
     """The model ready to be trained for `steps` steps by `options.method`: wrapped by PEFT, or itself.
 
     Raises:
-        UserError: an unknown method or preset, or targets the model does not have.
+        UserError: an unknown method or preset, targets the model does not have, or nothing of them left out as asked.
     """
     check(options)
     _check_targets(model, options)

@@ -93,6 +93,8 @@ def test_every_option_has_help(command):
         ({"method": "adalora", "dev": "SPEECH"}, "leave out --dev and --dev-share"),
         ({"target_modules": ["fc1", "missing"]}, "the model has no linear map 'missing'; there are fc1, fc2, k_proj"),
         ({"method": "lora", "target_modules": ["conv1"]}, "--target-modules: the model has no linear map 'conv1'"),
+        ({"exclude_modules": "decoder"}, r"--exclude-modules 'decoder' leaves out nothing .* such as model\.decoder"),
+        ({"exclude_modules": ".*fc1", "target_modules": ["fc2"]}, r"leaves out nothing .* such as model\..*\.fc2"),
         ({"window": "full", "full_share": 0.5}, "--full-share goes with --window trim; leave it out"),
         ({"keep_share": 0.01}, "--keep-share 0.01 of 6 utterances is none of them; give more"),
         ({"max_steps": 0}, "--max-steps is 0; give at least 1, or -1 for --epochs"),
