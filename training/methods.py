@@ -4,6 +4,7 @@ S2-LoRA and α-LoRA are this library's tuner, all else is PEFT's own, configured
 section 3), or for full fine-tuning and BitFit the model's own parameters.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -28,14 +29,15 @@ class Preset:
     """Settings of S2-LoRA that go together."""
 
     config: Callable[..., S2LoraConfig] = S2LoraConfig
-    learning_rate: float = 8e-3  # of the factors; that of the coefficients is `coefficient_lr_ratio` times it
+    learning_rate: float = 8e-3  # of the factors up to `rate_rank`; that of s is `coefficient_lr_ratio` times it
+    rate_rank: float = 8  # above it the rate falls with the root of the rank
     interpolation: float = 0.75  # the share of the update kept after training
 
 
 # Found by experiment (docs/defaults.md), but for the paper's own.
 PRESETS = {
     "default": Preset(),
-    "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE, interpolation=1.0),
+    "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE, rate_rank=math.inf, interpolation=1.0),
 }
 
 
@@ -224,11 +226,12 @@ def adapt(
 
 
 def learning_rate(options: TrainOptions) -> float:
-    """The learning rate of `options`, or of the preset, or the paper's of the method."""
+    """The learning rate of `options`, or of the preset at this rank, or the paper's of the method."""
     if options.lr is not None:
         return options.lr
     if options.method == "s2lora":
-        return PRESETS[options.preset].learning_rate
+        preset = PRESETS[options.preset]
+        return preset.learning_rate * min(1, preset.rate_rank / options.rank) ** 0.5
     return METHODS[options.method].learning_rate
 
 

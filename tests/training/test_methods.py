@@ -11,7 +11,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from fused_s2lora import S2LoraLinear
 from fused_s2lora.training import published
 from fused_s2lora.training.errors import UserError
-from fused_s2lora.training.methods import METHODS, PRESETS, adalora_start, adapt, interpolation
+from fused_s2lora.training.methods import METHODS, PRESETS, adalora_start, adapt, interpolation, learning_rate
 from fused_s2lora.training.models import load_base
 from fused_s2lora.training.rank_maps import rank_maps
 from fused_s2lora.training.sets import training_speech
@@ -114,6 +114,22 @@ def test_frozen_factors_train_coefficients_alone(tiny_whisper):
 )
 def test_only_the_default_preset_keeps_less_than_the_whole_update(given, share):
     assert interpolation(options(**given)) == share
+
+
+@pytest.mark.parametrize(
+    ("given", "share_of_rate"),
+    [
+        ({"rank": 1}, 1.0),
+        ({"rank": 8}, 1.0),
+        ({"rank": 32}, 0.5),
+        ({"rank": 32, "preset": "paper"}, 1.0),
+        ({"rank": 32, "method": "lora"}, 1.0),
+    ],
+)
+def test_above_rank_8_the_default_rate_falls_with_the_root_of_the_rank(given, share_of_rate):
+    at_8 = {name: value for name, value in given.items() if name != "rank"}
+    assert learning_rate(options(**given)) == pytest.approx(share_of_rate * learning_rate(options(**at_8)))
+    assert learning_rate(options(**given, lr=1e-4)) == 1e-4
 
 
 @pytest.mark.parametrize(("rank", "start"), [(1, 12), (8, 12), (32, 48)])
