@@ -97,7 +97,11 @@ def train(
         bool, typer.Option("--freeze-factors", help="Leave the shared factors as they start; train coefficients only.")
     ] = False,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate of the factors. [dim]default: the method's[/dim]")
+        float | None,
+        typer.Option(
+            help="Learning rate of the factors. [dim]default: the method's; S2-LoRA's falls with the root of a rank "
+            "above 8[/dim]"
+        ),
     ] = None,
     coefficient_lr_ratio: Annotated[
         float | None, typer.Option(help="Learning rate of the coefficients over --lr. [dim]default: the preset's[/dim]")
