@@ -367,6 +367,8 @@ def tune(
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and status 2, Ctrl-C says how to go on."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # PEFT takes AdaLoRA's weights that have given up all their ranks for files half written.
+    warnings.filterwarnings("ignore", message=r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape")
     try:
         if len(sys.argv) > 1 and not {"--help", "-h"} & set(sys.argv):
             from transformers.utils import logging
