@@ -25,6 +25,7 @@ from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions
 from .sets import parts_of, scored_sets
 from .train import train
+from .utterance_errors import write_errors
 
 ZERO_SHOT = "zero-shot"
 _OPTIONS = {option.name: str(option.type) for option in dataclasses.fields(TrainOptions)}
@@ -291,6 +292,8 @@ def _run_and_record(cell: Cell, console: Console) -> None:
         console.print(f"[red]{cell.name}[/red]: {failed}")
     except UserError as error:
         raise UserError(f"{cell.name}: {error}") from error
+    if failed is None:
+        write_errors(cell.path)
     record = {"row": cell.row, "seconds": round(time.perf_counter() - start, 1), "failed": failed}
     write_json(cell.path / "cell.json", record | {"precision": resolved(cell.options.precision), **versions()})
     shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
@@ -324,7 +327,7 @@ def results_of(cell: Cell) -> dict[str, Any] | None:
     """
     if not cell.finished():
         return None
-    found: dict[str, Any] = {"name": cell.name, "row": cell.row, "varied": cell.varied, "base": cell.base}
+    found: dict[str, Any] = {name: getattr(cell, name) for name in ("name", "path", "row", "varied", "base")}
     command = cell.path / "command.txt"
     found["command"] = command.read_text().splitlines()[-1] if command.is_file() else ""
     for part in ("cell", "config", "summary", "metrics", "rank_pattern"):

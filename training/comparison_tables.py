@@ -1,160 +1,45 @@
-"""The paper's two tables with our figures beside the published ones, as Markdown, CSV and JSON."""
+"""The paper's two tables with our figures beside the published ones, and differences, as Markdown, CSV and JSON."""
 
 import csv
 import dataclasses
 import statistics
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import published
-from .comparison import ZERO_SHOT, Cell, Comparison, results_of
-from .evaluation import unit_of
-from .options import TrainOptions
+from .comparison import ZERO_SHOT, Comparison
+from .comparison_differences import Gap, gaps_of, told_of
+from .comparison_lines import ALL, Column, Line, columns_of, lines_of, names_of
+from .metrics import Difference
 from .output import replacing, write_json, write_text
-
-ALL = "all"
-METHOD_OPTIONS = (
-    "preset", "target_modules", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty",
-    "freeze_factors", "lr", "coefficient_lr_ratio", "interpolation", "utterances", "keep_share", "keep_languages",
-    "learn_language",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Column:
-    """A set, or a group of it, and the error unit that is read for its language: "wer" or "cer"."""
-
-    set: str
-    group: str
-    unit: str
-
-    def __str__(self) -> str:
-        name = self.set if self.group == ALL else f"{self.set}, {self.group}"
-        return f"{name} {self.unit.upper()}"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of a table: all seeds of one set-up. Rates in percent, a list with one entry a seed."""
-
-    label: str
-    cells: list[dict[str, Any]]
-
-    @property
-    def first(self) -> dict[str, Any]:
-        """The first seed that did not fail, which has all there is to have; the very first where all did."""
-        return next((cell for cell in self.cells if not cell["cell"]["failed"]), self.cells[0])
-
-    @property
-    def method(self) -> str:
-        """The method's name."""
-        return self.first["config"]["method"]
-
-    @property
-    def rank(self) -> int:
-        """The rank that was asked for."""
-        return self.first["config"]["rank"]
-
-    @property
-    def trainable(self) -> int | None:
-        """Trainable parameters; None without training."""
-        summary = self.first["summary"]
-        return summary["trainable_parameters"] if summary else None
-
-    @property
-    def varied(self) -> bool:
-        """Whether it is one of several that a row of the file gives for a list of values (other than rank and seed)."""
-        return bool(self.first["varied"])
-
-    @property
-    def changed(self) -> set[str]:
-        """The options of the method that are not as the file has them for all its rows, by default the method's own."""
-        return self._unlike(self.first["base"])
-
-    def _unlike(self, base: dict[str, Any]) -> set[str]:
-        default = dataclasses.asdict(TrainOptions(["-"], "-"))
-        config, usual = {**default, **self.first["config"]}, {**default, **base}
-        return {name for name in METHOD_OPTIONS if config[name] != usual[name]}
-
-    @property
-    def published(self) -> str | None:
-        """The method's name where this is the paper's own set-up of it, and not an ablation of ours."""
-        if self.varied:
-            return None
-        config, changed = self.first["config"], self._unlike({})
-        if self.method == "s2lora":
-            as_published = config["preset"] == "paper" and changed == {"preset"}
-        elif self.method == "full":
-            as_published = config["lr"] in (None, 1e-4) and changed <= {"lr"}
-        else:
-            as_published = not changed
-        return self.method if as_published else None
-
-    def rates(self, column: Column, kind: str = "rate") -> list[float]:
-        """Error rates of each seed; `kind` is a field of `ErrorRate`."""
-        found = []
-        for cell in self.cells:
-            groups = (cell["results"] or {"sets": {}})["sets"].get(column.set, {"groups": {}})["groups"]
-            if column.group in groups:
-                found.append(groups[column.group][column.unit][kind])
-        return found
-
-    def mean(self, key: str) -> float | None:
-        """Mean of a figure of the runs' summaries."""
-        values = [cell["summary"][key] for cell in self.cells if cell["summary"] and cell["summary"][key] is not None]
-        return statistics.fmean(values) if values else None
-
-
-def lines_of(comparison: Comparison) -> list[Line]:
-    """Every finished set-up in the file's order; cells that differ in nothing but the seed are one line."""
-    groups: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
-    for cell in comparison.cells:
-        found = results_of(cell)
-        if found is not None:
-            if found["summary"] and not comparison.timed:
-                found["summary"] |= {"step_s": None, "peak_memory_mib": None}
-            groups.setdefault(cell.line, []).append((cell, found))
-    return [Line(_label(cells[0][0]), [found for _, found in cells]) for cells in groups.values()]
-
-
-def _label(cell: Cell) -> str:
-    return ", ".join([cell.row, *(f"{key} {value}" for key, value in cell.varied.items())])
-
-
-def columns_of(lines: list[Line]) -> list[Column]:
-    """Sets and groups of all lines in the order in which they first appear, groups before the whole."""
-    units: dict[str, str] = {}
-    groups: dict[str, dict[str, None]] = {}
-    for cell in (cell for line in lines for cell in line.cells if cell["results"]):
-        for name, result in cell["results"]["sets"].items():
-            units.setdefault(name, unit_of(result))
-            groups.setdefault(name, {}).update(dict.fromkeys(group for group in result["groups"] if group != ALL))
-    columns = []
-    for name, unit in units.items():
-        # One group alone says what the whole says.
-        columns += [Column(name, group, unit) for group in (groups[name] if len(groups[name]) > 1 else [])]
-        columns.append(Column(name, ALL, unit))
-    return columns
 
 
 def write_tables(comparison: Comparison) -> str:
-    """Writes comparison.md, .csv and .json into the comparison's folder, and returns the Markdown."""
+    """Writes comparison.md, .csv and .json and differences.csv into the comparison's folder; returns the Markdown.
+
+    Raises:
+        UserError: a finished run's file is damaged.
+    """
     lines = lines_of(comparison)
     columns = columns_of(lines)
-    text = markdown(comparison, lines, columns)
+    gaps = list(gaps_of(names_of(lines), columns))
+    text = markdown(comparison, lines, columns, gaps)
     comparison.path.mkdir(parents=True, exist_ok=True)
     write_text(comparison.path / "comparison.md", text)
     records = [record(line, cell, columns) for line in lines for cell in line.cells]
     write_json(comparison.path / "comparison.json", records)
     flat = [{key: value for key, value in entry.items() if key != "config"} for entry in records]
-    with (
-        replacing(comparison.path / "comparison.csv") as unfinished,
-        unfinished.open("w", encoding="utf-8", newline="") as stream,
-    ):
-        writer = csv.DictWriter(stream, fieldnames=list(flat[0]) if flat else ["row"])
-        writer.writeheader()
-        writer.writerows(flat)
+    _write_csv(comparison.path / "comparison.csv", flat)
+    if gaps:
+        _write_csv(comparison.path / "differences.csv", [gap_record(gap) for gap in gaps])
     return text
+
+
+def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["row"])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def record(line: Line, cell: dict[str, Any], columns: list[Column]) -> dict[str, Any]:
@@ -188,8 +73,16 @@ def record(line: Line, cell: dict[str, Any], columns: list[Column]) -> dict[str,
     return entry | {"config": cell["config"]}
 
 
-def markdown(comparison: Comparison, lines: list[Line], columns: list[Column]) -> str:
-    """Methods at rank 8, runs over lists of values, the rank sweep, and every run with what made it."""
+def gap_record(gap: Gap) -> dict[str, Any]:
+    """A gap to the first row, flat: of which rows and set, and its two differences with their intervals."""
+    entry = {"row": gap.name, "less": gap.against, "seeds": gap.seeds, "error": str(gap.column)}
+    for kind, found in (("", gap.plain), ("capped_", gap.capped)):
+        entry |= {f"{kind}{name}": round(getattr(found, name), 3) for name in ("points", "low", "high")}
+    return entry
+
+
+def markdown(comparison: Comparison, lines: list[Line], columns: list[Column], gaps: list[Gap]) -> str:
+    """Methods at rank 8, runs over lists of values, the rank sweep, gaps, and every run with what made it."""
     records = [record(line, cell, columns) for line in lines for cell in line.cells]
     missing = len(comparison.cells) - len(records)
     devices = sorted({entry["device"] for entry in records if entry["step_s"]})
@@ -209,6 +102,7 @@ def markdown(comparison: Comparison, lines: list[Line], columns: list[Column]) -
         _methods("Methods (the paper's Table 2)", methods, columns) if methods else None,
         _sweep(lines, columns),
         _methods("One option varied", varied, columns, beside_paper=False) if varied else None,
+        _differences(gaps) if gaps else None,
         _runs(records),
     ]
     return "\n\n".join([*head, *filter(None, parts)]) + "\n"
@@ -270,6 +164,30 @@ def _sweep(lines: list[Line], columns: list[Column]) -> str | None:
         theirs = published.RANK_SWEEP.get(paper[label] or "", ())
         rows.append([label, *rates, *([" / ".join(f"{value:.2f}" for value in values) for values in theirs] or "––")])
     return "## Ranks (the paper's Table 1)\n\n" + _table(heads, rows)
+
+
+def _differences(gaps: list[Gap]) -> str:
+    """Each row less the first that was trained, the sets side by side."""
+    columns = list(dict.fromkeys(gap.column for gap in gaps))
+    by_name: dict[str, dict[Column, Gap]] = {}
+    for gap in gaps:
+        by_name.setdefault(gap.name, {})[gap.column] = gap
+    heads = ["row", *(f"{column}{kind}" for column in columns for kind in ("", ", capped")), "seeds"]
+    rows = []
+    for name, found in by_name.items():
+        gaps_shown = [(gap.plain, gap.capped) if gap else (None, None) for gap in map(found.get, columns)]
+        shown = [_points(one) for both in gaps_shown for one in both]
+        rows.append([name, *shown, str(max(gap.seeds for gap in found.values()))])
+    return f"## Differences from {gaps[0].against}\n\n{told_of(gaps)} Bold where it does not hold 0.\n\n" + _table(
+        heads, rows
+    )
+
+
+def _points(found: Difference | None) -> str:
+    if found is None:
+        return "–"
+    points, low, high = (f"{value:+.1f}".replace("-", "−") for value in (found.points, found.low, found.high))
+    return f"{f'**{points}**' if found.sure else points} [{low}, {high}]"
 
 
 def _runs(records: list[dict[str, Any]]) -> str:

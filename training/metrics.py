@@ -1,11 +1,13 @@
-"""Error rates: substitutions, deletions and insertions by utterance, and their sum with a bootstrap interval."""
+"""Error rates: substitutions, deletions and insertions by utterance, their sum and differences with intervals."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jiwer
 import numpy as np
+import numpy.typing as npt
 
 from .text import normalizer
 
@@ -47,6 +49,20 @@ class ErrorRate:
     insertions: int
     length: int
     utterances: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How many points one system's error rate is above another's on the same utterances, with a 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval is on one side of 0."""
+        return self.low > 0 or self.high < 0
 
 
 def score(
@@ -98,3 +114,47 @@ def summarize(utterances: Sequence[UtteranceErrors], *, seed: int = 0, resamples
         length=int(lengths.sum()),
         utterances=len(utterances),
     )
+
+
+def difference(
+    ours: npt.ArrayLike, theirs: npt.ArrayLike, lengths: npt.ArrayLike, *, seed: int = 0, resamples: int = 1000
+) -> Difference:
+    """The error rate of one system less that of another, in points, with a 95 % percentile bootstrap interval.
+
+    ours [S, U] and theirs [S', U] are counts of errors, one row a seed, over the same utterances of lengths [U]. Each
+    resample draws the utterances once for both systems (Bisani and Ney, ICASSP 2004, "Bootstrap estimates for
+    confidence intervals in ASR performance evaluation") and, where a system has several seeds, the seeds of each, whose
+    spread is widened by sqrt(S / (S - 1)), for a sample's is too narrow by that. With two or three seeds the interval
+    is short still, and of one it says nothing of what another would give.
+
+    Raises:
+        ValueError: shapes that do not fit, or no utterance with a length.
+    """
+    ours, theirs, lengths = (np.asarray(values, dtype=float) for values in (ours, theirs, lengths))
+    if {array.ndim for array in (ours, theirs)} != {2} or not ours.shape[1:] == theirs.shape[1:] == lengths.shape:
+        raise ValueError(f"ours {ours.shape} and theirs {theirs.shape} are not [seeds, utterances] of {lengths.shape}")
+    if lengths.sum() == 0:
+        raise ValueError("lengths has no reference with a word in it, so there is no error rate")
+    drawn = _drawn(len(lengths), seed, resamples)
+    rng = np.random.default_rng([seed, 1])
+    length = np.maximum(drawn @ lengths, 1)
+
+    def errors(counts: np.ndarray) -> np.ndarray:
+        seeds = len(counts)
+        shares = np.full((resamples, seeds), 1 / seeds)
+        if seeds > 1:
+            several = rng.multinomial(seeds, shares[0], size=resamples) / seeds
+            shares = shares + (several - shares) * np.sqrt(seeds / (seeds - 1))
+        return (drawn @ counts.T * shares).sum(axis=1)
+
+    points = 100 * (errors(ours) - errors(theirs)) / length
+    low, high = np.percentile(points, [2.5, 97.5])
+    mean = 100 * (ours.mean(axis=0).sum() - theirs.mean(axis=0).sum()) / lengths.sum()
+    return Difference(float(mean), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(utterances: int, seed: int, resamples: int) -> np.ndarray:
+    """How often each resample has each utterance, [resamples, utterances]; a comparison asks for it by the hundred."""
+    shares = np.full(utterances, 1 / utterances)
+    return np.random.default_rng(seed).multinomial(utterances, shares, size=resamples)

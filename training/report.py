@@ -10,8 +10,10 @@ import jinja2
 import jiwer
 
 from .comparison import Comparison, read_comparison
+from .comparison_differences import Gap, gaps_of, told_of
 from .comparison_figures import draw_figures
-from .comparison_tables import Line, columns_of, lines_of, record, write_tables
+from .comparison_lines import columns_of, lines_of, names_of
+from .comparison_tables import record, write_tables
 from .errors import UserError
 from .evaluation import unit_of
 from .output import read_json, writing
@@ -93,7 +95,8 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
             rows.append(row)
             made = {name: entry[name] for name in ("cell", "seed", "commit", "command", "device", "failed")}
             runs.append({"method": entry["row"], "UTC": entry["utc"][:16].replace("T", " "), **made})
-    names = _names(lines)
+    names = names_of(lines)
+    gaps = list(gaps_of(names, columns))
     first = {name: comparison.path / line.first["name"] / "after" for name, line in names.items()}
     chosen = next((name for name, line in names.items() if line.method == "s2lora" and not line.changed), None)
     return {
@@ -101,7 +104,11 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         "facts": {"finished": f"{sum(len(line.cells) for line in lines)} of {len(comparison.cells)} runs"},
         "figures": [(title, file.read_text(encoding="utf-8")) for title, file in figures.items()],
         "data": {
-            "tables": [{"title": "Methods: error rates, percent", "rows": rows}, {"title": "Runs", "rows": runs}],
+            "tables": [
+                {"title": "Methods: error rates, percent", "rows": rows},
+                *([_differences(gaps)] if gaps else []),
+                {"title": "Runs", "rows": runs},
+            ],
             "maps": [
                 entry for name, line in names.items() if line.first["rank_pattern"]
                 for entry in _maps(name, line.first["rank_pattern"])
@@ -113,10 +120,14 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _names(lines: list[Line]) -> dict[str, Line]:
-    """Each line by its label, with the rank where several lines have it."""
-    labels = [line.label for line in lines]
-    return {line.label + f", r = {line.rank}" * (labels.count(line.label) > 1): line for line in lines}
+def _differences(gaps: list[Gap]) -> dict[str, Any]:
+    rows = []
+    for gap in gaps:
+        row = {"method": gap.name, "seeds": gap.seeds, "error": str(gap.column)}
+        for kind, found in (("points", gap.plain), ("capped", gap.capped)):
+            row |= {kind: found.points, f"{kind}: 95 % from": found.low, f"{kind}: to": found.high}
+        rows.append(row)
+    return {"title": f"Differences from {gaps[0].against}, points", "note": told_of(gaps), "digits": 1, "rows": rows}
 
 
 def _read(file: Path, default: Any) -> Any:

@@ -15,14 +15,17 @@ from rich.console import Console
 
 from fused_s2lora.training import comparison as comparison_module
 from fused_s2lora.training.comparison import read_comparison, results_of, run_comparison
+from fused_s2lora.training.comparison_differences import gaps_of
 from fused_s2lora.training.comparison_figures import draw_figures, learning_figure
-from fused_s2lora.training.comparison_tables import METHOD_OPTIONS, columns_of, lines_of, write_tables
+from fused_s2lora.training.comparison_lines import METHOD_OPTIONS, columns_of, lines_of, names_of
+from fused_s2lora.training.comparison_tables import write_tables
 from fused_s2lora.training.decoding import Decoding
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluation import Evaluation
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.report import write_report
 from fused_s2lora.training.run import RunFolder
+from fused_s2lora.training.utterance_errors import read_errors
 from tests.training.comparisons import QUIET, REPRODUCTION, ROWS, write
 
 
@@ -228,6 +231,51 @@ def test_tables_have_the_sets_of_every_row(compared, tmp_path, quick, tones):
     columns = [str(column) for column in columns_of(lines_of(comparison)) if column.group == "all"]
     assert columns == ["same WER", "more CER"]
     assert "more CER" in write_tables(comparison)
+
+
+def test_rows_are_set_against_the_first_that_was_trained(compared):
+    comparison = read_comparison(compared / "comparison-file.yaml", compared / "out")
+    text = write_tables(comparison)
+    records = json.loads((compared / "out" / "comparison.json").read_text())
+    rates = {}
+    for entry in records:
+        rates.setdefault((entry["row"], entry["rank"]), []).append(entry["same WER capped_rate"])
+    with (compared / "out" / "differences.csv").open(encoding="utf-8") as stream:
+        rows = {row["row"]: row for row in csv.DictReader(stream)}
+    assert list(rows) == [line for line in names_of(lines_of(comparison)) if line != "S2-LoRA"]
+    assert {(row["less"], row["error"]) for row in rows.values()} == {("S2-LoRA", "same WER")}
+    ours = sum(rates["S2-LoRA", 8]) / 2
+    for name, key in (("zero-shot", ("zero-shot", 8)), ("LoRA, r = 2", ("LoRA", 2)), ("AdaLoRA", ("AdaLoRA", 8))):
+        (theirs,) = rates[key]
+        assert float(rows[name]["capped_points"]) == pytest.approx(theirs - ours, abs=1e-3)
+        assert float(rows[name]["capped_low"]) <= theirs - ours <= float(rows[name]["capped_high"])
+    assert "## Differences from S2-LoRA\n" in text
+    points = f"{float(rows['LoRA, r = 2']['points']):+.1f}".replace("-", "−")
+    assert any(line.startswith("| LoRA, r = 2 |") and points in line for line in text.splitlines())
+
+
+def test_only_runs_on_the_same_utterances_are_set_against_each_other(compared, tmp_path):
+    """Runs that kept no errors of utterances are left out, and a damaged file of them is named."""
+    shutil.copytree(compared / "out", tmp_path / "out")
+    comparison = read_comparison(compared / "comparison-file.yaml", tmp_path / "out")
+    (tmp_path / "out" / "lora-r8-seed0" / "errors.csv").unlink()
+    other = tmp_path / "out" / "adalora-r8-seed0" / "errors.csv"
+    other.write_text(other.read_text().replace("same,", "same,other-"))
+    lines = lines_of(comparison)
+    names = {gap.name for gap in gaps_of(names_of(lines), columns_of(lines))}
+    assert "LoRA, r = 2" in names
+    assert not names & {"S2-LoRA", "LoRA, r = 8", "AdaLoRA"}
+    other.write_text("set,utterance\nsame,one\n")
+    with pytest.raises(UserError, match=r"adalora-r8-seed0/errors.csv: is damaged"):
+        write_tables(comparison)
+
+
+def test_errors_kept_by_utterance_are_those_of_the_results(compared):
+    for run in (compared / "out").glob("*-seed?"):
+        rates = json.loads((run / "results.json").read_text())[-1]["sets"]["same"]["groups"]["all"]
+        kept = read_errors(run)["same"]
+        for unit in ("wer", "cer"):
+            assert 100 * kept.errors[unit].sum() / kept.lengths[unit].sum() == pytest.approx(rates[unit]["rate"])
 
 
 def test_checkpoints_are_cleared_and_adapters_kept(compared):

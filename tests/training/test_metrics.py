@@ -1,10 +1,11 @@
 """Error rates against counts made by hand."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_s2lora.training.metrics import score, summarize
+from fused_s2lora.training.metrics import UtteranceErrors, difference, score, summarize
 
 
 def counts(reference, hypothesis, **kwargs):
@@ -45,10 +46,6 @@ def test_summary_and_cap():
 
 def test_interval_covers_as_often_as_it_says():
     """Over many draws of 60 utterances with 20 % errors, about 95 % of the intervals hold the true rate."""
-    import numpy as np
-
-    from fused_s2lora.training.metrics import UtteranceErrors
-
     rng = np.random.default_rng(0)
     held = 0
     for seed in range(200):
@@ -56,6 +53,49 @@ def test_interval_covers_as_often_as_it_says():
         rate = summarize([UtteranceErrors("", "", 5 - k, k, 0, 0) for k in map(int, wrong)], seed=seed, resamples=300)
         held += rate.low <= 20 <= rate.high
     assert 180 <= held <= 199
+
+
+def test_differences_made_by_hand():
+    lengths = [4, 6, 10]
+    same = difference([[1, 0, 2]], [[1, 0, 2]], lengths)
+    assert (same.points, same.low, same.high, same.sure) == (0, 0, 0, False)
+    shifted = difference([[2, 3, 5]], [[0, 0, 0]], [4, 6, 10])  # half of every utterance is wrong
+    assert (shifted.points, shifted.low, shifted.high, shifted.sure) == (50, 50, 50, True)
+    mean = difference([[1, 0, 2], [3, 0, 2]], [[1, 1, 1]], lengths)
+    assert mean.points == pytest.approx(100 * (2 + 0 + 2 - 3) / 20)
+    assert difference([[1, 1, 1]], [[1, 0, 2], [3, 0, 2]], lengths).points == pytest.approx(-mean.points)
+
+
+def test_differences_cover_as_often_as_they_say():
+    """Systems of four seeds on 200 utterances, hard and easy for both: most intervals hold the true 2 points."""
+    rng = np.random.default_rng(0)
+    held, widths, unpaired = 0, [], []
+    for seed in range(200):
+        hard = rng.beta(1, 3, size=200)
+        ours, theirs = (
+            rng.binomial(10, np.clip(hard + gap + rng.normal(0, 0.01, size=(4, 1)), 0, 1)) for gap in (0.02, 0.0)
+        )
+        truth = 100 * (np.clip(hard + 0.02, 0, 1) - hard).mean()
+        found = difference(ours, theirs, np.full(200, 10), seed=seed, resamples=300)
+        held += found.low <= truth <= found.high
+        widths.append(found.high - found.low)
+        other = difference(ours, rng.permuted(theirs, axis=1), np.full(200, 10), seed=seed, resamples=300)
+        unpaired.append(other.high - other.low)
+    assert 175 <= held <= 199
+    assert np.mean(widths) < 0.6 * np.mean(unpaired)
+
+
+def test_seeds_that_differ_widen_a_difference():
+    """Where all utterances are alike, by the standard error of the means."""
+    lengths = np.full(50, 100)
+    ours = np.array([[20], [24], [28], [16]]) * np.ones((1, 50))
+    theirs = np.array([[10], [12], [11]]) * np.ones((1, 50))
+    found = difference(ours, theirs, lengths, resamples=20_000)
+    error = np.sqrt(ours[:, 0].var(ddof=1) / 4 + theirs[:, 0].var(ddof=1) / 3)
+    assert found.points == pytest.approx(11)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    alone = difference(ours[:1], theirs[:1], lengths)
+    assert (alone.low, alone.high) == pytest.approx((10, 10))
 
 
 @given(st.lists(st.sampled_from("abcde"), min_size=1), st.lists(st.sampled_from("abcde")))
@@ -71,3 +111,9 @@ def test_bad_input():
         score(["a", "b"], ["a"], language="en")
     with pytest.raises(ValueError, match="no error rate"):
         summarize(score(["[noise]"], ["a"], language="en"))
+    with pytest.raises(ValueError, match=r"ours \(1, 2\) and theirs \(1, 1\) are not .* of \(2,\)"):
+        difference([[1, 2]], [[1]], [1, 1])
+    with pytest.raises(ValueError, match=r"ours \(2,\)"):
+        difference([1, 2], [[1, 2]], [1, 1])
+    with pytest.raises(ValueError, match="no error rate"):
+        difference([[1]], [[1]], [0])

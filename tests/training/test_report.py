@@ -105,6 +105,22 @@ def test_the_page_sorts_and_filters(page):
     assert len(column(page, "method")) == len(before) == 10
 
 
+def test_the_page_sets_rows_against_the_first(page):
+    assert page.get_by_role("heading", name="Differences from S2-LoRA, points").count() == 1
+    page.get_by_label("filter Differences").fill("as published")
+    row = page.locator("#tables table >> nth=1 >> tbody tr")
+    assert row.count() == 1
+    values = dict(
+        zip(
+            page.locator("#tables table >> nth=1 >> th").all_inner_texts(),
+            row.locator("td").all_inner_texts(),
+            strict=True,
+        )
+    )
+    assert (values["method"], values["seeds"], values["error"]) == ("S2-LoRA, as published", "1", "same WER")
+    assert float(values["points: 95 % from"]) <= float(values["points"]) <= float(values["points: to"])
+
+
 def test_the_page_shows_figures_and_rank_values_on_hover(page):
     assert page.locator("figure svg").count() == 5
     cell = page.locator(".map td").first
