@@ -178,9 +178,8 @@ def _differences(gaps: list[Gap]) -> str:
         gaps_shown = [(gap.plain, gap.capped) if gap else (None, None) for gap in map(found.get, columns)]
         shown = [_points(one) for both in gaps_shown for one in both]
         rows.append([name, *shown, str(max(gap.seeds for gap in found.values()))])
-    return f"## Differences from {gaps[0].against}\n\n{told_of(gaps)} Bold where it does not hold 0.\n\n" + _table(
-        heads, rows
-    )
+    told = f"{told_of(gaps)} Bold where it does not hold 0."
+    return f"## Differences from {gaps[0].against}\n\n{told}\n\n" + _table(heads, rows)
 
 
 def _points(found: Difference | None) -> str:

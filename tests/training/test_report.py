@@ -110,13 +110,8 @@ def test_the_page_sets_rows_against_the_first(page):
     page.get_by_label("filter Differences").fill("as published")
     row = page.locator("#tables table >> nth=1 >> tbody tr")
     assert row.count() == 1
-    values = dict(
-        zip(
-            page.locator("#tables table >> nth=1 >> th").all_inner_texts(),
-            row.locator("td").all_inner_texts(),
-            strict=True,
-        )
-    )
+    heads = page.locator("#tables table >> nth=1 >> th").all_inner_texts()
+    values = dict(zip(heads, row.locator("td").all_inner_texts(), strict=True))
     assert (values["method"], values["seeds"], values["error"]) == ("S2-LoRA, as published", "1", "same WER")
     assert float(values["points: 95 % from"]) <= float(values["points"]) <= float(values["points: to"])
 
