@@ -217,7 +217,8 @@ def evaluate(
     model: Model = "packaged-base",
     adapter: Adapter = None,
     language: Annotated[
-        str | None, typer.Option(help="Language of sets without one. [dim]default: the adapter's, else en[/dim]")
+        str | None,
+        typer.Option(help="Language of other sets. [dim]default: the adapter's or model's, else en[/dim]"),
     ] = None,
     window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
     margin: Margin = None,
@@ -234,10 +235,11 @@ def evaluate(
     """Score a Whisper, with or without an adapter, on test sets."""
     from .decoding import Decoding
     from .evaluate import evaluate as run
-    from .models import remembered_speech
+    from .models import configured_language, remembered_speech
     from .sets import named_sets
 
-    language = language or (remembered_speech(adapter).get("language") if adapter else None) or "en"
+    of_training = remembered_speech(adapter).get("language") if adapter else configured_language(model)
+    language = language or of_training or "en"
     tests = named_sets(test, language, text_column=text_column, audio_column=audio_column, limit=limit, strict=strict)
     run(
         tests,
@@ -303,12 +305,16 @@ def merge(
     model: Model = "packaged-base",
 ) -> None:
     """Fold an adapter into its Whisper and save an ordinary model."""
+    from .audio_window import AudioWindow
     from .merge import merge as run
 
     trained = run(adapter, output, model=model)
     typer.echo(f"merged model: {output}")
     if trained.get("audio_window") == "trim":
-        typer.echo("it was trained on trimmed audio: decode it with `s2lora transcribe --window trim`")
+        usual = AudioWindow().margin
+        margin = trained.get("audio_window_margin", usual)
+        wider = f" --margin {margin}" if margin != usual else ""
+        typer.echo(f"it was trained on trimmed audio: decode it with `s2lora transcribe --window trim{wider}`")
 
 
 @app.command()
@@ -364,11 +370,16 @@ def tune(
         )
 
 
+_STOPPED = 130  # what typer makes of Ctrl-C
+
+
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and status 2, Ctrl-C says how to go on."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # PEFT takes AdaLoRA's weights that have given up all their ranks for files half written.
     warnings.filterwarnings("ignore", message=r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape")
+    # and AdaLoRA's names of weights for names of modules.
+    warnings.filterwarnings("ignore", message=r"The following rank_pattern keys did not match")
     try:
         if len(sys.argv) > 1 and not {"--help", "-h"} & set(sys.argv):
             from transformers.utils import logging
@@ -379,6 +390,9 @@ def main() -> None:
     except UserError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("stopped; run the same command again to go on from the last checkpoint", err=True)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != _STOPPED:
+            raise
+        kept = bool({"train", "compare", "demo"} & set(sys.argv[1:2]))
+        typer.secho("stopped" + "; run the same command again to go on from the last checkpoint" * kept, err=True)
+        sys.exit(_STOPPED)

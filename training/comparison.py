@@ -132,7 +132,7 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
             _check_same_line(file, firsts.setdefault(cell.line, cell), cell)
             cells.setdefault(cell.name, cell)
     _check_sets(file, cells.values())
-    return Comparison(str(content.get("title", file.stem)), output, list(cells.values()), source, timed)
+    return Comparison(str(content.get("title") or file.stem), output, list(cells.values()), source, timed)
 
 
 def _check_same_line(file: Path, first: Cell, cell: Cell) -> None:
@@ -177,6 +177,8 @@ def _cells(file: Path, row: str, given: dict[str, Any], base: dict[str, Any], ou
     for values in itertools.product(*(given[key] for key in several)):
         chosen = given | dict(zip(several, values, strict=True))
         slug = re.sub(r"[\W_₀-₉]+", "-", row.lower().replace("α", "a")).strip("-")
+        if not slug:
+            raise UserError(f"{file}: the row name {row!r} has no letter or digit to call a folder by; give it another")
         rank, seed = chosen.get("rank", 8), chosen.get("seed", 0)
         ranked = given["method"] != ZERO_SHOT and "rank" in METHODS[given["method"]].reads
         varied = {key: chosen[key] for key in several if key not in ("rank", "seed")}
@@ -289,7 +291,7 @@ def _run_and_record(cell: Cell, console: Console) -> None:
         _run_cell(cell, console)
     except DivergedError as error:
         failed = str(error)
-        console.print(f"[red]{cell.name}[/red]: {failed}")
+        console.print(f"{cell.name}: {failed}", style="red", markup=False)
     except UserError as error:
         raise UserError(f"{cell.name}: {error}") from error
     if failed is None:

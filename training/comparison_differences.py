@@ -25,8 +25,8 @@ class Gap:
 def gaps_of(names: Mapping[str, Line], columns: list[Column]) -> Iterator[Gap]:
     """The gaps of every row to the first one that was trained, in each whole set that both were scored on.
 
-    `names` are the rows by their names. Rows whose runs have no `errors.csv` are left out, and so are sets that are not
-    of the same utterances in both.
+    `names` are the rows by their names. Rows whose runs have no `errors.csv` are left out, and so are sets that have
+    not the same utterances with references as long in both.
 
     Raises:
         UserError: an `errors.csv` is damaged.
@@ -41,9 +41,12 @@ def gaps_of(names: Mapping[str, Line], columns: list[Column]) -> Iterator[Gap]:
             ours, theirs = (_of_set(column, seeds[row]) for row in (name, against))
             if name == against or column.group != ALL or not ours or not theirs:
                 continue
-            if any(one.utterances != theirs[0].utterances for one in (*ours, *theirs)):
-                continue
             lengths = theirs[0].lengths[column.unit]
+            if any(
+                one.utterances != theirs[0].utterances or not np.array_equal(one.lengths[column.unit], lengths)
+                for one in (*ours, *theirs)
+            ):
+                continue
             one, other = (np.stack([errors.errors[column.unit] for errors in some]) for some in (ours, theirs))
             plain = difference(one, other, lengths)
             capped = difference(np.minimum(one, lengths), np.minimum(other, lengths), lengths)

@@ -106,7 +106,7 @@ def _against_parameters(lines: list[Line], columns: list[Column]) -> Figure | No
 
 
 def _against_data(lines: list[Line], columns: list[Column]) -> Figure | None:
-    amounts = [line for line in lines if line.changed == {"utterances"} and line.rank == 8]
+    amounts = [line for line in lines if line.trainable and line.changed == {"utterances"} and line.rank == 8]
     whole = {line.method: line for line in lines if not line.changed and not line.varied and line.rank == 8}
     ours = [whole[method] for method in dict.fromkeys(line.method for line in amounts) if method in whole]
     names = {line.method: line.label for line in (*amounts, *ours)}

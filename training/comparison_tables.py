@@ -32,6 +32,8 @@ def write_tables(comparison: Comparison) -> str:
     _write_csv(comparison.path / "comparison.csv", flat)
     if gaps:
         _write_csv(comparison.path / "differences.csv", [gap_record(gap) for gap in gaps])
+    else:
+        (comparison.path / "differences.csv").unlink(missing_ok=True)
     return text
 
 
@@ -199,5 +201,6 @@ def _runs(records: list[dict[str, Any]]) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = ["---" if index == 0 else "--:" for index in range(len(heads))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *rows])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *escaped])

@@ -101,7 +101,7 @@ def load_speech(
     path = Path(source)
     if path.is_dir():
         rows = _read_table(_metadata_file(path))
-    elif path.suffix in (*_FORMATS, ".jsonl", ".json") and (path.is_file() or path.parent.is_dir()):
+    elif path.suffix.lower() in (*_FORMATS, ".jsonl", ".json") and (path.is_file() or path.parent.is_dir()):
         rows = _read_table(path)
     elif path.exists():
         raise UserError(f"{source}: not a folder with metadata.csv, nor a .csv, .tsv or .jsonl manifest")
@@ -199,9 +199,10 @@ def _metadata_file(folder: Path) -> Path:
 def _read_table(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            if file.suffix in _FORMATS:
-                reader = csv.DictReader(stream, restkey=_FAULT, **_FORMATS[file.suffix])
-                remedy = "quote the transcript" if file.suffix == ".csv" else "take the tab out of the transcript"
+            suffix = file.suffix.lower()
+            if suffix in _FORMATS:
+                reader = csv.DictReader(stream, restkey=_FAULT, **_FORMATS[suffix])
+                remedy = "quote the transcript" if suffix == ".csv" else "take the tab out of the transcript"
                 excess = "line {} has more fields than columns: " + remedy
                 return [row | {_FAULT: excess.format(reader.line_num)} if _FAULT in row else row for row in reader]
             rows = [_json_row(line) for line in stream if line.strip()]

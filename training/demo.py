@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import UserError
@@ -75,5 +76,6 @@ def _transcripts(before: Evaluation, after: Evaluation) -> Table:
         table.add_column(column)
     for index in gained[:: max(1, len(gained) // _SHOWN)][:_SHOWN]:
         said = first.speech.dataset["text"][index]
-        table.add_row(said, first.hypotheses[index][:200], last.hypotheses[index][:200])
+        heard = (one.hypotheses[index][:200] for one in (first, last))
+        table.add_row(escape(said), *map(escape, heard))
     return table

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
@@ -107,7 +108,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         for result in self.sets:
             _write_utterances(folder / f"{result.name}.tsv", result)
-        # Last, so that its presence says the folder is complete.
+        # Last, so that a set in it has its transcripts.
         write_json(folder / "results.json", self.to_dict())
 
 
@@ -123,12 +124,14 @@ def evaluate_sets(
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     group_by: Sequence[str] = (),
+    folder: Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Transcribes and scores each set, overall and by the values of the metadata columns in `group_by`.
 
     A set without such a column is scored as a whole. A numeric column "age" is grouped as up to 5, 6-8, 9-12, 13-17
-    and 18 or over.
+    and 18 or over. With a `folder` the transcripts that it has of these sets are taken from there and each set is
+    written into it as soon as it is transcribed; in the end it has these sets and no others.
 
     Raises:
         UserError: a column of `group_by` is in none of the sets, or a set has no word to be counted.
@@ -136,10 +139,10 @@ def evaluate_sets(
     task = task or getattr(model.generation_config, "task", None)
     sets = {name: replace(test, task=task) for name, test in sets.items()}
     check_sets(sets, group_by)
-    results = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    results = {} if folder is None else read_sets(folder, sets, group_by)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bars:
-        for name, test in sets.items():
+        for name, test in ((name, test) for name, test in sets.items() if name not in results):
             bar = bars.add_task(f"{label}: {name}", total=len(test.speech))
             heard = transcribe_speech(
                 model,
@@ -153,8 +156,16 @@ def evaluate_sets(
                 dtype=dtype,
                 on_batch=lambda done, bar=bar: bars.advance(bar, done),  # type: ignore[misc]
             )
-            results.append(score_set(name, test, heard, group_by))
-    return Evaluation(label, results)
+            results[name] = score_set(name, test, heard, group_by)
+            if folder is not None:
+                Evaluation(label, [results[name] for name in sets if name in results]).write(folder)
+    evaluation = Evaluation(label, [results[name] for name in sets])
+    if folder is not None:
+        evaluation.write(folder)  # transcripts that were there may be scored by other references or groups now
+        for file in folder.glob("*.tsv"):
+            if file.stem not in sets:
+                file.unlink(missing_ok=True)
+    return evaluation
 
 
 def check_sets(sets: Mapping[str, TestSet], group_by: Sequence[str]) -> None:
@@ -206,33 +217,31 @@ def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequen
     )
 
 
-def read_evaluation(
-    folder: Path, label: str, sets: Mapping[str, TestSet], group_by: Sequence[str] = ()
-) -> Evaluation | None:
-    """The evaluation `Evaluation.write` left in `folder`, scored again.
+def read_sets(folder: Path, sets: Mapping[str, TestSet], group_by: Sequence[str] = ()) -> dict[str, SetResult]:
+    """Those of the sets that `Evaluation.write` left in `folder`, scored again.
 
-    None unless it has these sets, of the same sources, utterances and languages.
+    A set of another source or language, or with other utterances, is not among them.
     """
     written = folder / "results.json"
     found = read_json(written)["sets"] if written.is_file() else {}
-    results = []
+    results = {}
     for name, test in sets.items():
         file = folder / f"{name}.tsv"
         had = found.get(name, {})
         was = (had.get("source"), had.get("language"), _scoring_language(had))
         if was != (test.speech.source, test.language, test.scoring_language) or not file.is_file():
-            return None
+            continue
         with file.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t"))
         if [row["utterance"] for row in rows] != test.speech.dataset["utterance"][:]:
-            return None
+            continue
         # Written before there was the column: not known to be cut off, or decoded once.
         heard = [
             Heard(row["hypothesis"], row.get("cut_off", "0") == "0", row.get("decoded_again", "0") == "1")
             for row in rows
         ]
-        results.append(score_set(name, test, heard, group_by))
-    return Evaluation(label, results)
+        results[name] = score_set(name, test, heard, group_by)
+    return results
 
 
 def unit_of(result: Mapping[str, Any]) -> Unit:
@@ -247,7 +256,7 @@ def _scoring_language(result: Mapping[str, Any]) -> str | None:
 
 def _groups(speech: Speech, group_by: Sequence[str]) -> dict[str, list[int]]:
     groups = {ALL: list(range(len(speech)))}
-    for column in group_by:
+    for column in dict.fromkeys(group_by):
         if column not in speech.dataset.column_names:
             continue
         for index, value in enumerate(speech.dataset[column][:]):
@@ -262,7 +271,7 @@ def _group_name(column: str, value: Any) -> str:
     try:
         age = float(value)
     except (TypeError, ValueError):
-        return "unknown"
+        return str(value or "").strip() or "unknown"  # "twenties"
     if not 0 <= age < math.inf:
         return "unknown"
     return next((f"{low}-{high}" for low, high in _AGE_GROUPS if low <= age < high + 1), "18+")
@@ -276,12 +285,12 @@ def _natural(name: str) -> tuple[str, int, str]:
 
 def results_table(evaluations: Sequence[Evaluation], title: str = "") -> Table:
     """One line a set and group, the error rates of every evaluation side by side (percent, 95 % bootstrap interval)."""
-    table = Table(title=title or None)
+    table = Table(title=escape(title) or None)
     for column in ("set", "group", "utterances"):
         table.add_column(column, justify="right" if column == "utterances" else "left")
     for evaluation in evaluations:
         for unit in ("WER", "capped", "CER"):
-            table.add_column(f"{evaluation.label}\n{unit}", justify="right")
+            table.add_column(f"{escape(evaluation.label)}\n{unit}", justify="right")
     for index, first in enumerate(evaluations[0].sets):
         for group in first.rates:
             cells = []
@@ -292,8 +301,8 @@ def results_table(evaluations: Sequence[Evaluation], title: str = "") -> Table:
                     f"{words.capped_rate:.1f}",
                     f"{characters.rate:.1f}",
                 ]
-            name = first.name if group == ALL else ""
-            table.add_row(name, group, str(first.rates[group]["wer"].utterances), *cells, end_section=False)
+            name = escape(first.name) if group == ALL else ""
+            table.add_row(name, escape(group), str(first.rates[group]["wer"].utterances), *cells, end_section=False)
         table.add_section()
     told = [
         f"{what}: {found}"
@@ -301,7 +310,7 @@ def results_table(evaluations: Sequence[Evaluation], title: str = "") -> Table:
         if (found := _counted(evaluations, of))
     ]
     if told:
-        table.caption = f"transcripts {'; '.join(told)}"
+        table.caption = escape(f"transcripts {'; '.join(told)}")
     return table
 
 

@@ -169,6 +169,8 @@ def check(options: TrainOptions) -> None:
             able = ", ".join(name for name, one in METHODS.items() if option in one.reads)
             flag = option.replace("_", "-")
             raise UserError(f"--{flag} goes with --method {able}, not {options.method}; leave it out")
+    if options.half_base and options.precision == "fp32":
+        raise UserError("--half-base with --precision fp32 has no half precision to store weights in; leave it out")
     if options.full_share and options.window == "full":
         raise UserError("--full-share goes with --window trim; leave it out")
     if options.exclude_modules is not None:

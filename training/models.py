@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, WhisperForConditionalGeneration, WhisperProcessor
+from transformers import AutoConfig, GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 from fused_s2lora import S2LoraModel, fuse_whisper
 
@@ -40,7 +40,17 @@ def load_base(
         if config.model_type != "whisper":
             raise UserError(f"{model}: a {config.model_type} model; give a Whisper, such as openai/whisper-small")
         processor = WhisperProcessor.from_pretrained(source)
-        whisper = WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        loading: Any = WhisperForConditionalGeneration  # its types know of no second value
+        whisper, loaded = loading.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise UserError(
+                f"{model}: its weights lack {min(loaded['missing_keys'])}; give the folder of a whole Whisper model"
+            )
+        if processor.tokenizer.decode(processor.tokenizer("a", add_special_tokens=False).input_ids) != "a":
+            raise UserError(
+                f"{model}: has no whole tokenizer; copy tokenizer.json and the files beside it from the Whisper it was "
+                "trained from"
+            )
         if not hasattr(whisper.generation_config, "is_multilingual"):
             raise UserError(
                 f"{model}: its generation_config.json knows no languages and tasks, as in older fine-tunes; copy that "
@@ -48,7 +58,7 @@ def load_base(
             )
         whisper.get_encoder().embed_positions.requires_grad_(False)  # sinusoids, which `from_pretrained` lets train
         return whisper, processor
-    except (OSError, ValueError, KeyError, HFValidationError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, HFValidationError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{model}: not to be had as a Whisper model ({reason}); give a hub id, a model folder, or {PACKAGED}"
@@ -116,6 +126,16 @@ def set_speech(model: Any, language: str | None, task: str | None) -> None:
     """Puts language and task of training where a model without an adapter has them, its generation configuration."""
     if model.generation_config.is_multilingual:
         model.generation_config.language, model.generation_config.task = language, task
+
+
+def configured_language(model: str) -> str | None:
+    """The language in the generation configuration of a hub id or folder, where a merged model has that of training."""
+    if model == PACKAGED:
+        return None
+    try:
+        return getattr(GenerationConfig.from_pretrained(model), "language", None)
+    except (OSError, ValueError, HFValidationError):
+        return None  # `load_base` says what is wrong with it
 
 
 def remembered_speech(adapter: str | Path) -> dict[str, Any]:

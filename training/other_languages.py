@@ -35,6 +35,7 @@ _COLUMNS = {
     "target": "text", "target_language": "language", "answer": "ids", "answer_tokens": "tokens",
     "answer_probabilities": "probabilities",
 }  # fmt: skip
+_OURS = _COLUMNS.keys() - {"target"}  # metadata of the user's named so is of no use in training
 
 
 def with_answers(
@@ -77,10 +78,11 @@ def with_answers(
     answers = [answer for answer in _read_answers(file, speech) if answer["text"]]
     if not answers:
         return speech, len(asked)
-    again = speech.dataset.select([answer["row"] for answer in answers]).remove_columns("target")
+    own = speech.dataset.remove_columns([name for name in speech.dataset.column_names if name in _OURS])
+    again = own.select([answer["row"] for answer in answers]).remove_columns("target")
     for column, name in _COLUMNS.items():
         again = again.add_column(column, [answer[name] for answer in answers])
-    return Speech(datasets.concatenate_datasets([speech.dataset, again]), speech.source, speech.skipped), len(asked)
+    return Speech(datasets.concatenate_datasets([own, again]), speech.source, speech.skipped), len(asked)
 
 
 def _read_answers(file: Path, speech: Speech) -> list[dict[str, Any]]:

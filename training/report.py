@@ -17,6 +17,7 @@ from .comparison_tables import record, write_tables
 from .errors import UserError
 from .evaluation import unit_of
 from .output import read_json, writing
+from .run import run_options
 
 _TEMPLATE = Path(__file__).parent / "report.html"
 _HIDDEN = ("normalized_reference", "normalized_hypothesis", "reference", "hypothesis", "utterance")
@@ -34,7 +35,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     output = Path(output) if output else folder / "report.html"
     if (folder / "comparison.yaml").is_file():
         page = _comparison_page(read_comparison(folder / "comparison.yaml", folder))
-    elif (folder / "config.json").is_file():
+    elif run_options(folder) is not None:
         page = _run_page(folder)
     else:
         raise UserError(f"{folder}: holds neither a run (config.json) nor a comparison (comparison.yaml)")

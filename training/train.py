@@ -23,7 +23,7 @@ from .audio_window import AudioWindow
 from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong
 from .errors import UserError
-from .evaluation import Evaluation, check_sets, evaluate_sets, read_evaluation, results_table
+from .evaluation import Evaluation, check_sets, evaluate_sets, results_table
 from .methods import adapt, check, interpolation, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
 from .options import TrainOptions
@@ -33,7 +33,7 @@ from .precision import autocast_dtype, resolved
 from .rank_maps import rank_maps
 from .run import RunFolder, check_folder, peak_memory_mib, reset_peak_memory, versions
 from .sets import scored_sets, training_speech
-from .trainer import AdaLoraCallback, SpeechTrainer, StepTimes
+from .trainer import AdaLoraCallback, SavingAsAsked, SpeechTrainer, StepTimes
 
 MAX_LABEL_TOKENS = 448
 GRAPH_TOKENS = 16  # CUDA graphs are recorded for transcripts of so many tokens more each; divides 448
@@ -85,22 +85,23 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         "group_by": options.group_by,
     }
     if tests and options.before:
-        before = read_evaluation(run.path / "before", "before", tests, options.group_by)
-        if before is None:
-            before = evaluate_sets(model, processor, tests, label="before", window=AudioWindow(), **scoring)
-            before.write(run.path / "before")
-        evaluations.append(before)
+        evaluations.append(
+            evaluate_sets(
+                model, processor, tests, label="before", window=AudioWindow(), folder=run.path / "before", **scoring
+            )
+        )
 
     adapted: Any
     if run.finished():
         adapted = _trained(model, run)
-        console.print(f"{run.path}: already trained, read from {run.trained}")
+        console.print(f"{run.path}: already trained, read from {run.trained}", markup=False)
     else:
         speech, asked = _keeping_languages(options, run, speech, model, processor, language)
         if asked:
             console.print(
                 f"{len(speech) - utterances} of {asked} utterances that were also heard in other languages are trained "
-                f"on in those too, to keep them: {run.other_languages}"
+                f"on in those too, to keep them: {run.other_languages}",
+                markup=False,
             )
         set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
         adapted = adapt(model, options, steps=_steps(options, len(speech)))
@@ -108,18 +109,17 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
             set_speech(adapted, language, options.task)
         _train(options, run, adapted, processor, speech, dev, utterances)
     if tests:
-        after = read_evaluation(run.path / "after", options.method, tests, options.group_by)
-        if after is None:
-            after = evaluate_sets(
-                adapted, processor, tests, label=options.method, window=options.audio_window(), **scoring
+        after = run.path / "after"
+        evaluations.append(
+            evaluate_sets(
+                adapted, processor, tests, label=options.method, window=options.audio_window(), folder=after, **scoring
             )
-            after.write(run.path / "after")
-        evaluations.append(after)
+        )
         write_json(run.path / "results.json", [evaluation.to_dict() for evaluation in evaluations])
         console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
     summary = read_json(run.path / "summary.json")
     trainable, total = summary["trainable_parameters"], summary["parameters"]
-    console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)")
+    console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)", markup=False)
     return evaluations
 
 
@@ -250,7 +250,7 @@ def _train(
     found = {name: getattr(whisper.config, name) for name in augmenting}
     whisper.config.update(augmenting)
     step_times = StepTimes()
-    callbacks: list[Any] = [S2LoraCallback(), AdaLoraCallback(), step_times]
+    callbacks: list[Any] = [S2LoraCallback(), AdaLoraCallback(), SavingAsAsked(), step_times]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(options.early_stopping))
     trainer = SpeechTrainer(
@@ -297,7 +297,7 @@ def _train(
             "steps": trainer.state.global_step,
             "resumed_at_step": first_step,
             "train_s": round(seconds, 1),
-            "step_s": round(step_times.median_s(), 4),
+            "step_s": step_times.median_s(),
             "peak_memory_mib": round(peak_memory_mib()),
             "trainable_parameters": trainable,
             "parameters": total,
@@ -316,5 +316,5 @@ def _train(
 def _report_skipped(run: RunFolder, skipped: list[Skipped], console: Console) -> None:
     run.write_skipped(skipped)
     if skipped:
-        console.print(f"skipped {len(skipped)} utterances, listed in {run.path}/skipped.tsv; the first:")
-        console.print(skipped[0].reason)
+        console.print(f"skipped {len(skipped)} utterances, listed in {run.path}/skipped.tsv; the first:", markup=False)
+        console.print(skipped[0].reason, markup=False)

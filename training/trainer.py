@@ -221,6 +221,13 @@ class AdaLoraCallback(TrainerCallback):
             tuner.update_and_allocate(state.global_step + 1)
 
 
+class SavingAsAsked(TrainerCallback):
+    """A run that goes on saves, scores and logs as often as it is asked now, not as its checkpoint says."""
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class StepTimes(TrainerCallback):
     """Seconds from the end of one optimizer step to the end of the next, the first from the start of training."""
 
@@ -236,6 +243,6 @@ class StepTimes(TrainerCallback):
         self.durations_s.append(now_s - self._last_s)
         self._last_s = now_s
 
-    def median_s(self) -> float:
-        """The middle one, which a checkpoint or a slow start does not move; 0 without a step."""
-        return statistics.median(self.durations_s) if self.durations_s else 0.0
+    def median_s(self) -> float | None:
+        """The middle one, which a checkpoint or a slow start does not move; None without a step."""
+        return round(statistics.median(self.durations_s), 4) if self.durations_s else None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import Progress
 
 from .data import Skipped, checked_duration
@@ -59,6 +60,8 @@ def transcribe(
     dtype, decoding = autocast_dtype(precision), Decoding(beams, decode_once)
     files = _audio_files(inputs)
     if output is not None:
+        if Path(output).suffix.lower() in _LOOKED_AT:
+            raise UserError(f"--output {output}: is named as a recording; give a .tsv")
         check_writable(Path(output))
     entries, skipped = _usable(files, strict)
     whisper, processor = load_base(model)
@@ -67,7 +70,7 @@ def transcribe(
     chosen = window_for(trained, window, margin)
     adapted = load_adapter(whisper, adapter) if adapter else whisper
     to_best_device(adapted)
-    with Progress(transient=True) as bars:
+    with Progress(transient=True, console=Console(stderr=True)) as bars:
         bar = bars.add_task("transcribing", total=len(entries))
         heard = transcribe_speech(
             adapted,

@@ -9,11 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training.cli import app
+from fused_s2lora.training.cli import main as cli_main
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.methods import METHODS, adapt
 from fused_s2lora.training.models import load_adapter, load_base, remembered_speech
@@ -89,6 +90,7 @@ def test_every_option_has_help(command):
         ({"method": "full", "target_modules": ["fc1"]}, "--target-modules goes with --method .*, ia3, not full"),
         ({"method": "full", "half_base": True}, "--half-base goes with --method s2lora, .*, not full"),
         ({"method": "bitfit", "half_base": True}, "--half-base goes with --method s2lora, .*, not bitfit"),
+        ({"precision": "fp32", "half_base": True}, "--half-base with --precision fp32 has no half precision"),
         ({"method": "adalora", "dev_share": 0.5}, "--method adalora has its ranks at the end only"),
         ({"method": "adalora", "dev": "SPEECH"}, "leave out --dev and --dev-share"),
         ({"target_modules": ["fc1", "missing"]}, "the model has no linear map 'missing'; there are fc1, fc2, k_proj"),
@@ -193,6 +195,47 @@ def test_bad_models(tiny_folder, tmp_path):
     (tmp_path / "old" / "generation_config.json").unlink()
     with pytest.raises(UserError, match=r"its generation_config\.json knows no languages"):
         load_base(str(tmp_path / "old"))
+
+
+def test_models_with_parts_missing_are_refused(tiny_folder, tmp_path):
+    """Weights that would be left as they were drawn, and a tokenizer that would write nothing."""
+    weights = load_file(tiny_folder / "model.safetensors")
+    some = {name: weight for name, weight in weights.items() if "decoder.layers.0.fc1" not in name}
+    prefixed = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+    for name, content in (("some", some), ("prefixed", prefixed)):
+        shutil.copytree(tiny_folder, tmp_path / name)
+        save_file(content, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"{name}: its weights lack model.*; give the folder of a whole"):
+            load_base(str(tmp_path / name))
+    shutil.copytree(tiny_folder, tmp_path / "wide")
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"decoder_ffn_dim": 8}))
+    with pytest.raises(UserError, match="wide: not to be had as a Whisper model"):
+        load_base(str(tmp_path / "wide"))
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
+    for name, missing in (("none", files), ("half", files[:1])):
+        shutil.copytree(tiny_folder, tmp_path / name)
+        for file in missing:
+            (tmp_path / name / file).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=f"{name}: .*tokenizer"):
+            load_base(str(tmp_path / name))
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def stopped(*operands, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fused_s2lora.training.train.train", stopped)
+    monkeypatch.setattr("fused_s2lora.training.transcribe.transcribe", stopped)
+    for command, told in (
+        (["train", "--data", "x", "--output", "y"], "stopped; run the same command again to go on from the last"),
+        (["transcribe", "x"], "stopped\n"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["s2lora", *command])
+        with pytest.raises(SystemExit) as caught:
+            cli_main()
+        assert caught.value.code == 130
+        assert capsys.readouterr().err.startswith(told)
 
 
 def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):

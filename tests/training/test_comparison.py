@@ -261,10 +261,12 @@ def test_only_runs_on_the_same_utterances_are_set_against_each_other(compared, t
     (tmp_path / "out" / "lora-r8-seed0" / "errors.csv").unlink()
     other = tmp_path / "out" / "adalora-r8-seed0" / "errors.csv"
     other.write_text(other.read_text().replace("same,", "same,other-"))
+    corrected = tmp_path / "out" / "s2-lora-as-published-r8-seed0" / "errors.csv"
+    corrected.write_text(corrected.read_text().replace("same,u0.flac,4,", "same,u0.flac,5,"))
     lines = lines_of(comparison)
     names = {gap.name for gap in gaps_of(names_of(lines), columns_of(lines))}
     assert "LoRA, r = 2" in names
-    assert not names & {"S2-LoRA", "LoRA, r = 8", "AdaLoRA"}
+    assert not names & {"S2-LoRA", "LoRA, r = 8", "AdaLoRA", "S2-LoRA, as published"}
     other.write_text("set,utterance\nsame,one\n")
     with pytest.raises(UserError, match=r"adalora-r8-seed0/errors.csv: is damaged"):
         write_tables(comparison)
@@ -276,6 +278,18 @@ def test_errors_kept_by_utterance_are_those_of_the_results(compared):
         kept = read_errors(run)["same"]
         for unit in ("wer", "cer"):
             assert 100 * kept.errors[unit].sum() / kept.lengths[unit].sum() == pytest.approx(rates[unit]["rate"])
+
+
+def test_a_comparison_on_some_of_the_data_has_its_figures(tmp_path, quick, short_decoding):
+    """Where zero-shot has utterances in its options too, and a name that Markdown takes for columns."""
+    rows = [{"name": name, "method": name} for name in ("zero-shot", "bitfit")] + [{"name": "a|b", "method": "lora"}]
+    comparison = read_comparison(write(tmp_path, {**quick, "utterances": 4}, rows, title=None), tmp_path / "out")
+    assert len(list(run_comparison(comparison, console=QUIET))) == 3
+    assert "parameters" in {file.stem for file in draw_figures(comparison).values()}
+    text = write_tables(comparison)
+    assert text.startswith("# comparison-file\n")
+    assert "| a\\|b |" in text
+    write_report(tmp_path / "out")
 
 
 def test_checkpoints_are_cleared_and_adapters_kept(compared):

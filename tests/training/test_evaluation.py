@@ -1,5 +1,6 @@
 """Scoring, transcribing and merging what a run left, on a tiny Whisper."""
 
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.decoding import Decoding, Heard, transcribe_speech
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
-from fused_s2lora.training.evaluation import read_evaluation, results_table, unit_of
+from fused_s2lora.training.evaluation import Evaluation, read_sets, results_table, unit_of
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
 from fused_s2lora.training.sets import named_sets, scored_sets
@@ -133,19 +134,20 @@ def test_transcripts_without_an_end_are_told(tiny_folder, tones, tmp_path, monke
         table.caption
         == "transcripts without an end after 4 tokens: 1 (zero-shot, same); decoded again: 2 (zero-shot, same)"
     )
-    read = read_evaluation(tmp_path / "out", "zero-shot", sets)
-    assert read.sets[0].heard == evaluation.sets[0].heard
-    assert read.sets[0].cut_off == [True] + [False] * 5
+    read = read_sets(tmp_path / "out", sets)["same"]
+    assert read.heard == evaluation.sets[0].heard
+    assert read.cut_off == [True] + [False] * 5
     endless["start"]([endless["once"][0][:1]] * 2)
     command = ["transcribe", "--model", str(tiny_folder), "--language", "en", str(tones / "u0.flac")]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert f"cut off: {tones / 'u0.flac'}" in result.output
+    assert result.stdout.startswith(f"{tones / 'u0.flac'}\t")  # and no progress
 
 
 def test_results_of_another_source_or_language_are_not_taken_over(finished, tones, tmp_path):
     def kept(name: str) -> bool:
         sets = named_sets([name], "en")
-        return read_evaluation(finished / "after", "after", sets, ()) is not None
+        return bool(read_sets(finished / "after", sets))
 
     other = write_folder(tmp_path / "noisy")  # the same file names
     assert kept(f"same={tones}")
@@ -229,7 +231,7 @@ def test_transcribe_decodes_as_asked(tiny_folder, tones, monkeypatch):
 
 
 def test_a_table_is_whole_or_as_it_was(finished, tones, tmp_path):
-    scored = read_evaluation(finished / "after", "after", named_sets([f"same={tones}"], "en"))
+    scored = Evaluation("after", list(read_sets(finished / "after", named_sets([f"same={tones}"], "en")).values()))
     scored.write(tmp_path)
     before = (tmp_path / "same.tsv").read_bytes()
     scored.sets[0].heard.pop()  # it fails after having written some lines
@@ -262,6 +264,18 @@ def test_a_model_says_its_task(finished, options, tiny_folder, tones, tmp_path, 
     merge(str(adapter), tmp_path / "merged", model=str(tiny_folder))
     run = tmp_path / "run"
     train(options(run, method="bitfit", max_steps=1, language="sw", task="translate"), console=QUIET)
+    command = [
+        "evaluate",
+        "--model",
+        str(tmp_path / "merged"),
+        "--test",
+        f"t={tones}",
+        "--output",
+        str(tmp_path / "cli"),
+    ]
+    assert CliRunner().invoke(app, [*command, "--precision", "fp32"], catch_exceptions=False).exit_code == 0
+    assert json.loads((tmp_path / "cli" / "results.json").read_text())["sets"]["t"]["language"] == "sw"
+    prompts.clear()
     for model, expected in (
         (tmp_path / "merged", ("sw", "translate")),
         (run / "model", ("sw", "translate")),
@@ -279,7 +293,7 @@ def test_a_translation_is_scored_as_english(options, tiny_folder, tones, tmp_pat
     sets = named_sets([f"t={tones}"], "zh")
     quick = {"model": str(tiny_folder), "precision": "fp32", "console": QUIET}
     evaluations = [
-        read_evaluation(tmp_path / "run" / "after", "after", scored_sets(run)),
+        Evaluation("after", list(read_sets(tmp_path / "run" / "after", scored_sets(run)).values())),
         evaluate(sets, tmp_path / "adapted", adapter=str(tmp_path / "run" / "adapter"), **quick),
     ]
     for evaluation in evaluations:
@@ -288,13 +302,76 @@ def test_a_translation_is_scored_as_english(options, tiny_folder, tones, tmp_pat
         assert [utterance.length for utterance in result.words] == [4, 4, 4, 3, 4, 3]  # words, not joined
         assert unit_of(evaluation.to_dict()["sets"]["t"]) == "wer"
     assert unit_of({"language": "zh"}) == "cer"
-    assert read_evaluation(tmp_path / "run" / "after", "after", sets) is None  # as scored before, in Chinese
+    assert not read_sets(tmp_path / "run" / "after", sets)  # as scored before, in Chinese
     assert set(prompts) == {("zh", "translate")}
 
 
-@pytest.mark.parametrize(("age", "group"), [("7.5", "6-8"), ("18", "18+"), ("-1", "unknown"), ("nan", "unknown")])
+@pytest.mark.parametrize(
+    ("age", "group"),
+    [("7.5", "6-8"), ("18", "18+"), ("-1", "unknown"), ("nan", "unknown"), ("", "unknown"), ("teens", "teens")],
+)
 def test_groups_of_ages(age, group):
     assert evaluation_module._group_name("age", age) == group
+
+
+def test_a_group_asked_for_twice_is_counted_once(tones):
+    (test,) = named_sets([f"t={tones}"], "en").values()
+    heard = [Heard(text, True) for text in TEXTS]
+    once = evaluation_module.score_set("t", test, heard, ["age"]).rates
+    assert evaluation_module.score_set("t", test, heard, ["age", "age"]).rates == once
+
+
+def test_names_are_shown_as_they_are(tones, options, tmp_path, short_decoding):
+    """Also what rich would take for markup."""
+    data = write_folder(tmp_path / "speech")
+    table = data / "metadata.csv"
+    table.write_text(table.read_text().replace("s0", "[/b]").replace("u5.flac", "Talk [/q].flac"))
+    shown = Console(width=300, file=io.StringIO())
+    run = tmp_path / "run [red]"
+    train(options(run, data=[str(data)], test=[f"a[b]={data}"], group_by=["speaker"], max_steps=1), console=shown)
+    text = " ".join(shown.file.getvalue().split())
+    assert f"{run}: error rates in percent" in text
+    assert "Talk [/q].flac" in text
+    assert "a[b]" in text
+    assert "speaker [/b]" in text
+
+
+def test_scoring_that_was_stopped_goes_on(finished, tiny_folder, tones, tmp_path, monkeypatch):
+    """With the sets that are left; what a set's transcripts should have been may be corrected in between."""
+    model, processor = load_base(str(tiny_folder))
+    speech = write_folder(tmp_path / "speech")
+    heard: list[int] = []
+
+    def transcribe(model, processor, audio, **given):
+        if len(heard) == 1 and not heard[0]:
+            raise KeyboardInterrupt
+        heard.append(len(audio))
+        return [Heard("HELLO", True)] * len(audio)
+
+    monkeypatch.setattr(evaluation_module, "transcribe_speech", transcribe)
+
+    def scored(*names):
+        sets = named_sets([f"{name}={speech}" for name in names], "en")
+        folder = tmp_path / "scored"
+        return evaluation_module.evaluate_sets(
+            model, processor, sets, label="x", window=AudioWindow(), folder=folder, progress=False
+        )
+
+    scored("one")
+    heard[:] = [0]
+    with pytest.raises(KeyboardInterrupt):
+        scored("one", "two")
+    heard.clear()
+    table = speech / "metadata.csv"
+    table.write_text(table.read_text().replace(TEXTS[0], "HELLO"))
+    assert [one.name for one in scored("one", "two").sets] == ["one", "two"]
+    assert heard == [len(TEXTS)]
+    kept = (tmp_path / "scored" / "one.tsv").read_text().splitlines()[1].split("\t")
+    assert "HELLO" in kept
+    assert "hello" in kept
+    scored("two")
+    assert heard == [len(TEXTS)]
+    assert sorted(file.name for file in (tmp_path / "scored").iterdir()) == ["results.json", "two.tsv"]
 
 
 def test_groups_are_sorted_by_number(tmp_path):
@@ -319,6 +396,10 @@ def test_an_adapter_says_its_language(finished, tiny_folder, tones, tmp_path, sh
 
 
 def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
+    soundfile.write(tmp_path / "first.wav", tone(0.4), 16_000)
+    with pytest.raises(UserError, match=r"--output .*first\.wav: is named as a recording"):
+        transcribe([tmp_path / "first.wav"], model=str(tiny_folder), output=tmp_path / "first.wav")
+    (tmp_path / "first.wav").unlink()
     soundfile.write(tmp_path / "good.wav", tone(0.4), 16_000)
     soundfile.write(tmp_path / "long.wav", tone(31.0, 8000), 8000)
     soundfile.write(tmp_path / "nothing.wav", tone(0.0), 16_000)

@@ -99,6 +99,17 @@ def test_no_answer_no_row(tmp_path, heard):
     assert [answer["text"] for answer in json.loads((tmp_path / "answers.json").read_text())] == [""] * 3
 
 
+def test_metadata_named_like_an_answer_is_left_out(tmp_path, heard):
+    folder = write_folder(tmp_path / "speech")
+    table = folder / "metadata.csv"
+    table.write_text(table.read_text().replace("speaker", "answer"))
+    speech = load_speech(folder)
+    assert "answer" in speech.dataset.column_names
+    more, _ = with_answers(speech, None, None, share=0.5, languages=["de"], file=tmp_path / "answers.json")
+    assert more.dataset["answer"][:6] == [None] * 6
+    assert all(more.dataset["answer"][6:])
+
+
 def test_answers_of_other_speech_are_refused(tmp_path, heard):
     """A run that goes on when an audio file is missing that was there before."""
     folder = write_folder(tmp_path / "speech", TEXTS * 2)

@@ -36,9 +36,10 @@ def test_utterances_of_one_name_are_all_shown(compared, tmp_path):
     ]
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds neither a run"):
-        write_report(tmp_path)
+def test_a_folder_without_a_run_is_refused(tmp_path, tiny_folder):
+    for folder in (tmp_path, tiny_folder):  # a model has a config.json too
+        with pytest.raises(UserError, match="holds neither a run"):
+            write_report(folder)
 
 
 def test_a_damaged_file_of_a_comparison_is_named(compared, tmp_path):

@@ -14,6 +14,7 @@ from transformers.models.whisper.modeling_whisper import WhisperModel
 from typer.testing import CliRunner
 
 from fused_s2lora import S2LoraConfig
+from fused_s2lora.training import evaluation as evaluation_module
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import UserError
@@ -59,7 +60,7 @@ def test_adapter_remembers_the_window(finished):
 
 def test_finished_run_is_not_done_again(finished, options, tones, monkeypatch):
     monkeypatch.setattr(train_module, "_train", lambda *args: pytest.fail("trained again"))
-    monkeypatch.setattr(train_module, "evaluate_sets", lambda *args, **kwargs: pytest.fail("scored again"))
+    monkeypatch.setattr(evaluation_module, "transcribe_speech", lambda *args, **kwargs: pytest.fail("heard again"))
     evaluations = train(options(finished, test=[f"same={tones}"], group_by=["speaker"]), console=QUIET)
     assert list(evaluations[1].sets[0].rates) == ["all", "speaker s0", "speaker s1", "speaker s2"]
 
@@ -151,6 +152,22 @@ def test_a_run_that_goes_on_in_a_later_epoch_finds_its_order(window, options, tm
     assert batches == whole[8:]
     expected, got = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "killed")
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_run_that_goes_on_saves_as_often_as_it_is_asked_now(options, tmp_path, monkeypatch):
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(run, save_steps=2, logging_steps=1), console=QUIET)
+    train(options(run, save_steps=5, logging_steps=2), console=QUIET)
+    assert {path.name for path in (run / "checkpoints").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
+    logged = [entry["step"] for entry in json.loads((run / "metrics.json").read_text()) if "cross_entropy" in entry]
+    assert logged == [1, 2, 4, 6]
 
 
 def test_half_written_checkpoint_is_passed_over(options, tmp_path, capsys):
