@@ -25,8 +25,8 @@ def interpolate(model: nn.Module, share: float) -> None:
         share: 1 leaves the adapter as it is, 0 is the original model.
 
     Raises:
-        ValueError: share is not between 0 and 1; the model has no active adapter of these kinds; an adapter is merged;
-            or scaling does not lead to the original model: whole modules or biases are trained beside the adapter, it
+        ValueError: share is not between 0 and 1; the model has no active adapter of these kinds, or one of another; an
+            adapter is merged; or scaling does not lead to the original model: whole modules or biases are trained beside the adapter, it
             is a variant of LoRA such as DoRA, or starts from a changed W, as PiSSA does.
     """
     if not 0 <= share <= 1:
@@ -52,6 +52,9 @@ def interpolate(model: nn.Module, share: float) -> None:
                     scaled += module.lora_B[name].parameters()
                 if name in module.lora_embedding_B:
                     scaled.append(module.lora_embedding_B[name])
+        elif isinstance(module, BaseTunerLayer) and module._get_available_adapters() & {*module.active_adapters}:
+            kind = type(module).__module__
+            raise ValueError(f"the model has an active adapter of {kind}, which is not to be scaled; unload it")
     if not scaled:
         raise ValueError("the model has no active adapter of S2-LoRA, LoRA or AdaLoRA to be scaled")
     for tensor in scaled:

@@ -104,11 +104,17 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.s2lora_coefficients]
 
     def fusable(self, names: list[str]) -> bool:
-        """Whether one operation computes frozen map and adapters: no dropout, W and b neither trained nor offloaded."""
+        """Whether one operation computes frozen map and adapters: no dropout, W and b neither trained nor offloaded.
+
+        A map with a forward of its own or with hooks is called, and not passed over.
+        """
         dropped = self.training and any(self.configs[name].dropout > 0 for name in names)
         linear = self.base_linear
         trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
-        return not dropped and not trained and not _offloaded(linear)
+        plain = (
+            type(linear).forward is nn.Linear.forward and not linear._forward_hooks and not linear._forward_pre_hooks
+        )
+        return plain and not dropped and not trained and not _offloaded(linear)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""

@@ -91,7 +91,12 @@ class S2LoraModel(BaseTuner):
                 f"target {current_key} is a {type(base).__name__}; S2-LoRA adapts nn.Linear only: "
                 "leave it out of target_modules or name it in exclude_modules"
             )
-        if not base.weight.is_floating_point():
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, S2LoraLinear):
+            raise ValueError(
+                f"target {current_key} has an adapter of {type(target).__module__} already, which S2-LoRA would put "
+                "out of use: call merge_and_unload() on it first"
+            )
+        if not base.weight.is_floating_point() or base.weight.element_size() < 2:
             raise ValueError(
                 f"target {current_key} is quantised ({base.weight.dtype}); S2-LoRA needs floating-point weights: load "
                 "the model without quantization_config, in bfloat16 if memory is short"

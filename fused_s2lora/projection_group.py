@@ -53,6 +53,9 @@ class ProjectionGroup:
         self._bias: tuple[Sources, Tensor] | None = None
         self._waiting = _Waiting()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_bias": None}  # it knows the biases by their storages, which no file can hold
+
     def output(self, layer: S2LoraLinear, x: Tensor) -> Tensor | None:
         """The output of `layer` for x; None where it cannot, or need not, be computed with others now."""
         if torch.compiler.is_compiling():

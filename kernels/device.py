@@ -1,5 +1,6 @@
 """What the kernels need to know of the device they run on; asked at launch, never at import."""
 
+import contextlib
 import functools
 import os
 
@@ -37,6 +38,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off for products of x, where it is on: `backward` may be called within it."""
+    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def attends_in_blocks(q: Tensor) -> bool:

@@ -5,7 +5,6 @@ their arguments, choose a strategy (`choice.py`) and call `S2LinearFunction`, wh
 (`strategies.py`) and whose gradients of A, B and e are one pass over each dy and one over x (`adapter_gradients.py`).
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -80,49 +79,54 @@ class S2LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("s2_linear has no second derivative; use backend='reference' with create_graph=True")
-        x, z, dense, down, up, stacked, *weights = ctx.saved_tensors
-        name, seed, sink, shared, of_gelu, dtypes, needs_z = ctx.call
-        strategy, size = STRATEGIES[name], len(weights)
-        group = Group(weights, None, down, up, stacked, seed)
-        needs_x, _, _, needs_down, needs_up = ctx.needs_input_grad[:5]
-        needs_coefficients = any(ctx.needs_input_grad[_FIXED + size :])
+        with device.without_autocast(dys[0]):
+            return _gradients(ctx, dys)
 
-        if needs_z and z is None:
-            z = project(x, down) if shared is None else shared.z
-        g = dx = d_down = d_up = d_coefficients = None
-        if needs_up:
-            d_up = torch.zeros_like(up, dtype=wide(up.dtype)) if sink is None else sink.up
-        # What other maps of a shared input left in its g is not this group's: `split` adds (g ⊙ e) A to dx here.
-        alone = shared is None or strategy.needs_g
-        wants_g = needs_down or (needs_x and strategy.needs_g)
-        if wants_g:
-            rows, rank = dys[0].shape[0], down.shape[0]
-            g = dys[0].new_empty(rows, rank, dtype=wide(dys[0].dtype)) if alone else shared.g
-        if needs_down and shared is None:
-            d_down = torch.zeros_like(down, dtype=wide(down.dtype)) if sink is None else sink.down
-        if wants_g or needs_z:
-            d_coefficients = adapter_gradients(
-                list(dys), z if needs_z else None, up, group.coefficients, g, d_up, x, d_down,
-                needs_coefficients=needs_coefficients, add_to_g=not alone, of_gelu=of_gelu,
-            )  # fmt: skip
-        if shared is not None:
-            if shared.wants_dx:
-                shared.add_dx(lambda so_far: strategy.input_gradient(dys, group, g, dense, so_far))
-            if alone and needs_down:
-                shared.g.add_(g)
-        elif needs_x:
-            dx = strategy.input_gradient(dys, group, g, dense, None)
-        if sink is not None:
-            d_up = d_down = None
-        each: list[Tensor | None] = [None] * size
-        if needs_coefficients:
-            assert d_coefficients is not None
-            rows_of = d_coefficients.unbind() if size > 1 else (d_coefficients.view(-1),)
-            each = [cast(d, dtype) for d, dtype in zip(rows_of, dtypes, strict=True)]
-        return (
-            dx, None, None, cast(d_down, down.dtype), cast(d_up, up.dtype), *[None] * (_FIXED - 5), *[None] * size,
-            *each,
+
+def _gradients(ctx: Any, dys: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    x, z, dense, down, up, stacked, *weights = ctx.saved_tensors
+    name, seed, sink, shared, of_gelu, dtypes, needs_z = ctx.call
+    strategy, size = STRATEGIES[name], len(weights)
+    group = Group(weights, None, down, up, stacked, seed)
+    needs_x, _, _, needs_down, needs_up = ctx.needs_input_grad[:5]
+    needs_coefficients = any(ctx.needs_input_grad[_FIXED + size :])
+
+    if needs_z and z is None:
+        z = project(x, down) if shared is None else shared.z
+    g = dx = d_down = d_up = d_coefficients = None
+    if needs_up:
+        d_up = torch.zeros_like(up, dtype=wide(up.dtype)) if sink is None else sink.up
+    # What other maps of a shared input left in its g is not this group's: `split` adds (g ⊙ e) A to dx here.
+    alone = shared is None or strategy.needs_g
+    wants_g = needs_down or (needs_x and strategy.needs_g)
+    if wants_g:
+        rows, rank = dys[0].shape[0], down.shape[0]
+        g = dys[0].new_empty(rows, rank, dtype=wide(dys[0].dtype)) if alone else shared.g
+    if needs_down and shared is None:
+        d_down = torch.zeros_like(down, dtype=wide(down.dtype)) if sink is None else sink.down
+    if wants_g or needs_z:
+        d_coefficients = adapter_gradients(
+            list(dys), z if needs_z else None, up, group.coefficients, g, d_up, x, d_down,
+            needs_coefficients=needs_coefficients, add_to_g=not alone, of_gelu=of_gelu,
         )  # fmt: skip
+    if shared is not None:
+        if shared.wants_dx:
+            shared.add_dx(lambda so_far: strategy.input_gradient(dys, group, g, dense, so_far))
+        if alone and needs_down:
+            shared.g.add_(g)
+    elif needs_x:
+        dx = strategy.input_gradient(dys, group, g, dense, None)
+    if sink is not None:
+        d_up = d_down = None
+    each: list[Tensor | None] = [None] * size
+    if needs_coefficients:
+        assert d_coefficients is not None
+        rows_of = d_coefficients.unbind() if size > 1 else (d_coefficients.view(-1),)
+        each = [cast(d, dtype) for d, dtype in zip(rows_of, dtypes, strict=True)]
+    return (
+        dx, None, None, cast(d_down, down.dtype), cast(d_up, up.dtype), *[None] * (_FIXED - 5), *[None] * size,
+        *each,
+    )  # fmt: skip
 
 
 def s2_linear(
@@ -220,7 +224,7 @@ def s2_linear_group(
             s2_linear_reference(x, weight, b, down, up, e)
             for weight, b, e in zip(weights, biases, coefficients, strict=True)
         )
-    with contextlib.nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
+    with device.without_autocast(x):
         z = None if z is None else z.reshape(-1, z.shape[-1])
         if z is None and shared is not None and STRATEGIES[strategy].reads_z:
             z = shared.z

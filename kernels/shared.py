@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import device
 from .adapter_gradients import input_gradient_factor
 from .project import project
 
@@ -259,7 +260,8 @@ class _ShareInputFunction(torch.autograd.Function):
         d_down = None
         if g is not None and ctx.needs_input_grad[1]:
             buffer = torch.zeros_like(shared.down, dtype=wide(shared.down.dtype)) if ctx.sink is None else ctx.sink.down
-            input_gradient_factor(shared.rows, g, buffer)
+            with device.without_autocast(g):
+                input_gradient_factor(shared.rows, g, buffer)
             d_down = buffer.to(shared.down.dtype) if ctx.sink is None else None
         return dx, d_down, None, None
 

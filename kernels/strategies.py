@@ -96,9 +96,10 @@ def _dense(x: Tensor, group: Group) -> Tensor:
     if stored not in (torch.float32, torch.float64):
         return merge_weights_reference(weights, down, up, coefficients, x.dtype, group.seed)
     down, up = down.to(stored), up.to(stored)
-    dense = x.new_empty(len(weights) * len(up), x.shape[1])
-    for part, weight, e in zip(dense.chunk(len(weights)), weights, coefficients.to(stored), strict=True):
-        part.copy_(torch.addmm(weight, up * e, down))  # cast as it is stacked
+    size = len(up)
+    dense = x.new_empty(len(weights) * size, x.shape[1])
+    for index, (weight, e) in enumerate(zip(weights, coefficients.to(stored), strict=True)):
+        dense[index * size : (index + 1) * size].copy_(torch.addmm(weight, up * e, down))  # cast as it is stacked
     return dense
 
 

@@ -341,6 +341,10 @@ def test_any_model_with_linear_layers():
 def test_a_quantised_weight_is_refused():
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)  # as in 4 bits
+    eight_bits = nn.Linear(4, 4)
+    eight_bits.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="target 0 is quantised"):
+        get_peft_model(nn.Sequential(eight_bits), S2LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="target 0 is quantised"):
         get_peft_model(nn.Sequential(linear), S2LoraConfig(target_modules=["0"]))
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -31,6 +31,45 @@ def test_a_trained_bias_has_its_gradient(tiny_whisper, fused):
     assert len(got) == len(expected) == 18
     for gradient, reference in zip(got.values(), expected.values(), strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+
+
+class _Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_map_with_a_forward_or_hooks_of_its_own_is_called(tiny_whisper, fused):
+    """The update is added to what it gives; its gradients are those of the plain map."""
+    plain = adapted(tiny_whisper, r=4)
+    update = plain(**batch()).logits - tiny_whisper()(**batch()).logits
+    assert update.abs().max() > 1e-3
+    whisper = tiny_whisper()
+    asked = []
+    layer = whisper.model.encoder.layers[0]
+    layer.self_attn.v_proj.register_forward_hook(lambda module, inputs, output: asked.append(1))
+    layer.fc1.__class__ = _Doubling
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 3,))
+    whisper.eval()
+    expected = whisper(**batch()).logits
+    model = get_peft_model(whisper, S2LoraConfig(r=4)).eval()
+    if fused:
+        fuse_whisper(model)
+    asked.clear()
+    torch.testing.assert_close(model(**batch()).logits, expected)
+    assert len(asked) == 1
+    awaken(model)
+    model.train()
+    model(**batch()).loss.backward()
+    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+
+
+def test_a_model_that_carries_another_adapter_is_refused_and_left_as_it_was(tiny_whisper):
+    lora = get_peft_model(tiny_whisper(), LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)).eval()
+    expected = lora(**batch()).logits
+    with pytest.raises(ValueError, match=r"v_proj has an adapter of peft\.tuners\.lora\.layer already"):
+        get_peft_model(lora.get_base_model(), S2LoraConfig(r=4))
+    torch.testing.assert_close(lora(**batch()).logits, expected)
 
 
 def test_proximal_step_leaves_frozen_coefficients_alone(tiny_whisper):

@@ -54,6 +54,24 @@ def groups_of(model: nn.Module) -> int:
     return len({id(layer.group) for layer in model.modules() if isinstance(layer, S2LoraLinear) and layer.group})
 
 
+@pytest.mark.parametrize("backend", ["merged", "split", "augmented"])
+def test_backward_may_be_called_within_autocast(tiny_whisper, backend):
+    """Where the forward pass was left out of it: gradients are those without autocast."""
+
+    def gradients(within: bool) -> dict[str, torch.Tensor]:
+        model = adapted(tiny_whisper, r=4, backend=backend).train()
+        fuse_whisper(model)
+        loss = model(**batch()).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            loss.backward()
+        return {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+
+    expected = gradients(False)
+    for name, gradient in gradients(True).items():
+        # What PyTorch's own maps do in between is in bfloat16.
+        assert (gradient - expected[name]).abs().max() <= 0.05 * expected[name].abs().max() + 1e-6, name
+
+
 @pytest.mark.parametrize("config", WAYS.values(), ids=WAYS)
 def test_fused_model_is_the_reference_in_every_gradient(tiny_whisper, config):
     oracle = step(in_float64(tiny_whisper, **{**config, "backend": "reference"}))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 
 from fused_s2lora import S2LoraConfig, fuse_whisper, interpolate
 from fused_s2lora.training.audio_window import AudioWindow
@@ -70,8 +70,10 @@ def test_a_share_out_of_range_is_refused(tiny_whisper, share):
 
 def test_other_adapters_are_refused(tiny_whisper):
     model = get_peft_model(tiny_whisper(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="no active adapter"):
+    with pytest.raises(ValueError, match=r"an active adapter of peft\.tuners\.ia3\.layer"):
         interpolate(model, 0.5)
+    with pytest.raises(ValueError, match="no active adapter"):
+        interpolate(tiny_whisper(), 0.5)
 
 
 def test_whole_modules_trained_beside_the_adapter_are_refused(tiny_whisper):
@@ -117,3 +119,14 @@ def test_window_and_language_of_a_share_that_is_saved(tiny_whisper, tmp_path, co
     assert (remembered_speech(second) == expected) == (config == "S2-LoRA")
     remember_speech(second, AudioWindow("trim", 32), "sw", "transcribe")
     assert remembered_speech(second) == expected
+
+
+def test_an_active_adapter_of_another_kind_is_refused(tiny_whisper):
+    """Its update would stay where it is."""
+    model = get_peft_model(tiny_whisper(), LoraConfig(r=4, target_modules=TARGETS), mixed=True)
+    model.add_adapter("other", LoHaConfig(r=4, target_modules=TARGETS, init_weights=False))
+    model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"active adapter of peft\.tuners\.loha\.layer"):
+        interpolate(model, 0.5)
+    model.set_adapter(["default"])
+    interpolate(model, 0.5)

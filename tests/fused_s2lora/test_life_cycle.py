@@ -58,6 +58,22 @@ def test_pickled_model_has_factors_and_penalties_of_its_own(tiny_whisper):
         torch.testing.assert_close(logits(model), expected)
 
 
+def test_a_fused_model_that_has_run_can_be_written_and_copied(tiny_whisper, tmp_path):
+    model = adapted(tiny_whisper)
+    fuse_whisper(model)
+    expected = logits(model)
+    torch.save(model, tmp_path / "model.pt")
+    written = torch.load(tmp_path / "model.pt", weights_only=False)
+    for twin in (written, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(logits(twin), expected)
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                if name.endswith("q_proj.base_layer.bias"):
+                    parameter.add_(1.0)
+        assert not torch.allclose(logits(twin), expected)
+    torch.testing.assert_close(logits(model), expected)
+
+
 def test_unloading_a_copy_leaves_no_hook_on_it_and_all_on_the_model(tiny_whisper):
     model = adapted(tiny_whisper, sparsity_weight=1.0)
     unloaded = copy.deepcopy(model).unload()
