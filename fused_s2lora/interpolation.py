@@ -26,8 +26,8 @@ def interpolate(model: nn.Module, share: float) -> None:
 
     Raises:
         ValueError: share is not between 0 and 1; the model has no active adapter of these kinds, or one of another; an
-            adapter is merged; or scaling does not lead to the original model: whole modules or biases are trained beside the adapter, it
-            is a variant of LoRA such as DoRA, or starts from a changed W, as PiSSA does.
+            adapter is merged; or scaling does not lead to the original model: whole modules or biases are trained
+            beside the adapter, it is a variant of LoRA such as DoRA, or starts from a changed W, as PiSSA does.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} is not between 0 and 1")
