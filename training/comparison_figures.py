@@ -107,8 +107,9 @@ def _against_parameters(lines: list[Line], columns: list[Column]) -> Figure | No
 
 def _against_data(lines: list[Line], columns: list[Column]) -> Figure | None:
     amounts = [line for line in lines if line.trainable and line.changed == {"utterances"} and line.rank == 8]
-    whole = {line.method: line for line in lines if not line.changed and not line.varied and line.rank == 8}
-    ours = [whole[method] for method in dict.fromkeys(line.method for line in amounts) if method in whole]
+    ours = [
+        line for line in lines if not line.varied and any(line.unlike(amount) == {"utterances"} for amount in amounts)
+    ]
     names = {line.method: line.label for line in (*amounts, *ours)}
     return _panels(amounts + ours, columns, lambda line: line.first["summary"]["utterances"], "utterances",
                    lambda line: names[line.method]) if amounts else None  # fmt: skip
@@ -194,11 +195,16 @@ def _cross_entropy(entry: dict[str, Any]) -> float:
 def _sparsity(lines: list[Line]) -> Figure | None:
     """Mean |s| and share of live ranks by matrix over α₁, for the runs that differ from the default in nothing else."""
     points: dict[float, dict[str, tuple[float, float]]] = {}
-    for line in lines:
-        cell = line.first
-        if line.method == "s2lora" and line.rank == 8 and line.changed <= {"sparsity_weight"} and cell["rank_pattern"]:
-            given = cell["config"]["sparsity_weight"]
-            points[S2LoraConfig().sparsity_weight if given is None else given] = _sizes(cell["rank_pattern"])
+    able = [
+        line for line in lines
+        if line.method == "s2lora" and line.rank == 8 and line.changed <= {"sparsity_weight"}
+        and line.first["rank_pattern"]
+    ]  # fmt: skip
+    for line in able:
+        if line.unlike(able[0]) <= {"sparsity_weight"}:
+            given = line.first["config"]["sparsity_weight"]
+            alpha = S2LoraConfig().sparsity_weight if given is None else given
+            points.setdefault(alpha, _sizes(line.first["rank_pattern"]))
     if len(points) < 2:
         return None
     alphas = sorted(points)

@@ -9,6 +9,7 @@ from .comparison import Cell, Comparison, results_of
 from .evaluation import unit_of
 from .metrics import Unit
 from .options import TrainOptions
+from .run import FREE_TO_CHANGE
 
 ALL = "all"
 METHOD_OPTIONS = (
@@ -73,6 +74,12 @@ class Line:
         default = dataclasses.asdict(TrainOptions(["-"], "-"))
         config, usual = {**default, **self.first["config"]}, {**default, **base}
         return {name for name in METHOD_OPTIONS if config[name] != usual[name]}
+
+    def unlike(self, other: "Line") -> set[str]:
+        """The options that the two were trained with and are not the same, seeds aside."""
+        default = dataclasses.asdict(TrainOptions(["-"], "-"))
+        ours, theirs = ({**default, **line.first["config"]} for line in (self, other))
+        return {name for name in default.keys() - FREE_TO_CHANGE - {"seed"} if ours[name] != theirs[name]}
 
     @property
     def published(self) -> str | None:

@@ -187,7 +187,8 @@ def _differences(gaps: list[Gap]) -> str:
 def _points(found: Difference | None) -> str:
     if found is None:
         return "–"
-    points, low, high = (f"{value:+.1f}".replace("-", "−") for value in (found.points, found.low, found.high))
+    shown = (round(value, 1) + 0.0 for value in (found.points, found.low, found.high))  # no -0.0
+    points, low, high = (f"{value:+.1f}".replace("-", "−") for value in shown)
     return f"{f'**{points}**' if found.sure else points} [{low}, {high}]"
 
 

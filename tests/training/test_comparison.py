@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from fused_s2lora.training import comparison as comparison_module
+from fused_s2lora.training import comparison_figures
 from fused_s2lora.training.comparison import read_comparison, results_of, run_comparison
 from fused_s2lora.training.comparison_differences import gaps_of
 from fused_s2lora.training.comparison_figures import draw_figures, learning_figure
@@ -318,6 +319,18 @@ def test_figures_are_drawn_and_repeat(compared):
     by_data = first["Error against amount of data"]
     assert by_data.count(">S2-LoRA<") == 1
     assert "on less" not in by_data  # the run on all data is a point of the same line
+
+
+def test_figures_over_one_option_leave_out_rows_trained_otherwise():
+    """Such as those of three epochs, whose method has every option at its default."""
+    folder = REPRODUCTION / "whisper-base-spaced"
+    lines = lines_of(read_comparison(folder.with_suffix(".yaml"), folder))
+    figure = comparison_figures._against_data(lines, columns_of(lines))
+    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["LoRA", "S2-LoRA"]
+    magnitudes = comparison_figures._sparsity(lines).axes[0].get_lines()
+    assert [list(line.get_xdata()) for line in magnitudes] == [[0, 0.05, 0.2]] * 6
+    default = comparison_figures._sizes(json.loads((folder / "s2-lora-r8-seed0" / "rank_pattern.json").read_text()))
+    assert [line.get_ydata()[1] for line in magnitudes] == [size for size, _ in default.values()]
 
 
 def test_a_finished_cell_is_not_shown_for_other_options(compared, tmp_path, quick):
