@@ -294,8 +294,6 @@ def _run_and_record(cell: Cell, console: Console) -> None:
         console.print(f"{cell.name}: {failed}", style="red", markup=False)
     except UserError as error:
         raise UserError(f"{cell.name}: {error}") from error
-    if failed is None:
-        write_errors(cell.path)
     record = {"row": cell.row, "seconds": round(time.perf_counter() - start, 1), "failed": failed}
     write_json(cell.path / "cell.json", record | {"precision": resolved(cell.options.precision), **versions()})
     shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
@@ -305,7 +303,8 @@ def _run_and_record(cell: Cell, console: Console) -> None:
 def _run_cell(cell: Cell, console: Console) -> None:
     options = cell.options
     if options.method != ZERO_SHOT:
-        train(options, console=console)
+        for evaluation in train(options, console=console)[-1:]:  # none without a set to score
+            write_errors(cell.path, evaluation)
         return
     RunFolder(options)
     evaluation = evaluate(
@@ -314,6 +313,7 @@ def _run_cell(cell: Cell, console: Console) -> None:
         batch_size=options.eval_batch_size, group_by=options.group_by, console=console,
     )  # fmt: skip
     write_json(cell.path / "results.json", [evaluation.to_dict()])
+    write_errors(cell.path, evaluation)
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .comparison_lines import ALL, Column, Line
+from .comparison_lines import Column, Line
+from .evaluation import ALL
 from .metrics import Difference, difference
 from .utterance_errors import SetErrors, read_errors
 

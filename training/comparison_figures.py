@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from fused_s2lora import S2LoraConfig
 
 from .comparison import Comparison
-from .comparison_lines import ALL, Column, Line, columns_of, lines_of
+from .comparison_lines import Column, Line, columns_of, lines_of
+from .evaluation import ALL
 
 _STYLE: Any = {
     "svg.hashsalt": "fused_s2lora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,

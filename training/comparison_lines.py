@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .comparison import Cell, Comparison, results_of
-from .evaluation import unit_of
+from .evaluation import ALL, unit_of
 from .metrics import Unit
 from .options import TrainOptions
 from .run import FREE_TO_CHANGE
 
-ALL = "all"
 METHOD_OPTIONS = (
     "preset", "target_modules", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty",
     "freeze_factors", "lr", "coefficient_lr_ratio", "interpolation", "utterances", "keep_share", "keep_languages",

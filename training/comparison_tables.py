@@ -9,7 +9,8 @@ from typing import Any
 from . import published
 from .comparison import ZERO_SHOT, Comparison
 from .comparison_differences import Gap, gaps_of, told_of
-from .comparison_lines import ALL, Column, Line, columns_of, lines_of, names_of
+from .comparison_lines import Column, Line, columns_of, lines_of, names_of
+from .evaluation import ALL
 from .metrics import Difference
 from .output import replacing, write_json, write_text
 

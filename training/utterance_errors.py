@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UserError
+from .evaluation import Evaluation
 from .metrics import Unit
 from .output import replacing
 
@@ -24,20 +25,15 @@ class SetErrors:
     errors: dict[Unit, np.ndarray]
 
 
-def write_errors(run: Path) -> None:
-    """Writes `errors.csv`, by the transcripts in the folder `after` of a run; a run without any gets none."""
-    rows = []
-    for file in sorted((run / "after").glob("*.tsv")):
-        with file.open(encoding="utf-8", newline="") as stream:
-            for row in csv.DictReader(stream, delimiter="\t"):
-                counts = []
-                for unit in ("word", "character"):
-                    errors = sum(int(row[f"{unit}_{kind}"]) for kind in ("substitutions", "deletions", "insertions"))
-                    counts += [row[f"{unit}_length"], errors]
-                rows.append((file.stem, row["utterance"], *counts))
-    if rows:
-        with replacing(run / _FILE) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([_COLUMNS, *rows])
+def write_errors(run: Path, evaluation: Evaluation) -> None:
+    """Writes `errors.csv` into the folder of a run, by what was scored last of it."""
+    rows: list[tuple[str | int, ...]] = [_COLUMNS]
+    for result in evaluation.sets:
+        names = result.speech.dataset["utterance"][:]
+        for name, words, characters in zip(names, result.words, result.characters, strict=True):
+            rows.append((result.name, name, words.length, words.errors, characters.length, characters.errors))
+    with replacing(run / _FILE) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(rows)
 
 
 def read_errors(run: Path) -> dict[str, SetErrors]:

@@ -336,7 +336,7 @@ def test_names_are_shown_as_they_are(tones, options, tmp_path, short_decoding):
     assert "speaker [/b]" in text
 
 
-def test_scoring_that_was_stopped_goes_on(finished, tiny_folder, tones, tmp_path, monkeypatch):
+def test_scoring_that_was_stopped_goes_on(tiny_folder, tmp_path, monkeypatch):
     """With the sets that are left; what a set's transcripts should have been may be corrected in between."""
     model, processor = load_base(str(tiny_folder))
     speech = write_folder(tmp_path / "speech")
