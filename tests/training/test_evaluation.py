@@ -1,147 +1,30 @@
-"""Scoring, transcribing and merging what a run left, on a tiny Whisper."""
+"""Scoring what a run left, on a tiny Whisper."""
 
 import io
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
-import soundfile
 import torch
 from rich.console import Console
 from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
-from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training import evaluation as evaluation_module
 from fused_s2lora.training import models
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
-from fused_s2lora.training.data import load_speech
-from fused_s2lora.training.decoding import Decoding, Heard, transcribe_speech
+from fused_s2lora.training.decoding import Heard
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
-from fused_s2lora.training.evaluation import Evaluation, read_sets, results_table, unit_of
+from fused_s2lora.training.evaluation import Evaluation, read_sets, unit_of
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
 from fused_s2lora.training.sets import named_sets, scored_sets
 from fused_s2lora.training.train import train
 from fused_s2lora.training.transcribe import transcribe
 from tests.training.comparisons import QUIET
-from tests.training.speech import TEXTS, tone, write_folder
-
-
-def test_decoding_in_half_precision_computes_what_the_model_does(tiny_folder):
-    """Within bfloat16's rounding, for the prompt in one pass and a token after it from the cache."""
-    model, processor = load_base(str(tiny_folder))
-    model.eval()
-    with torch.no_grad():
-        for weight in model.get_decoder().layers.parameters():
-            weight.mul_(4)  # as initialised, attention hardly matters
-    torch.manual_seed(0)
-    features = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
-    prompt = torch.tensor([processor.tokenizer.prefix_tokens] * 2)
-    decoder = decoding_module._for_decoding(model, torch.bfloat16)
-
-    def logits(whisper):
-        first = whisper(input_features=features, decoder_input_ids=prompt, use_cache=True)
-        encoded = (first.encoder_last_hidden_state,)
-        second = whisper(decoder_input_ids=prompt[:, -1:], encoder_outputs=encoded, cache=first.cache)
-        return torch.cat([first.logits, second.logits], dim=1)
-
-    with torch.no_grad():
-        expected = logits(model)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounding = (logits(model) - expected).abs().max()
-            error = (logits(decoder) - expected).abs().max()
-    assert error < 2 * rounding
-
-
-@pytest.fixture
-def endless(tiny_folder, monkeypatch):
-    """Four batches of two of what "is heard", once or twice: the first never ends, the third at its second decoding."""
-    _, processor = load_base(str(tiny_folder))
-    pad = processor.tokenizer.pad_token_id
-    cat, dog = (processor.tokenizer(word).input_ids[-2] for word in ("cat", "dog"))
-    ended = [dog, dog, dog, pad]
-    once = [[[cat] * 4, ended], [[cat] * 4, ended], [[dog] * 3, [dog, dog, pad]]]
-    twice = [once[0], [[cat] * 4], once[1], [ended], once[2]]
-    asked = []
-
-    def start(tokens: list) -> list:
-        left = iter(tokens)
-        asked.clear()
-
-        def generate(model, features, *_, max_new_tokens, **search):
-            asked.append((len(features), search))
-            return torch.tensor(next(left))
-
-        monkeypatch.setattr(decoding_module, "_generate", generate)
-        return asked
-
-    return {"once": once, "twice": twice, "start": start}
-
-
-def test_what_does_not_end_is_decoded_again(tiny_folder, tones, endless):
-    model, processor = load_base(str(tiny_folder))
-    audio = load_speech(tones).dataset["audio"][:]
-    options = {"window": AudioWindow("trim"), "language": "en", "max_new_tokens": 4, "batch_size": 2}
-    asked = endless["start"](endless["twice"])
-    heard = transcribe_speech(model, processor, audio, decoding=Decoding(beams=2), **options)
-    first, second = {"num_beams": 2}, {"num_beams": 5, "no_repeat_ngram_size": 3}
-    assert asked == [(2, first), (1, second), (2, first), (1, second), (2, first)]
-    assert [one.ended for one in heard] == [False, True, True, True, True, True]
-    assert [one.again for one in heard] == [True, False, True, False, False, False]
-    assert heard[2].text == heard[3].text  # that of the second decoding
-    asked = endless["start"](endless["once"])
-    heard = transcribe_speech(model, processor, audio, decoding=Decoding(once=True), **options)
-    assert [found for _, found in asked] == [{"num_beams": 1}] * 3
-    assert [one.ended for one in heard] == [False, True, False, True, True, True]
-    assert not any(one.again for one in heard)
-    with pytest.raises(UserError, match="--beams is 0; give at least 1"):
-        Decoding(beams=0)
-
-
-def test_a_second_decoding_does_not_repeat_itself(tiny_folder, tones, monkeypatch):
-    """An untrained Whisper never stops: it says the same over and over, and the second time no three tokens twice."""
-    model, processor = load_base(str(tiny_folder))
-    audio = load_speech(tones).dataset["audio"][:2]
-    found = []
-    real = decoding_module._generate
-    monkeypatch.setattr(decoding_module, "_generate", lambda *a, **k: found.append(real(*a, **k)) or found[-1])
-    heard = transcribe_speech(model, processor, audio, window=AudioWindow("trim"), language="en", max_new_tokens=16)
-    first, second = (
-        [len(set(zip(row, row[1:], row[2:], strict=False))) for row in tokens.tolist()] for tokens in found
-    )
-    assert max(first) < 14
-    assert second == [14, 14]
-    texts = processor.tokenizer.batch_decode(found[1], skip_special_tokens=True)
-    assert heard == [Heard(text.strip(), ended=False, again=True) for text in texts]
-
-
-def test_transcripts_without_an_end_are_told(tiny_folder, tones, tmp_path, monkeypatch, endless):
-    monkeypatch.setattr(decoding_module, "MAX_NEW_TOKENS", 4)
-    monkeypatch.setattr(evaluation_module, "MAX_NEW_TOKENS", 4)
-    endless["start"](endless["twice"])
-    sets = named_sets([f"same={tones}"], "en")
-    options = {"model": str(tiny_folder), "precision": "fp32", "batch_size": 2}
-    evaluation = evaluate(sets, tmp_path / "out", **options, console=QUIET)
-    written = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["same"]
-    assert (written["cut_off"], written["decoded_again"]) == (1, 2)
-    table = results_table([evaluation])
-    assert (
-        table.caption
-        == "transcripts without an end after 4 tokens: 1 (zero-shot, same); decoded again: 2 (zero-shot, same)"
-    )
-    read = read_sets(tmp_path / "out", sets)["same"]
-    assert read.heard == evaluation.sets[0].heard
-    assert read.cut_off == [True] + [False] * 5
-    endless["start"]([endless["once"][0][:1]] * 2)
-    command = ["transcribe", "--model", str(tiny_folder), "--language", "en", str(tones / "u0.flac")]
-    result = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert f"cut off: {tones / 'u0.flac'}" in result.output
-    assert result.stdout.startswith(f"{tones / 'u0.flac'}\t")  # and no progress
+from tests.training.speech import TEXTS, write_folder
 
 
 def test_results_of_another_source_or_language_are_not_taken_over(finished, tones, tmp_path):
@@ -217,17 +100,6 @@ def test_evaluate_transcribe_and_merge_use_what_training_used(
     assert merged.sets[0].hypotheses == evaluation.sets[0].hypotheses
     with pytest.raises(UserError, match="exists already"):
         merge(adapter, tmp_path / "merged", model=str(tiny_folder))
-
-
-def test_transcribe_decodes_as_asked(tiny_folder, tones, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "fused_s2lora.training.transcribe.transcribe_speech",
-        lambda *arguments, decoding, **options: asked.append(decoding) or [],
-    )
-    command = ["transcribe", str(tones), "--model", str(tiny_folder), "--decode-once", "--beams", "3"]
-    CliRunner().invoke(app, command)
-    assert asked == [Decoding(beams=3, once=True)]
 
 
 def test_a_table_is_whole_or_as_it_was(finished, tones, tmp_path):
@@ -393,39 +265,3 @@ def test_an_adapter_says_its_language(finished, tiny_folder, tones, tmp_path, sh
         assert written["sets"]["t"]["language"] == expected
     monkeypatch.setattr(models, "hf_hub_download", lambda repository, name: str(adapter / name))
     assert remembered_speech("user/adapter")["language"] == "sw"
-
-
-def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
-    soundfile.write(tmp_path / "first.wav", tone(0.4), 16_000)
-    with pytest.raises(UserError, match=r"--output .*first\.wav: is named as a recording"):
-        transcribe([tmp_path / "first.wav"], model=str(tiny_folder), output=tmp_path / "first.wav")
-    (tmp_path / "first.wav").unlink()
-    soundfile.write(tmp_path / "good.wav", tone(0.4), 16_000)
-    soundfile.write(tmp_path / "long.wav", tone(31.0, 8000), 8000)
-    soundfile.write(tmp_path / "nothing.wav", tone(0.0), 16_000)
-    (tmp_path / "bad.mp3").write_bytes(b"no audio")
-    soundfile.write(tmp_path / "damaged.flac", tone(3.0), 16_000)
-    content = (tmp_path / "damaged.flac").read_bytes()
-    (tmp_path / "damaged.flac").write_bytes(content[:20_000] + bytes(500) + content[20_500:])
-    (tmp_path / "phone.m4a").write_bytes(b"not for libsndfile")
-    for name in (b"\xfc.wav", b"a\tb.wav"):  # Latin-1, and what a TSV cannot have
-        shutil.copy(tmp_path / "good.wav", os.fsencode(tmp_path) + b"/" + name)
-    transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en")
-    assert [transcript.file.name for transcript in transcripts] == ["good.wav"]
-    assert sorted(Path(item.utterance).name for item in skipped) == [
-        "\\udcfc.wav",
-        "a\tb.wav",
-        "bad.mp3",
-        "damaged.flac",
-        "long.wav",
-        "nothing.wav",
-        "phone.m4a",
-    ]
-    assert all(item.reason.isprintable() for item in skipped)
-    with pytest.raises(UserError, match=r"bad\.mp3: not readable as audio"):
-        transcribe([tmp_path / "bad.mp3", tmp_path / "good.wav"], model=str(tiny_folder), strict=True)
-    with pytest.raises(UserError, match="none of the 1 audio files is usable"):
-        transcribe([tmp_path / "bad.mp3"], model=str(tiny_folder))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no audio in"):
-        transcribe([tmp_path / "empty"], model=str(tiny_folder))
