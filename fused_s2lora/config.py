@@ -40,7 +40,7 @@ class Sharing(enum.StrEnum):
 _CHOICES: dict[str, tuple[str, ...]] = {
     "sharing": tuple(Sharing),
     "coefficient": ("rank", "scalar"),
-    "init": ("unit", "normal"),
+    "init": ("unit", "normal", "lora"),
     "penalty": ("soft", "proximal"),
     "backend": BACKENDS,
     "audio_window": ("full", "trim"),
@@ -51,7 +51,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 class S2LoraConfig(PeftConfig):
     """Configuration of Sparsely Shared LoRA: ΔW_i = B diag(s_i) A with A and B shared (arXiv 2309.11756).
 
-    The defaults are tuned on child speech (docs/defaults.md); `S2LoraConfig.paper()` is the method as published.
+    The defaults are tuned on child speech (docs/defaults.md); `S2LoraConfig.paper()` is the method as published,
+    `S2LoraConfig.unshared()` gives every weight its own factors.
 
     Raises:
         ValueError: a value outside its range, naming the field.
@@ -85,7 +86,10 @@ class S2LoraConfig(PeftConfig):
     scaling: float = field(default=1.0, metadata={"help": "Constant factor on every ΔW."})
     init: str = field(
         default="unit",
-        metadata={"help": "Factors start normal: with rows of A and columns of B of `unit` norm, or with `init_std`."},
+        metadata={
+            "help": "Start: A and B `normal` with `init_std`, or with rows of A and columns of B of `unit` norm, and "
+            "s = 0; or, as in `lora`, B = 0 and s = 1, with rows of A of unit norm."
+        },
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the factors for init `normal`."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank path."})
@@ -136,6 +140,8 @@ class S2LoraConfig(PeftConfig):
         for name in ("scaling", "init_std", "coefficient_lr_ratio"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive")
+        if self.init == "lora" and not self.train_factors:
+            raise ValueError("init='lora' starts with B = 0, and train_factors=False would leave it there; use 'unit'")
 
     @classmethod
     def paper(cls, **overrides: Any) -> "S2LoraConfig":
@@ -149,3 +155,12 @@ class S2LoraConfig(PeftConfig):
             "coefficient_lr_ratio": 1.0,
         }
         return cls(**{**published, **overrides})
+
+    @classmethod
+    def unshared(cls, **overrides: Any) -> "S2LoraConfig":
+        """Factors of each weight's own from LoRA's start: LoRA with a coefficient for each rank, without penalties.
+
+        It has LoRA's number of parameters and learns as much. Its learning rate is LoRA's, 1e-3.
+        """
+        own: dict[str, Any] = {"sharing": "none", "init": "lora", "sparsity_weight": 0.0, "norm_weight": 0.0}
+        return cls(**{**own, **overrides})

@@ -13,7 +13,7 @@ from .kernels.arguments import MAX_RANK
 from .kernels.s2_linear import Backend, s2_linear, s2_linear_group
 from .kernels.shared import GradientSink, SharedPair, gelu_input, known_z
 from .projection_group import ProjectionGroup, live_operands, ranks_computed
-from .sharing import AdapterParameters, FactorPair, initial_factors
+from .sharing import AdapterParameters, FactorPair, initial_coefficients, initial_factors
 
 
 class S2LoraLinear(nn.Module, BaseTunerLayer):
@@ -52,14 +52,12 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             layer.group = None
 
     def update_layer(self, adapter_name: str, config: S2LoraConfig, inference_mode: bool = False) -> None:
-        """Adds an adapter whose pair is already in the shared dictionaries; its coefficients start at zero."""
+        """Adds an adapter whose pair is already in the shared dictionaries; its coefficients start as `init` says."""
         self.configs[adapter_name] = config
         self._frozen_ranks.pop(adapter_name, None)
         linear = self.base_linear
-        size = config.r if config.coefficient == "rank" else 1
-        self.s2lora_coefficients[adapter_name] = nn.Parameter(
-            torch.zeros(size, device=adapter_device(linear), dtype=linear.weight.dtype)
-        )
+        start = initial_coefficients(config, torch.empty(0, device=adapter_device(linear), dtype=linear.weight.dtype))
+        self.s2lora_coefficients[adapter_name] = nn.Parameter(start)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @property

@@ -114,9 +114,18 @@ class SharedFactors(nn.Module):
 
 
 def initial_factors(up_rows: int, down_columns: int, config: S2LoraConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Normal factors B [up_rows, r] and A [r, down_columns]; for init "unit" B's columns and A's rows have norm 1."""
+    """B [up_rows, r] and A [r, down_columns], normal or, for init "lora", B zero.
+
+    For init "unit" B's columns and A's rows have norm 1, for "lora" A's rows.
+    """
     up = torch.empty(up_rows, config.r, device=like.device, dtype=like.dtype).normal_(std=config.init_std)
     down = torch.empty(config.r, down_columns, device=like.device, dtype=like.dtype).normal_(std=config.init_std)
-    if config.init == "unit":
+    if config.init != "normal":
         up, down = nn.functional.normalize(up, dim=0), nn.functional.normalize(down, dim=1)
-    return up, down
+    return (torch.zeros_like(up) if config.init == "lora" else up), down
+
+
+def initial_coefficients(config: S2LoraConfig, like: Tensor) -> Tensor:
+    """s at the start, on `like`'s device in its dtype: [r], or [1] for coefficient "scalar"; 0, for init "lora" 1."""
+    value = 1.0 if config.init == "lora" else 0.0
+    return torch.full((config.r if config.coefficient == "rank" else 1,), value, device=like.device, dtype=like.dtype)

@@ -78,7 +78,7 @@ def train(
     method: Annotated[str, typer.Option(help="s2lora, or to compare with: lora, adalora, ..., full.")] = "s2lora",
     preset: Annotated[
         str,
-        typer.Option(help="S2-LoRA's default settings, or those of the paper."),
+        typer.Option(help="S2-LoRA's settings: default, those of the paper, or unshared: LoRA's parameters and start."),
     ] = "default",
     rank: Annotated[int, typer.Option(help="Rank of the factors.")] = 8,
     target_modules: Annotated[

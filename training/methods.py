@@ -38,6 +38,7 @@ class Preset:
 PRESETS = {
     "default": Preset(),
     "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE, rate_rank=math.inf, interpolation=1.0),
+    "unshared": Preset(S2LoraConfig.unshared, learning_rate=_PAPER_LEARNING_RATE),
 }
 
 

@@ -105,6 +105,7 @@ def test_frozen_factors_train_coefficients_alone(tiny_whisper):
     ("given", "share"),
     [
         ({}, PRESETS["default"].interpolation),
+        ({"preset": "unshared"}, PRESETS["default"].interpolation),
         ({"preset": "paper"}, 1.0),
         ({"method": "lora"}, 1.0),
         ({"method": "full"}, 1.0),
@@ -112,7 +113,7 @@ def test_frozen_factors_train_coefficients_alone(tiny_whisper):
         ({"method": "lora", "interpolation": 0.3}, 0.3),
     ],
 )
-def test_only_the_default_preset_keeps_less_than_the_whole_update(given, share):
+def test_the_papers_methods_keep_the_whole_update(given, share):
     assert interpolation(options(**given)) == share
 
 
@@ -122,6 +123,7 @@ def test_only_the_default_preset_keeps_less_than_the_whole_update(given, share):
         ({"rank": 1}, 1.0),
         ({"rank": 8}, 1.0),
         ({"rank": 32}, 0.5),
+        ({"rank": 32, "preset": "unshared"}, 0.5),
         ({"rank": 32, "preset": "paper"}, 1.0),
         ({"rank": 32, "method": "lora"}, 1.0),
     ],
