@@ -19,7 +19,7 @@ _COLOURS = {
     "s2-compiled": "tab:cyan", "s2-auto": "tab:blue", "s2-merged": "tab:green", "s2-fused": "navy",
     "s2-split": "yellowgreen", "s2-augmented": "slateblue",
     "s2lora": "tab:blue", "s2lora-merged": "tab:green", "s2lora-fused": "navy", "s2lora-split": "yellowgreen",
-    "s2lora-augmented": "slateblue", "s2lora-sdpa": "steelblue",
+    "s2lora-augmented": "slateblue", "s2lora-sdpa": "steelblue", "s2lora-unshared": "teal",
 }  # fmt: skip
 
 

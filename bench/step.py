@@ -41,6 +41,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "vera-six": lambda rank: VeraConfig(r=rank, target_modules=SIX),
     "s2lora": lambda rank: S2LoraConfig(r=rank),
     TORCH_ATTENTION: lambda rank: S2LoraConfig(r=rank),
+    "s2lora-unshared": lambda rank: S2LoraConfig.unshared(r=rank),
 }
 # On a CUDA GPU these are also measured with forward and backward replayed as a CUDA graph.
 GRAPHED = ("frozen", ADDMM_LORA, "lora-six", "s2lora")
