@@ -1,6 +1,8 @@
 """Every choice of an S2-LoRA adapter in one PEFT configuration."""
 
 import enum
+import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +94,13 @@ class S2LoraConfig(PeftConfig):
         },
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the factors for init `normal`."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank path."})
+    dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout on the input of the low-rank path. In training the maps are then computed as in other "
+            "adapters, the low-rank path apart from the frozen map, which costs their time and memory."
+        },
+    )
     sparsity_weight: float = field(default=0.05, metadata={"help": "α₁, weight of the mean L1 norm of s_i."})
     norm_weight: float = field(default=0.0, metadata={"help": "α₂, weight of the mean norm of B's columns, A's rows."})
     penalty: str = field(
@@ -130,16 +138,22 @@ class S2LoraConfig(PeftConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}")
-        if not 1 <= self.r <= MAX_RANK:
-            raise ValueError(f"r={self.r} is not between 1 and {MAX_RANK}")
+        if not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
+            raise ValueError(f"r={self.r} is not a whole number between 1 and {MAX_RANK}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
         for name in ("sparsity_weight", "norm_weight", "threshold", "audio_window_margin"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is not a finite number of 0 or more")
         for name in ("scaling", "init_std", "coefficient_lr_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is not a finite number above 0")
+        if self.dropout > 0 and self.backend not in ("auto", "reference"):
+            warnings.warn(
+                f"backend={self.backend!r} is used without dropout only, so not in training with "
+                f"dropout={self.dropout}: set dropout=0.0 to train with it",
+                stacklevel=3,
+            )
         if self.init == "lora" and not self.train_factors:
             raise ValueError("init='lora' starts with B = 0, and train_factors=False would leave it there; use 'unit'")
 

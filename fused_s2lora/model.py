@@ -1,6 +1,8 @@
 """S2-LoRA as a PEFT tuner: injection, shared state, penalties, saving."""
 
 import re
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import S2LoraConfig
+from .kernels import device
 from .kernels.shared import SharedPair
 from .layer import S2LoraLinear, adapter_device
 from .sharing import FactorPair, SharedFactors, place_of
@@ -20,8 +23,9 @@ from .whisper_fusion import unfuse_whisper
 class S2LoraModel(BaseTuner):
     """The model with its `nn.Linear` targets replaced by `S2LoraLinear` and the shared factors in `s2lora_factors`.
 
-    Made by `get_peft_model(model, S2LoraConfig(...))`. In training, a model output with a `loss` gets the two penalties
-    of the active adapters added to it (equation 5 of arXiv 2309.11756); `last_penalties` keeps their values. None is
+    Made by `get_peft_model(model, S2LoraConfig(...))`. In training, the `loss` of a model's output gets the two
+    penalties of the active adapters added to it (equation 5 of arXiv 2309.11756); `last_penalties` keeps their values.
+    Of a tuple without names it is a scalar in the first place, as in transformers with `return_dict=False`. None is
     added where the adapters are disabled, as for a reference loss, or merged: the loss then does not depend on them.
 
     Gradient checkpoints are best non-reentrant, as transformers makes them. With `use_reentrant=True` the recomputed
@@ -142,7 +146,7 @@ class S2LoraModel(BaseTuner):
             )
         for pair in self.s2lora_factors.pairs():
             pair.in_use.clear()
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not device.in_functorch():
                 for name in self.active_adapters:
                     if name in pair.up and (pair.up[name].requires_grad or pair.down[name].requires_grad):
                         pair.in_use[name] = SharedPair(pair.up[name], pair.down[name])
@@ -155,7 +159,8 @@ class S2LoraModel(BaseTuner):
         Two float32 scalars, differentiable, weights included. Sparsity is zero for penalty "proximal", which acts in
         `proximal_step`.
         """
-        zero = next(self.s2lora_factors.parameters()).new_zeros((), dtype=torch.float32)
+        first = next(self.s2lora_factors.parameters(), None)
+        zero = torch.zeros((), dtype=torch.float32, device=None if first is None else first.device)
         sparsity, norm = zero, zero
         for name in self.active_adapters:
             config = self.peft_config[name]
@@ -184,13 +189,30 @@ class S2LoraModel(BaseTuner):
         """Also called, with `outputs` None, where the forward pass raised."""
         for pair in self.s2lora_factors.pairs():
             pair.in_use.clear()
-        loss = getattr(outputs, "loss", None)
+        if outputs is None:
+            for group in {layer.group for layer in self._layers() if layer.group is not None}:
+                group.forget()
+        loss = _loss_of(outputs)
         trains = module.training and torch.is_grad_enabled()
         if trains and isinstance(loss, Tensor) and any(layer.names_at_work() for layer in self._layers()):
             sparsity, norm = self.penalty()
             self.last_penalties = {"sparsity": sparsity.detach(), "norm": norm.detach()}
-            outputs.loss = loss + (sparsity + norm).to(loss.device)
+            return _with_loss(outputs, loss + (sparsity + norm).to(loss.device))
         return outputs
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's place to choose adapters row by row, which it calls before a forward pass or `generate`.
+
+        Raises:
+            ValueError: `adapter_names` is given.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "S2-LoRA does not choose an adapter for each row of a batch: leave out adapter_names, and call the "
+                "model once for each adapter, after set_adapter()"
+            )
+        yield
 
     @torch.no_grad()
     def proximal_step(self, lr: float) -> None:
@@ -253,6 +275,30 @@ class S2LoraModel(BaseTuner):
 def tuner_of(model: nn.Module) -> S2LoraModel | None:
     """The S2-LoRA tuner in a model, however it is wrapped: by PEFT, `torch.compile` or `DistributedDataParallel`."""
     return next((module for module in model.modules() if isinstance(module, S2LoraModel)), None)
+
+
+def _loss_of(outputs: Any) -> Any:
+    """The loss in a model's output: by name, or of a plain tuple the scalar in the first place; None without one."""
+    if hasattr(outputs, "loss"):
+        return outputs.loss
+    if isinstance(outputs, MutableMapping):
+        return outputs.get("loss")
+    first = outputs[0] if isinstance(outputs, tuple) and outputs else None
+    return first if isinstance(first, Tensor) and first.dim() == 0 and first.requires_grad else None
+
+
+def _with_loss(outputs: Any, loss: Tensor) -> Any:
+    """The output with another loss, itself where it can be written to."""
+    if isinstance(outputs, tuple):
+        if not hasattr(outputs, "_replace"):
+            return loss, *outputs[1:]
+        fields: tuple[str, ...] = outputs._fields  # type: ignore[attr-defined]
+        return outputs._replace(**{"loss" if "loss" in fields else fields[0]: loss})
+    if hasattr(outputs, "loss"):
+        outputs.loss = loss
+    else:
+        outputs["loss"] = loss
+    return outputs
 
 
 _LAYER_FACTOR = re.compile(r"\.s2lora_(up|down)\.")

@@ -73,6 +73,10 @@ class ProjectionGroup:
             self._waiting.made = None
         return output
 
+    def forget(self) -> None:
+        """Lets go of outputs that were computed and will not be asked for, as where the forward pass raised."""
+        self._waiting.made = None
+
     def name_at_work(self) -> str | None:
         """The one adapter at work in all layers; None where that is not so, or a layer cannot be fused."""
         names = self.layers[0].names_at_work()

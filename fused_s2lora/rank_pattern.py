@@ -64,6 +64,8 @@ def rank_pattern(
     tuner = tuner_of(model)
     if tuner is None:
         raise ValueError("the model has no S2-LoRA adapter: wrap it with get_peft_model(model, S2LoraConfig())")
+    if not tuner.peft_config:
+        raise ValueError("every S2-LoRA adapter of the model was deleted: give it another with add_adapter()")
     name = adapter_name or tuner.active_adapters[0]
     if name not in tuner.peft_config:
         raise ValueError(f"no adapter named {name!r}; the model has {', '.join(tuner.peft_config)}")

@@ -35,7 +35,9 @@ def fuse_whisper(model: nn.Module) -> int:
     once, one z, one dA, dx added up in place. On a GPU, LayerNorms and GELU write z of what reads them; on a CPU,
     attention in bfloat16 is computed in blocks where the model's attention is PyTorch's ("sdpa"). Parameters, their
     names and what is saved stay as they are; generate(), gradient checkpointing and disabling, merging or switching
-    adapters work as before. `unfuse_whisper` undoes it.
+    adapters work as before. `unfuse_whisper` undoes it, which `torch.func` needs, and forward hooks that write to the
+    output of q, k or v in place. The biases of q, k and v are kept side by side: one that is written in place through
+    `.data`, as by `bias.data.add_(1.0)`, is not seen.
 
     Args:
         model: a `WhisperForConditionalGeneration` with an S2-LoRA adapter, or the `PeftModel` around it.

@@ -45,6 +45,11 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
+def in_functorch() -> bool:
+    """Whether a transform of `torch.func`, such as `grad` or `vmap`, is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def attends_in_blocks(q: Tensor) -> bool:
     """Whether `attention.attention` was found faster than PyTorch's own for q: bfloat16, a CPU that multiplies it.
 

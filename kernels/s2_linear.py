@@ -153,7 +153,8 @@ def s2_linear(
         backend: "auto" chooses (see `choice.py`); "merged" forms W + B diag(e) A for one product, rounded at random
             where W is stored in half precision; "split" adds the low-rank path to the product; "fused" is one Triton
             kernel; "augmented" is one product of depth K + R with a second copy of W ("split" under torch.compile,
-            which keeps no copies); "reference" is plain PyTorch, differentiable twice.
+            which keeps no copies); "reference" is plain PyTorch, differentiable twice, and what "auto" takes within
+            transforms of `torch.func`, which the others do not support.
 
     Returns:
         y, [..., N], in x's dtype; under `torch.autocast`, in its dtype, as `torch.nn.functional.linear`.
@@ -218,7 +219,7 @@ def s2_linear_group(
     rows = x.reshape(-1, x.shape[-1])
     operands = (rows, weights, bias, down, up, coefficients)
     strategy = _strategy(*operands, backend)
-    if strategy == "reference":
+    if strategy == REFERENCE:
         biases = [None] * len(weights) if bias is None else bias.chunk(len(weights))
         return tuple(
             s2_linear_reference(x, weight, b, down, up, e)
@@ -267,6 +268,8 @@ def _strategy(
     backend: str,
 ) -> str:
     """The strategy for operands x [M, K] of the products' dtype."""
+    if backend == "auto" and device.in_functorch():
+        return REFERENCE
     outputs, inputs = weights[0].shape
     trained = any(tensor.requires_grad for tensor in (x, down, up, *coefficients)) and torch.is_grad_enabled()
     shape = shape_of(x.shape[0], inputs, outputs, down.shape[0], len(weights), x.dtype, weights[0].dtype, trained)

@@ -36,8 +36,9 @@ class Sources:
         self._storages = [tensor.untyped_storage() for tensor in tensors]
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the very tensors, as they were then."""
-        return self._found == [_identity(tensor) for tensor in tensors]
+        """Whether these are the very tensors, as they were then; never of tensors whose writes nobody counts."""
+        counted = not any(tensor.is_inference() for tensor in tensors)
+        return counted and self._found == [_identity(tensor) for tensor in tensors]
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

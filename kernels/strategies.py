@@ -94,6 +94,8 @@ def _dense(x: Tensor, group: Group) -> Tensor:
         return merge_weights(weights, down, up, coefficients, x.dtype, group.seed)
     stored = weights[0].dtype
     if stored not in (torch.float32, torch.float64):
+        if torch.compiler.is_compiling():  # which cannot trace a seeded generator, and leaves an operator as it is
+            return merge_weights(weights, down, up, coefficients, x.dtype, group.seed)
         return merge_weights_reference(weights, down, up, coefficients, x.dtype, group.seed)
     down, up = down.to(stored), up.to(stored)
     size = len(up)

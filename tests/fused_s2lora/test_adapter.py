@@ -415,6 +415,11 @@ def test_plain_layer_learns_and_merges():
     [
         ("r", 0),
         ("r", 257),
+        ("r", 8.0),
+        ("sparsity_weight", float("nan")),
+        ("threshold", float("nan")),
+        ("norm_weight", float("inf")),
+        ("init_std", float("inf")),
         ("sharing", "some"),
         ("coefficient", "vector"),
         ("init", "zeros"),

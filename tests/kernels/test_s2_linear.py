@@ -295,6 +295,26 @@ def test_compiles_without_graph_breaks(operation, kernels):
     check(problem, compiled)
 
 
+@pytest.mark.parametrize("backend", STRATEGIES)
+def test_half_precision_compiles_without_graph_breaks(backend):
+    torch.compiler.reset()
+    if backend == "fused" and not ON_GPU:
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    operands = {name: value.bfloat16() for name, value in make_problem(200, 40, 48, 8, torch.float32).operands.items()}
+    operands["x"].requires_grad_()
+    compiled = torch.compile(
+        lambda **operands: s2_linear(**operands, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    y = compiled(**operands)
+    y.sum().backward()
+    expected = {name: value.detach().double() for name, value in operands.items()}
+    expected["x"].requires_grad_()
+    wanted = s2_linear_reference(**expected)
+    wanted.sum().backward()
+    for got, exact in ((y, wanted), (operands["x"].grad, expected["x"].grad)):
+        assert (got.double() - exact).norm() <= 0.02 * exact.norm()
+
+
 @each_operation
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("count", [1, 2])

@@ -1,0 +1,153 @@
+"""How an adapted model may be called: what it returns, what it refuses, what a failed call leaves behind."""
+
+import gc
+import weakref
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from fused_s2lora import S2Linear, S2LoraConfig, S2LoraLinear, fuse_whisper, rank_pattern, unfuse_whisper
+from tests.fused_s2lora.adapters import adapted, awaken, batch, logits
+
+
+class LossFirst(NamedTuple):
+    """An output with names."""
+
+    loss: Tensor
+    output: Tensor
+
+
+class OtherName(NamedTuple):
+    """An output whose loss has another name."""
+
+    objective: Tensor
+    output: Tensor
+
+
+class Returning(nn.Module):
+    """A linear map with a loss, in whatever `kind` makes of them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.fc1 = nn.Linear(4, 4)
+        self.kind = kind
+
+    def forward(self, x):
+        y = self.fc1(x)
+        return self.kind(y.pow(2).mean(), y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        (lambda loss, y: {"loss": loss, "output": y}, "loss"),
+        (lambda loss, y: (loss, y), 0),
+        (LossFirst, 0),
+        (OtherName, 0),
+    ],
+    ids=["mapping", "tuple", "named tuple", "other name"],
+)
+def test_penalties_are_in_the_loss_of_every_kind_of_output(kind, key):
+    config = S2LoraConfig(r=2, target_modules=["fc1"], sparsity_weight=100.0)
+    model = get_peft_model(Returning(kind), config)
+    awaken(model)
+    x = torch.randn(3, 4)
+    outputs = model.train()(x)
+    penalty = sum(model.base_model.penalty()).item()
+    assert penalty > 1
+    assert type(outputs) is type(model.get_base_model().kind(x, x))
+    y = outputs[1] if isinstance(outputs, tuple) else outputs["output"]
+    assert outputs[key].item() == pytest.approx(y.pow(2).mean().item() + penalty)
+    # What is not a loss stays as it is.
+    model.get_base_model().kind = lambda loss, y: (y, loss)
+    assert torch.equal(model(x)[0], y)
+
+
+def test_penalties_are_in_the_loss_of_a_whisper_that_returns_tuples(tiny_whisper):
+    model = adapted(tiny_whisper, sparsity_weight=10.0).train()
+    with_names = model(**batch()).loss
+    assert model(**batch(), return_dict=False)[0].item() == pytest.approx(with_names.item())
+    model.eval()
+    assert model(**batch(), return_dict=False)[0].item() < with_names.item() - 1
+
+
+def test_a_forward_that_raised_holds_no_activations(tiny_whisper, monkeypatch):
+    """As where memory ran out between q and v, and a smaller batch is tried."""
+    model = adapted(tiny_whisper, r=4, backend="merged").train()
+    fuse_whisper(model)
+    alive = []
+    model.get_base_model().model.encoder.layers[0].fc1.register_forward_hook(
+        lambda module, inputs, output: alive.append(weakref.ref(output))
+    )
+    second = model.get_base_model().model.encoder.layers[1].self_attn
+    hook = second.v_proj.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**batch())
+    gc.collect()
+    assert alive[0]() is None
+    hook.remove()
+    unfused = adapted(tiny_whisper, r=4, backend="merged")
+    torch.testing.assert_close(logits(model.eval()), logits(unfused))
+
+
+def test_biases_written_in_inference_mode_are_seen(tiny_whisper):
+    """Where PyTorch counts no writes."""
+    with torch.inference_mode():
+        model = adapted(tiny_whisper, r=4)
+        fuse_whisper(model)
+        before = logits(model)
+        for layer in model.modules():
+            if isinstance(layer, S2LoraLinear) and layer.base_linear.bias is not None:
+                layer.base_linear.bias.add_(1.0)
+        fused = logits(model)
+        unfuse_whisper(model)
+        torch.testing.assert_close(fused, logits(model))
+    assert (fused - before).abs().max() > 0.1
+
+
+def test_an_adapter_for_each_row_is_refused(tiny_whisper):
+    model = adapted(tiny_whisper)
+    with pytest.raises(ValueError, match="leave out adapter_names"):
+        model(**batch(), adapter_names=["default", "__base__"])
+    with pytest.raises(ValueError, match="leave out adapter_names"):
+        model.generate(input_features=batch()["input_features"], adapter_names=["default", "default"])
+    model(**batch(), adapter_names=None)
+
+
+def test_without_an_adapter_left_there_is_no_penalty_and_no_pattern(tiny_whisper):
+    model = adapted(tiny_whisper)
+    model.delete_adapter("default")
+    assert [value.item() for value in model.base_model.penalty()] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="every S2-LoRA adapter of the model was deleted"):
+        rank_pattern(model)
+
+
+def test_func_grad_is_autograds(tiny_whisper):
+    model = adapted(tiny_whisper, r=4).train()
+    model.get_base_model().set_attn_implementation("eager")
+    model(**batch()).loss.backward()
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (), batch()).loss
+
+    gradients = torch.func.grad(loss)({name: value.detach() for name, value in parameters.items()})
+    for name, value in parameters.items():
+        torch.testing.assert_close(gradients[name], value.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_layer_has_a_jacobian():
+    layer = S2Linear(nn.Linear(8, 6), r=2)
+    torch.nn.init.normal_(layer.coefficients)
+    x = torch.randn(200, 8)  # more rows than are left to the reference anyway
+    jacobian = torch.func.vmap(torch.func.jacrev(layer))(x)
+    weight = layer.linear.weight + (layer.up * layer.coefficients) @ layer.down
+    torch.testing.assert_close(jacobian, weight.expand(200, 6, 8))
+
+
+def test_a_backend_that_dropout_puts_out_of_use_is_told():
+    with pytest.warns(UserWarning, match=r"backend='merged' is used without dropout only.*set dropout=0\.0"):
+        S2LoraConfig(dropout=0.05, backend="merged")
