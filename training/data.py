@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ MAX_AUDIO_S = 30.0
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
 _AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_filepath", "file")
 _SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-_FORMATS: dict[str, dict[str, Any]] = {".csv": {}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+_FORMATS: dict[str, dict[str, Any]] = {
+    ".csv": {"skipinitialspace": True},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
 _OWN_FEATURES = {
     "utterance": datasets.Value("string"),
     "audio": {
@@ -35,6 +40,9 @@ _OFFSET, _DURATION = "offset", "duration"  # of a segment in its file, in second
 _NO_SECONDS = 1e7  # four months are no place in a file
 _TARGET = ("target", "target_language")
 _WHOLE: dict[str, Any] = {"path": None, "bytes": None, "offset_s": None, "length_s": None}  # an audio entry
+_LONGEST_METADATUM = 10_000  # characters
+_WHISPERS_MARK = re.compile(r"<\|[^|>]*\|>")  # such as <|endoftext|> or <|0.00|>
+_SAVED = ("dataset_dict.json", "state.json")  # in a folder that `save_to_disk` wrote
 _FAULT = "what is wrong with this row"  # the key of it in a row
 
 
@@ -74,14 +82,15 @@ def load_speech(
     strict: bool = False,
     progress: bool = True,
 ) -> Speech:
-    """Speech from an `audiofolder` (metadata.csv or .jsonl), a .csv/.tsv/.jsonl manifest, or a hub data set id.
+    """Speech from an `audiofolder` (metadata.csv or .jsonl), a .csv/.tsv/.jsonl manifest, a hub data set id, or a
+    folder that `save_to_disk` of a data set wrote.
 
     A row with `offset` and `duration`, both in seconds, is a segment of its file, but where the audio is in the source.
 
     Args:
         source: folder, file or hub id (ORG/SET, ORG/SET:SPLIT or ORG/SET:CONFIG:SPLIT). Relative audio paths are
             relative to the manifest. A .tsv is read without quoting.
-        split: of a hub id that names none.
+        split: of a hub id that names none, or of a folder with several.
         text_column, audio_column: default the first of the usual names that is there.
         limit: only the first so many utterances.
         keep_case: leave transcripts in capitals without punctuation as they are, instead of sentence case.
@@ -99,7 +108,9 @@ def load_speech(
     check_name(source)
     source = str(source)
     path = Path(source)
-    if path.is_dir():
+    if any((path / name).is_file() for name in _SAVED):
+        rows = _read_saved(path, split, audio_column)
+    elif path.is_dir():
         rows = _read_table(_metadata_file(path))
     elif path.suffix.lower() in (*_FORMATS, ".jsonl", ".json") and (path.is_file() or path.parent.is_dir()):
         rows = _read_table(path)
@@ -136,14 +147,15 @@ def load_speech(
             skipped.append(Skipped(utterance, str(error)))
             continue
         own = {"utterance": utterance, "audio": entry, "text": text, "duration_s": duration}
-        kept.append(own | {name: None if row.get(name) is None else str(row[name]) for name in further})
+        kept.append(own | {name: _metadatum(row.get(name)) for name in further})
     if not kept:
         raise UserError(
             f"{source}: none of its {len(rows)} utterances is usable; the first problem: {skipped[0].reason}"
         )
     recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
     for row in kept:
-        text = sentence_case(row["text"], language) if recase else row["text"]
+        text = unicodedata.normalize("NFC", row["text"])  # as Whisper writes; decomposed it has tokens of its own
+        text = sentence_case(text, language) if recase else text
         row["target"] = as_written(text, language) if leading_space else text
     strings = {name: datasets.Value("string") for name in (*further, "target")}
     return Speech(datasets.Dataset.from_list(kept, datasets.Features(_OWN_FEATURES | strings)), source, skipped)
@@ -236,10 +248,32 @@ def _read_hub(source: str, split: str, audio_column: str | None) -> list[dict[st
         raise UserError(f"{source}: no such folder or file, and not to be had from the hub ({reason})") from error
     if split not in splits:
         raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}; name one as {name}:SPLIT")
-    dataset = splits[split]
+    return _undecoded(splits[split], audio_column)
+
+
+def _read_saved(folder: Path, split: str, audio_column: str | None) -> list[dict[str, Any]]:
+    """What `save_to_disk` of a data set, or of several splits, wrote."""
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever datasets raises of a folder that is damaged
+        raise UserError(f"{folder}: not readable as a saved data set ({str(error).strip().splitlines()[0]})") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            some = folder / next(iter(found), split)
+            raise UserError(f"{folder}: no split {split!r}; it has {', '.join(found)}; name one as {some}")
+        found = found[split]
+    return _undecoded(found, audio_column)
+
+
+def _undecoded(dataset: datasets.Dataset, audio_column: str | None) -> list[dict[str, Any]]:
+    """The rows with their audio as a path or bytes, and without any other recordings or pictures."""
     column = audio_column or next((name for name in _AUDIO_COLUMNS if name in dataset.column_names), None)
-    if column in dataset.column_names and isinstance(dataset.features[column], datasets.Audio):
-        dataset = dataset.cast_column(column, datasets.Audio(decode=False))
+    for other, feature in dataset.features.items():
+        if other == column or column is None:
+            if hasattr(feature, "decode"):
+                dataset = dataset.cast_column(other, type(feature)(decode=False))
+        elif hasattr(feature, "decode_example"):  # a second recording, a picture: not to be decoded for nothing
+            dataset = dataset.remove_columns(other)
     return list(dataset)
 
 
@@ -251,11 +285,20 @@ def _column(
             raise UserError(f"{source}: no column {wanted!r} ({argument}); it has {', '.join(columns)}")
         return wanted
     found = next((name for name in usual if name in columns), None)
+    if found is None and any(";" in name for name in columns):
+        raise UserError(f"{source}: its columns are separated by semicolons; write commas, or tabs in a .tsv")
     if found is None:
         raise UserError(
             f"{source}: no column with {what}; it has {', '.join(columns)}; name it with --{argument.replace('_', '-')}"
         )
     return found
+
+
+def _metadatum(value: Any) -> str | None:
+    """What a table can hold and a group be made of; None for anything else, as samples or spectra in a list."""
+    if value is None or isinstance(value, list | dict | bytes) or len(text := str(value)) > _LONGEST_METADATUM:
+        return None
+    return text
 
 
 def _audio_entry(value: Any, base: Path) -> dict[str, Any]:
@@ -304,6 +347,8 @@ def _checked_text(utterance: str, row: dict[str, Any], column: str) -> str:
     text = text.strip()
     if any(character in text for character in "\n\r\t"):
         raise UserError(f"{utterance}: its transcript has a line break or a tab in it; is a quotation mark left open?")
+    if mark := _WHISPERS_MARK.search(text):
+        raise UserError(f"{utterance}: its transcript has {mark[0]} in it, which Whisper reads as its own; take it out")
     return text
 
 

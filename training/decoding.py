@@ -1,6 +1,7 @@
 """Transcripts of speech: greedy or by beam search, and once more where a transcript does not end."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,22 @@ from .errors import UserError
 from .features import LogMel
 from .precision import autocast
 
-MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding
-_AGAIN = {"num_beams": 5, "no_repeat_ngram_size": 3}  # how what did not end is decoded the second time
+MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding; twice that if need be
+_PROMPT_TOKENS = 4
+_BEAMS_AGAIN = 5
+_TOKENS_ONCE = 3  # that may not come twice in a second decoding
+_SPELT_IN_BYTES = 1.5  # tokens a character, above which a script is written mostly in bytes
+_CHARACTERS_ONCE = 10  # that may not come twice there
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How transcripts are searched for: the most probable token each time, or the best of so many beams.
 
-    A transcript that has not come to its end after the most tokens that are decoded mostly repeats itself. Unless
-    `once`, it is decoded again with five beams in which no three tokens come twice, and what is heard then is kept.
+    A transcript that has not come to its end after `MAX_NEW_TOKENS` and does not repeat itself there, as a long one in
+    a script that Whisper writes in bytes, is decoded to all that Whisper's text context holds. One that has no end then
+    mostly repeats itself. Unless `once`, it is decoded again with five beams in which no three tokens come twice, or no
+    ten characters in such a script, and what is heard then is kept.
 
     Raises:
         UserError: no beam.
@@ -68,7 +75,7 @@ def transcribe_speech(
     Utterances are batched by length, and each batch has the window of its longest. `language` and `task` are ignored by
     English-only models; None is what the model's generation configuration says, else the language is detected and the
     task is to transcribe. `decoding` is greedy by default. `dtype` runs the model under autocast. Decoding stops at
-    `max_new_tokens`, by default `MAX_NEW_TOKENS`. `on_batch` is told how many utterances were done.
+    `max_new_tokens`, if given; else as `Decoding` says. `on_batch` is told how many utterances were done.
 
     Raises:
         UserError: an audio file cannot be read, or is longer than 30 s; no utterance a batch.
@@ -80,33 +87,64 @@ def transcribe_speech(
         if len(waveform) > AudioWindow().mel_frames(0) * processor.feature_extractor.hop_length:
             raise UserError(f"{entry['path']}: more than 30 s of audio; cut it into utterances")
     decoding = decoding or Decoding()
+    context: int = model.config.max_target_positions  # type: ignore[union-attr, assignment]
     model = _for_decoding(model, dtype)
     device = next(model.parameters()).device
     log_mel = LogMel(processor.feature_extractor).to(device)
-    limit = max_new_tokens or MAX_NEW_TOKENS
+    limit = longest = max_new_tokens or MAX_NEW_TOKENS
+    if max_new_tokens is None:
+        longest = min(2 * limit, context - _PROMPT_TOKENS)
     order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
     heard: dict[int, Heard] = {}
+    written: dict[int, list[int]] = {}  # the tokens of what has no end
     model.eval()
 
-    def hear(batch: list[int], features: torch.Tensor, mel_frames: int, again: bool, **search: int) -> None:
-        tokens = _generate(model, features, mel_frames, language, task, dtype, max_new_tokens=limit, **search)
+    def hear(batch: list[int], features: torch.Tensor, mel_frames: int, most: int, again: bool, **search: int) -> None:
+        tokens = _generate(model, features, mel_frames, language, task, dtype, max_new_tokens=most, **search)
         decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         # What ended has no end token left, but padding up to the longest of the batch, or is the longest itself.
-        ended = (tokens[:, -1] == processor.tokenizer.pad_token_id) | (tokens.shape[1] < limit)
-        for index, text, whole in zip(batch, decoded, ended.tolist(), strict=True):
+        ended = (tokens[:, -1] == processor.tokenizer.pad_token_id) | (tokens.shape[1] < most)
+        for index, text, whole, row in zip(batch, decoded, ended.tolist(), tokens.tolist(), strict=True):
             heard[index] = Heard(text.strip(), whole, again)
+            if not whole:
+                written[index] = row
 
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         padded = torch.nn.utils.rnn.pad_sequence([waveforms[index] for index in batch], batch_first=True)
         mel_frames = window.mel_frames(padded.shape[1])
         features = log_mel(padded.to(device), mel_frames)
-        hear(batch, features, mel_frames, again=False, num_beams=decoding.beams)
+        hear(batch, features, mel_frames, limit, again=False, num_beams=decoding.beams)
+        long = [
+            row
+            for row, index in enumerate(batch)
+            if not heard[index].ended and not _repeats(written[index], limit // 4)
+        ]
+        if long and longest > limit:
+            hear([batch[row] for row in long], features[long], mel_frames, longest, False, num_beams=decoding.beams)
         endless = [row for row, index in enumerate(batch) if not heard[index].ended]
         if endless and not decoding.once:
-            hear([batch[row] for row in endless], features[endless], mel_frames, again=True, **_AGAIN)
+            indices = [batch[row] for row in endless]
+            once = max(_tokens_once(heard[index].text, written[index]) for index in indices)
+            search = {"num_beams": _BEAMS_AGAIN, "no_repeat_ngram_size": once}
+            hear(indices, features[endless], mel_frames, longest, again=True, **search)
         on_batch(len(batch))
     return [heard[index] for index in range(len(waveforms))]
+
+
+def _repeats(tokens: list[int], least: int) -> bool:
+    """Whether the last `least` tokens or more are one sequence over and over, at least three times."""
+    for period in range(1, len(tokens) // 3 + 1):
+        tail = tokens[-max(3 * period, least) :]
+        if tail[period:] == tail[:-period]:
+            return True
+    return False
+
+
+def _tokens_once(text: str, tokens: list[int]) -> int:
+    """How many tokens may not come twice: in a script that Whisper writes in bytes, three are but a letter or two."""
+    per_character = len(tokens) / max(1, len(text))
+    return _TOKENS_ONCE if per_character <= _SPELT_IN_BYTES else math.ceil(_CHARACTERS_ONCE * per_character)
 
 
 def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

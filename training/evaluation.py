@@ -16,7 +16,7 @@ from transformers import WhisperProcessor
 
 from .audio_window import AudioWindow
 from .data import Speech
-from .decoding import MAX_NEW_TOKENS, Decoding, Heard, transcribe_speech
+from .decoding import Decoding, Heard, transcribe_speech
 from .errors import UserError
 from .metrics import ErrorRate, Unit, UtteranceErrors, score, summarize
 from .output import read_json, replacing, write_json
@@ -65,7 +65,7 @@ class SetResult:
 
     @property
     def cut_off(self) -> list[bool]:
-        """Which transcripts have no end after `MAX_NEW_TOKENS`."""
+        """Which transcripts have no end after all the tokens that are decoded."""
         return [not one.ended for one in self.heard]
 
     @property
@@ -306,7 +306,7 @@ def results_table(evaluations: Sequence[Evaluation], title: str = "") -> Table:
         table.add_section()
     told = [
         f"{what}: {found}"
-        for what, of in ((f"without an end after {MAX_NEW_TOKENS} tokens", "cut_off"), ("decoded again", "again"))
+        for what, of in (("without an end", "cut_off"), ("decoded again", "again"))
         if (found := _counted(evaluations, of))
     ]
     if told:

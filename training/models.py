@@ -133,9 +133,10 @@ def configured_language(model: str) -> str | None:
     if model == PACKAGED:
         return None
     try:
-        return getattr(GenerationConfig.from_pretrained(model), "language", None)
+        language = getattr(GenerationConfig.from_pretrained(model), "language", None)
     except (OSError, ValueError, HFValidationError):
         return None  # `load_base` says what is wrong with it
+    return language.removeprefix("<|").removesuffix("|>") if isinstance(language, str) else None
 
 
 def remembered_speech(adapter: str | Path) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def as_written(text: str, language: str | None) -> str:
 def normalizer(language: str | None) -> Callable[[str], str]:
     """Whisper's normaliser for the language: English with its spelling map, simplified characters for Chinese, basic.
 
-    For languages written without spaces, spaces are removed afterwards. Combining marks are kept, unlike in Whisper's
+    For languages written without spaces, spaces are removed afterwards; the I of Turkish is lowered as it is there.
+    Combining marks are kept, unlike in Whisper's
     own basic normaliser: they are the vowels of Hindi, Thai, Burmese and others.
     """
     if language == "en":
@@ -82,7 +83,9 @@ def normalizer(language: str | None) -> Callable[[str], str]:
     basic = BasicTextNormalizer(preserve_marks=True)
     if language in UNSPACED_LANGUAGES:
         return lambda text: basic(text).replace(" ", "")
-    return basic
+    if language in _DOTTED_I_LANGUAGES:
+        return lambda text: basic(text.translate(_DOTTED_I)).strip()
+    return lambda text: basic(text).strip()
 
 
 @functools.cache

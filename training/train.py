@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,6 +182,16 @@ def _steps(options: TrainOptions, utterances: int) -> int:
     return math.ceil(options.epochs * math.ceil(batches / options.accumulation))
 
 
+def _check_steps(run: RunFolder, checkpoint: Path, steps: int) -> None:
+    """Raises UserError where the run that goes on would have more steps in all, or fewer, than when it was begun."""
+    begun = read_json(checkpoint / "trainer_state.json")["max_steps"]
+    if begun != steps:
+        raise UserError(
+            f"{run.path}: was begun with {begun} steps in all, and would have {steps} now; go on with as many "
+            "processes and the same speech as then, or give --fresh to start anew"
+        )
+
+
 def _trained(model: WhisperForConditionalGeneration, run: RunFolder) -> nn.Module:
     if run.trained == run.adapter:
         return load_adapter(model, run.adapter)
@@ -273,6 +284,8 @@ def _train(
     checkpoint = run.last_checkpoint()
     if checkpoint is not None and options.method.startswith("adalora"):
         checkpoint = None  # PEFT cannot restore the allocator's statistics, so a killed AdaLoRA run starts anew
+    if checkpoint is not None:
+        _check_steps(run, checkpoint, _steps(options, len(speech)))
     reset_peak_memory()
     start = time.perf_counter()
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

@@ -108,7 +108,7 @@ def test_every_option_has_help(command):
         ({"preset": "best"}, "--preset 'best'"),
         ({"sharing": "some"}, "sharing='some'"),
         ({"target_modules": ["missing"]}, "--target-modules: .*missing"),
-        ({"rank": 300}, "r=300 is not between 1 and 256"),
+        ({"rank": 300}, "r=300 is not a whole number between 1 and 256"),
         ({"group_by": ["town"], "test": ["SPEECH"]}, "no test set has a column 'town' to group by; there is age"),
         ({"group_by": ["age"]}, "--group-by age without a set to score; give --test, or leave it out"),
         ({"test": ["a=SPEECH", "a=SPEECH"]}, "two test sets are named 'a'"),

@@ -1,6 +1,7 @@
 """Speech from folders and manifests, every format, and every way it can be bad."""
 
 import json
+import unicodedata
 
 import datasets
 import numpy as np
@@ -174,6 +175,69 @@ def test_audio_in_the_source_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=hub))
     (row,) = load_speech("someone/speech").dataset
     assert (row["utterance"], row["duration_s"], row["offset"]) == ("one.wav", 0.5, "12.0")
+
+
+def test_other_recordings_of_a_hub_data_set_are_left_alone(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": "one.wav"}
+    rows = [{"noisy": {"bytes": b"none", "path": None}, "audio": content, "text": "A.", "age": 7}]
+    hub = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio()).cast_column("noisy", datasets.Audio())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=hub))
+    (row,) = load_speech("someone/speech").dataset
+    assert (row["duration_s"], row["age"]) == (0.5, "7")
+    assert "noisy" not in row
+    renamed = hub.rename_column("audio", "speech")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=renamed))
+    with pytest.raises(UserError, match="it has noisy, speech, text, age; name it with --audio-column"):
+        load_speech("someone/speech")
+    assert len(load_speech("someone/speech", audio_column="speech")) == 1
+
+
+def test_saved_data_sets(tmp_path):
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": "one.wav"}
+    one = datasets.Dataset.from_list([{"audio": content, "text": "A."}]).cast_column("audio", datasets.Audio())
+    datasets.DatasetDict(train=one, test=datasets.concatenate_datasets([one, one])).save_to_disk(tmp_path / "saved")
+    assert len(load_speech(tmp_path / "saved")) == len(load_speech(tmp_path / "saved" / "train")) == 1
+    assert len(load_speech(tmp_path / "saved", split="test")) == 2
+    with pytest.raises(UserError, match=r"no split 'dev'; it has train, test; name one as .*saved/train"):
+        load_speech(tmp_path / "saved", split="dev")
+    (tmp_path / "saved" / "train" / "dataset_info.json").unlink()
+    with pytest.raises(UserError, match="train: not readable as a saved data set"):
+        load_speech(tmp_path / "saved" / "train")
+
+
+def test_metadata_is_what_a_group_can_be_made_of(tmp_path):
+    """Samples and the like are no metadata, and would be more than a table's field can hold."""
+    row = {"path": "one.wav", "text": "A.", "age": 7, "array": [0.0] * 20_000, "info": {"a": 1}, "base64": "A" * 20_000}
+    row |= {"note": "", "adult": False}
+    (kept,) = load_speech(write_lines(tmp_path, "list.jsonl", json.dumps(row))).dataset
+    names = ("age", "array", "info", "base64", "note", "adult")
+    assert [kept[name] for name in names] == ["7", None, None, None, "", "False"]
+
+
+def test_marks_of_whispers_own_are_no_transcript(tmp_path):
+    texts = ("Go <|endoftext|> home.", "<|0.00|> Go home.", "<|en|>Go home.", "a <| b |> c", "Go <b>home</b> | now")
+    rows = (json.dumps({"path": "one.wav", "text": text}) for text in texts)
+    speech = load_speech(write_lines(tmp_path, "list.jsonl", *rows))
+    assert speech.dataset["text"][:] == ["Go <b>home</b> | now"]
+    assert "its transcript has <|endoftext|> in it, which Whisper reads as its own" in speech.skipped[0].reason
+    assert len(speech.skipped) == 4
+
+
+def test_targets_are_composed_as_whisper_writes(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "Größe")
+    speech = load_speech(write_lines(tmp_path, "list.jsonl", json.dumps({"path": "one.wav", "text": decomposed})))
+    assert speech.dataset["text"][0] == decomposed
+    assert speech.dataset["target"][0] == " Größe"
+
+
+def test_a_table_with_spaces_after_its_commas_or_with_semicolons(tmp_path):
+    lines = ("path, text, age", 'one.wav, "Go, home.", 7')
+    (row,) = load_speech(write_lines(tmp_path, "list.csv", *lines)).dataset
+    assert (row["text"], row["age"]) == ("Go, home.", "7")
+    with pytest.raises(UserError, match="separated by semicolons; write commas"):
+        load_speech(write_lines(tmp_path, "other.csv", "path;text", "one.wav;A."))
 
 
 def test_audio_that_is_no_path_is_named(tmp_path):

@@ -236,6 +236,25 @@ def test_checks_without_gain_are_counted_over_an_interruption(options, tones, tm
     assert (summary["resumed_at_step"], summary["steps"]) == (steps - 2, steps)
 
 
+def test_a_run_of_other_steps_does_not_go_on(options, tmp_path, monkeypatch):
+    """Such as one begun on another number of processes, whose half would be taken for the whole."""
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(tmp_path / "run"), console=QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_processes", lambda: 2)
+        with pytest.raises(UserError, match=r"was begun with 6 steps in all, and would have 4 now; go on with as many"):
+            train(options(tmp_path / "run"), console=QUIET)
+    train(options(tmp_path / "run"), console=QUIET)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_at_step"] == 2
+
+
 def test_options_that_reach_the_model(options, tmp_path):
     run = tmp_path / "run"
     train(

@@ -60,7 +60,9 @@ def test_normalizers():
     assert normalizer("zh")("訪價 上漲。") == "访价上涨"
     assert normalizer("ja")("今日 は") == "今日は"
     assert normalizer("de")("Größe, GRÖSSE!").split()[0] == "größe"
-    assert normalizer(None)("Hallo, Welt!").split() == ["hallo", "welt"]
+    assert normalizer(None)("Hallo, Welt!") == "hallo welt"
+    assert normalizer("tr")("KIZIM GELİYOR") == normalizer("tr")("Kızım geliyor.") == "kızım geliyor"
+    assert normalizer("az")("İstanbul") == normalizer("az")("istanbul")
 
 
 def test_vowel_signs_are_part_of_a_word():
