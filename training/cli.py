@@ -48,8 +48,9 @@ def train(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Training speech: audiofolder, .csv/.tsv/.jsonl manifest, or hub id ORG/SET, ORG/SET:SPLIT or "
-            "ORG/SET:CONFIG:SPLIT. A row with offset and duration, in seconds, is a segment of its file. Repeat."
+            help="Training speech: audiofolder, .csv/.tsv/.jsonl manifest, folder of `save_to_disk`, or hub id "
+            "ORG/SET, ORG/SET:SPLIT or ORG/SET:CONFIG:SPLIT. A row with offset and duration, in seconds, is a segment "
+            "of its file. Repeat."
         ),
     ],
     output: Annotated[str, typer.Option(help="Folder of this run.")] = "runs/s2lora",
