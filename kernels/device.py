@@ -7,6 +7,7 @@ import os
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
 from .configs import SHARED_MEMORY
 
@@ -48,6 +49,13 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 def in_functorch() -> bool:
     """Whether a transform of `torch.func`, such as `grad` or `vmap`, is under way."""
     return torch._C._are_functorch_transforms_active()
+
+
+def keeps_products() -> bool:
+    """Whether a selective activation checkpoint, which may keep what a product returns, is under way."""
+    if _get_current_dispatch_mode() is None:
+        return False
+    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
 
 
 def attends_in_blocks(q: Tensor) -> bool:

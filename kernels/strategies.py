@@ -129,8 +129,13 @@ def _split_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
 
 
 def _plus_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """y + left right, in y's place but for torch.compile: torch 2.11 makes a Function's gradients zero where it was."""
-    return torch.addmm(y, left, right) if torch.compiler.is_compiling() else y.addmm_(left, right)
+    """y + left right, in y's place where it may be.
+
+    Not under torch.compile, for torch 2.11 makes a Function's gradients zero where it was, nor where a selective
+    checkpoint keeps y, which would hand out the sum for it when it computes again.
+    """
+    apart = torch.compiler.is_compiling() or device.keeps_products()
+    return torch.addmm(y, left, right) if apart else y.addmm_(left, right)
 
 
 def _split_input_gradient(

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fused_s2lora import s2_linear, s2_linear_group, s2_linear_reference
 from fused_s2lora.kernels import device
@@ -293,6 +294,29 @@ def test_compiles_without_graph_breaks(operation, kernels):
     problem = make_problem(33, 40, 48, 8, torch.float32)
     compiled = torch.compile(lambda **operands: operation(**operands), fullgraph=True, backend="aot_eager")
     check(problem, compiled)
+
+
+@pytest.mark.parametrize("mutation", [False, True])
+@pytest.mark.parametrize("backend", STRATEGIES)
+def test_selective_checkpoints_may_keep_products(backend, mutation, kernels):
+    def keep(context, operator, *arguments, **options):
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep, allow_cache_entry_mutation=mutation)
+    operands = make_problem(200, 40, 48, 8, torch.float32).operands
+    exact = {name: value.detach().double() for name, value in operands.items()}
+    for given in (operands, exact):
+        for name in TRAINED:
+            given[name].requires_grad_()
+
+    def activated() -> torch.Tensor:
+        return F.gelu(s2_linear(**operands, backend=backend))  # whose backward pass reads the output
+
+    checkpoint(activated, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    F.gelu(s2_linear_reference(**exact)).square().sum().backward()
+    for name in TRAINED:
+        torch.testing.assert_close(operands[name].grad.double(), exact[name].grad, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", STRATEGIES)

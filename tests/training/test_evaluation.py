@@ -263,5 +263,10 @@ def test_an_adapter_says_its_language(finished, tiny_folder, tones, tmp_path, sh
         assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
         written = json.loads((tmp_path / expected / "results.json").read_text())
         assert written["sets"]["t"]["language"] == expected
+    merged = tmp_path / "merged"
+    shutil.copytree(tiny_folder, merged)
+    file = merged / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"language": "<|de|>"}))  # as in its `lang_to_id`
+    assert models.configured_language(str(merged)) == "de"
     monkeypatch.setattr(models, "hf_hub_download", lambda repository, name: str(adapter / name))
     assert remembered_speech("user/adapter")["language"] == "sw"
