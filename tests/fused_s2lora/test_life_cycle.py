@@ -245,12 +245,12 @@ def test_outputs_without_a_loss_are_left_alone(tiny_whisper):
     model = adapted(tiny_whisper, sparsity_weight=1.0).train()
     features, labels = batch()["input_features"], batch()["labels"]
     plain = adapted(tiny_whisper)(**batch()).loss
-    as_tuple = model(**batch(), return_dict=False)
-    assert isinstance(as_tuple, tuple)
-    torch.testing.assert_close(as_tuple[0], plain)
-    assert model(input_features=features, decoder_input_ids=labels).loss is None
+    inputs = {"input_features": features, "decoder_input_ids": labels}
+    assert model(**inputs).loss is None
+    torch.testing.assert_close(model(**inputs, return_dict=False)[0], model(**inputs).logits)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch()).loss, plain)
+        torch.testing.assert_close(model(**batch(), return_dict=False)[0], plain)
 
 
 def test_checkpointing_enabled_before_the_adapter(tiny_whisper):
