@@ -23,7 +23,7 @@ from .augmented import (
     with_spare_columns,
 )
 from .fused import fused_linear
-from .merge import merge_weights, merge_weights_reference
+from .merge import merge_weights
 from .producers import split_spare
 from .project import project
 
@@ -90,13 +90,9 @@ def _merged_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
 def _dense(x: Tensor, group: Group) -> Tensor:
     """W_i + B diag(e_i) A in x's dtype, stacked: [G · N, K]."""
     weights, down, up, coefficients = group.weights, group.down, group.up, group.coefficients
-    if device.runs_triton(x):
-        return merge_weights(weights, down, up, coefficients, x.dtype, group.seed)
     stored = weights[0].dtype
-    if stored not in (torch.float32, torch.float64):
-        if torch.compiler.is_compiling():  # which cannot trace a seeded generator, and leaves an operator as it is
-            return merge_weights(weights, down, up, coefficients, x.dtype, group.seed)
-        return merge_weights_reference(weights, down, up, coefficients, x.dtype, group.seed)
+    if device.runs_triton(x) or stored not in (torch.float32, torch.float64):
+        return merge_weights(weights, down, up, coefficients, x.dtype, group.seed)
     down, up = down.to(stored), up.to(stored)
     size = len(up)
     dense = x.new_empty(len(weights) * size, x.shape[1])

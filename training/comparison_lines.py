@@ -1,6 +1,5 @@
 """The rows of a comparison's tables: all seeds of one set-up, and the sets and groups that they were scored on."""
 
-import dataclasses
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from .comparison import Cell, Comparison, results_of
 from .evaluation import ALL, unit_of
 from .metrics import Unit
-from .options import TrainOptions
-from .run import FREE_TO_CHANGE
+from .run import FREE_TO_CHANGE, UNSET
 
 METHOD_OPTIONS = (
     "preset", "target_modules", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty",
@@ -70,15 +68,13 @@ class Line:
         return self._unlike(self.first["base"])
 
     def _unlike(self, base: dict[str, Any]) -> set[str]:
-        default = dataclasses.asdict(TrainOptions(["-"], "-"))
-        config, usual = {**default, **self.first["config"]}, {**default, **base}
+        config, usual = {**UNSET, **self.first["config"]}, {**UNSET, **base}
         return {name for name in METHOD_OPTIONS if config[name] != usual[name]}
 
     def unlike(self, other: "Line") -> set[str]:
         """The options that the two were trained with and are not the same, seeds aside."""
-        default = dataclasses.asdict(TrainOptions(["-"], "-"))
-        ours, theirs = ({**default, **line.first["config"]} for line in (self, other))
-        return {name for name in default.keys() - FREE_TO_CHANGE - {"seed"} if ours[name] != theirs[name]}
+        ours, theirs = ({**UNSET, **line.first["config"]} for line in (self, other))
+        return {name for name in UNSET.keys() - FREE_TO_CHANGE - {"seed"} if ours[name] != theirs[name]}
 
     @property
     def published(self) -> str | None:

@@ -246,9 +246,7 @@ def _read_hub(source: str, split: str, audio_column: str | None) -> list[dict[st
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, no such configuration
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source}: no such folder or file, and not to be had from the hub ({reason})") from error
-    if split not in splits:
-        raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}; name one as {name}:SPLIT")
-    return _undecoded(splits[split], audio_column)
+    return _undecoded(_split(splits, split, source, f"{name}:SPLIT"), audio_column)
 
 
 def _read_saved(folder: Path, split: str, audio_column: str | None) -> list[dict[str, Any]]:
@@ -258,11 +256,14 @@ def _read_saved(folder: Path, split: str, audio_column: str | None) -> list[dict
     except Exception as error:  # whatever datasets raises of a folder that is damaged
         raise UserError(f"{folder}: not readable as a saved data set ({str(error).strip().splitlines()[0]})") from error
     if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            some = folder / next(iter(found), split)
-            raise UserError(f"{folder}: no split {split!r}; it has {', '.join(found)}; name one as {some}")
-        found = found[split]
+        found = _split(found, split, str(folder), str(folder / next(iter(found), split)))
     return _undecoded(found, audio_column)
+
+
+def _split(splits: datasets.DatasetDict, split: str, source: str, way: str) -> datasets.Dataset:
+    if split not in splits:
+        raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}; name one as {way}")
+    return splits[split]
 
 
 def _undecoded(dataset: datasets.Dataset, audio_column: str | None) -> list[dict[str, Any]]:
@@ -284,14 +285,12 @@ def _column(
         if wanted not in columns:
             raise UserError(f"{source}: no column {wanted!r} ({argument}); it has {', '.join(columns)}")
         return wanted
-    found = next((name for name in usual if name in columns), None)
-    if found is None and any(";" in name for name in columns):
+    if (found := next((name for name in usual if name in columns), None)) is not None:
+        return found
+    if any(";" in name for name in columns):
         raise UserError(f"{source}: its columns are separated by semicolons; write commas, or tabs in a .tsv")
-    if found is None:
-        raise UserError(
-            f"{source}: no column with {what}; it has {', '.join(columns)}; name it with --{argument.replace('_', '-')}"
-        )
-    return found
+    flag = argument.replace("_", "-")
+    raise UserError(f"{source}: no column with {what}; it has {', '.join(columns)}; name it with --{flag}")
 
 
 def _metadatum(value: Any) -> str | None:

@@ -91,43 +91,41 @@ def transcribe_speech(
     model = _for_decoding(model, dtype)
     device = next(model.parameters()).device
     log_mel = LogMel(processor.feature_extractor).to(device)
-    limit = longest = max_new_tokens or MAX_NEW_TOKENS
-    if max_new_tokens is None:
-        longest = min(2 * limit, context - _PROMPT_TOKENS)
+    limit = max_new_tokens or MAX_NEW_TOKENS
+    longest = limit if max_new_tokens else min(2 * limit, context - _PROMPT_TOKENS)
     order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
     heard: dict[int, Heard] = {}
-    written: dict[int, list[int]] = {}  # the tokens of what has no end
     model.eval()
 
-    def hear(batch: list[int], features: torch.Tensor, mel_frames: int, most: int, again: bool, **search: int) -> None:
+    def hear(
+        batch: list[int], features: torch.Tensor, mel_frames: int, most: int, *, again: bool = False, **search: int
+    ) -> dict[int, list[int]]:
+        """Hears a batch; the tokens of those that have no end, by their row."""
         tokens = _generate(model, features, mel_frames, language, task, dtype, max_new_tokens=most, **search)
         decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         # What ended has no end token left, but padding up to the longest of the batch, or is the longest itself.
         ended = (tokens[:, -1] == processor.tokenizer.pad_token_id) | (tokens.shape[1] < most)
-        for index, text, whole, row in zip(batch, decoded, ended.tolist(), tokens.tolist(), strict=True):
+        for index, text, whole in zip(batch, decoded, ended.tolist(), strict=True):
             heard[index] = Heard(text.strip(), whole, again)
-            if not whole:
-                written[index] = row
+        return {row: tokens[row].tolist() for row in (~ended).nonzero().flatten().tolist()}
 
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         padded = torch.nn.utils.rnn.pad_sequence([waveforms[index] for index in batch], batch_first=True)
         mel_frames = window.mel_frames(padded.shape[1])
         features = log_mel(padded.to(device), mel_frames)
-        hear(batch, features, mel_frames, limit, again=False, num_beams=decoding.beams)
-        long = [
-            row
-            for row, index in enumerate(batch)
-            if not heard[index].ended and not _repeats(written[index], limit // 4)
-        ]
+        endless = hear(batch, features, mel_frames, limit, num_beams=decoding.beams)
+        long = [row for row, tokens in endless.items() if not _repeats(tokens, limit // 4)]
         if long and longest > limit:
-            hear([batch[row] for row in long], features[long], mel_frames, longest, False, num_beams=decoding.beams)
-        endless = [row for row, index in enumerate(batch) if not heard[index].ended]
+            some = [batch[row] for row in long]
+            left = hear(some, features[long], mel_frames, longest, num_beams=decoding.beams)
+            endless = {row: tokens for row, tokens in endless.items() if row not in long}
+            endless |= {long[row]: tokens for row, tokens in left.items()}
         if endless and not decoding.once:
-            indices = [batch[row] for row in endless]
-            once = max(_tokens_once(heard[index].text, written[index]) for index in indices)
+            rows = sorted(endless)
+            once = max(_tokens_once(heard[batch[row]].text, endless[row]) for row in rows)
             search = {"num_beams": _BEAMS_AGAIN, "no_repeat_ngram_size": once}
-            hear(indices, features[endless], mel_frames, longest, again=True, **search)
+            hear([batch[row] for row in rows], features[rows], mel_frames, longest, again=True, **search)
         on_batch(len(batch))
     return [heard[index] for index in range(len(waveforms))]
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from .output import check_name, write_json, write_text, writing
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
 # Options that may differ when a run is resumed: they change what is shown, not what is learned (see `changed_option`).
 FREE_TO_CHANGE = {"output", "eval_batch_size", "group_by", "test", "before", "workers", "logging_steps", "save_steps"}
+# What an option is in a run that was made before there was the option.
+UNSET: dict[str, Any] = asdict(TrainOptions(["-"], "-")) | {"leading_space": False}
 
 
 class RunFolder:
@@ -133,11 +135,7 @@ def changed_option(found: dict[str, Any], wanted: dict[str, Any], free: Iterable
     """
     if wanted["dev"] is not None or wanted["dev_share"]:
         free = set(free) - {"save_steps"}
-    unset: dict[str, Any] = {
-        field.name: field.default_factory() if callable(field.default_factory) else field.default
-        for field in fields(TrainOptions)
-    } | {"leading_space": False}  # before there was the option
-    return next((key for key in wanted if key not in free and found.get(key, unset[key]) != wanted[key]), None)
+    return next((key for key in wanted if key not in free and found.get(key, UNSET[key]) != wanted[key]), None)
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

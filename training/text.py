@@ -72,8 +72,8 @@ def normalizer(language: str | None) -> Callable[[str], str]:
     """Whisper's normaliser for the language: English with its spelling map, simplified characters for Chinese, basic.
 
     For languages written without spaces, spaces are removed afterwards; the I of Turkish is lowered as it is there.
-    Combining marks are kept, unlike in Whisper's
-    own basic normaliser: they are the vowels of Hindi, Thai, Burmese and others.
+    Combining marks are kept, unlike in Whisper's own basic normaliser: they are the vowels of Hindi, Thai, Burmese and
+    others.
     """
     if language == "en":
         return _english()
