@@ -15,15 +15,17 @@ from .metrics import Difference
 from .output import replacing, write_json, write_text
 
 
-def write_tables(comparison: Comparison) -> str:
+def write_tables(comparison: Comparison, gaps: list[Gap] | None = None) -> str:
     """Writes comparison.md, .csv and .json and differences.csv into the comparison's folder; returns the Markdown.
+
+    `gaps` are the comparison's, where they are known already: drawing their intervals takes seconds.
 
     Raises:
         UserError: a finished run's file is damaged.
     """
     lines = lines_of(comparison)
     columns = columns_of(lines)
-    gaps = list(gaps_of(names_of(lines), columns))
+    gaps = list(gaps_of(names_of(lines), columns)) if gaps is None else gaps
     text = markdown(comparison, lines, columns, gaps)
     comparison.path.mkdir(parents=True, exist_ok=True)
     write_text(comparison.path / "comparison.md", text)

@@ -76,10 +76,11 @@ def _run_page(folder: Path) -> dict[str, Any]:
 
 def _comparison_page(comparison: Comparison) -> dict[str, Any]:
     """Of a comparison: the tables of the paper, every figure, every rank map, transcripts by method."""
-    write_tables(comparison)
-    figures = draw_figures(comparison)
     lines = lines_of(comparison)
-    columns = columns_of(lines)
+    columns, names = columns_of(lines), names_of(lines)
+    gaps = list(gaps_of(names, columns))
+    write_tables(comparison, gaps)
+    figures = draw_figures(comparison)
     rows, runs = [], []
     for line in lines:
         for cell in line.cells:
@@ -96,8 +97,6 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
             rows.append(row)
             made = {name: entry[name] for name in ("cell", "seed", "commit", "command", "device", "failed")}
             runs.append({"method": entry["row"], "UTC": entry["utc"][:16].replace("T", " "), **made})
-    names = names_of(lines)
-    gaps = list(gaps_of(names, columns))
     first = {name: comparison.path / line.first["name"] / "after" for name, line in names.items()}
     chosen = next((name for name, line in names.items() if line.method == "s2lora" and not line.changed), None)
     return {

@@ -1,4 +1,4 @@
-"""A chooser of strategies with a file of its own."""
+"""A chooser of strategies with a file of its own, and a test run with kernels and without."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from fused_s2lora.kernels.choice import VARIABLE, Chooser
 from fused_s2lora.kernels.strategy_record import StrategyFile
 from tests.kernels.choices import Timer
+from tests.kernels.operations import ON_GPU, use_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,12 @@ def make(path):
         return Chooser(StrategyFile(path), table=table or {}, timer=timer or Timer(), device_name=lambda device: name)
 
     return chooser
+
+
+@pytest.fixture(params=["kernels", "PyTorch"])
+def kernels(request, monkeypatch) -> bool:
+    """Once with Triton's kernels, in its interpreter where there is no GPU, and once in plain PyTorch."""
+    if request.param == "PyTorch" and ON_GPU:
+        pytest.skip("on a GPU the kernels run")
+    use_kernels(monkeypatch, request.param == "kernels")
+    return request.param == "kernels"
