@@ -42,7 +42,9 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step's transcripts. Repeat.")] = None,
     method: Annotated[Many, typer.Option(help=f"Of a step: {', '.join(step.METHODS)}. Repeat.")] = None,
     target: Annotated[Many, typer.Option(help=f"Of static: {', '.join(static.TARGETS)}. Repeat.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=3, help="Calls of each, at most.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=3, help="Calls of each; without it as many as fit the time planned, at least 3.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Begin nothing more after so many.")] = 14.0,
     results: Annotated[Path, typer.Option(help="Folder of the JSON lines, tables and plots.")] = RESULTS,
 ) -> None:
@@ -67,7 +69,9 @@ def main(
     # Builds of every rank take several minutes more, so that they have to be asked for.
     static_ranks = rank or ([] if section and "static" in section else [8])
     methods = method or list(step.METHODS)
-    run = Run(chosen, results, rounds or chosen.rounds, minutes, provider, methods, target, static_ranks)
+    if rounds:
+        chosen = replace(chosen, rounds=rounds, seconds=math.inf)
+    run = Run(chosen, results, minutes, provider, methods, target, static_ranks)
     for name in chosen.order:
         if not section or name in section or (name == "sweep" and "layer" in section):
             run.section(name)
@@ -78,10 +82,10 @@ class Run:
     """One call of the command: what to do, where results go, and until when."""
 
     def __init__(
-        self, chosen: plan.Plan, results: Path, rounds: int, minutes: float, providers: Many, methods: list[str],
+        self, chosen: plan.Plan, results: Path, minutes: float, providers: Many, methods: list[str],
         targets: Many, static_ranks: list[int],
     ) -> None:  # fmt: skip
-        self.plan, self.results, self.rounds = chosen, results, rounds
+        self.plan, self.results = chosen, results
         self.providers, self.methods, self.targets = providers, methods, targets or list(static.TARGETS)
         self.static_ranks = static_ranks
         self.until = time.monotonic() + 60 * minutes
@@ -105,12 +109,12 @@ class Run:
             _ = self.device
         elif name in ("layer", "sweep"):
             for case in self.within(self.plan.layers if name == "layer" else self.plan.sweep):
-                limits = {"rounds": self.rounds, "seconds": self.plan.seconds}
+                limits = {"rounds": self.plan.rounds, "seconds": self.plan.seconds}
                 self.keep(layers.measure(case, self.device, only=self.providers, **limits))
         elif name == "step":
             for case in self.within(self.plan.steps):
                 seconds = 3 * self.plan.seconds
-                for row in step.measure(case, methods=self.methods, rounds=self.rounds, seconds=seconds):
+                for row in step.measure(case, methods=self.methods, rounds=self.plan.rounds, seconds=seconds):
                     self.keep([row])
         elif name == "counted":
             for case in self.within(self.plan.counted_layers):

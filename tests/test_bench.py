@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from bench import cases, counted, host, layer, measure, plots, report, run, static, step
+from bench import cases, counted, host, layer, measure, plan, plots, report, run, static, step
 from bench.cases import LAYERS, PRECISIONS, SIZES, Case, make_operands
 from bench.providers import Provided, WrongResultError, providers, refuse_wrong
 from bench.roofline import Device
@@ -352,6 +352,17 @@ def test_what_no_time_is_left_for_is_named(monkeypatch, tmp_path):
     assert result.exit_code == 0
     assert "no time for: tiny encoder-layer" in result.output
     assert not (tmp_path / "layer.jsonl").exists()
+
+
+@pytest.mark.parametrize(("asked", "made"), [(["--rounds", "5"], 5), ([], 3)])
+def test_rounds_asked_for_are_made_whatever_time_is_planned(monkeypatch, tmp_path, asked, made):
+    monkeypatch.setattr(run, "measure_device", lambda: DEVICE_IN_HAND)
+    planned = replace(getattr(plan, DEVICE)(), seconds=0.0)
+    monkeypatch.setattr(plan, DEVICE, lambda: planned)
+    arguments = ["--section", "layer", "--size", "tiny", "--rows", "40", "--provider", "frozen", *asked]
+    result = CliRunner().invoke(app(), [*arguments, "--results", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert {row["rounds"] for row in report.load(tmp_path) if row["section"] == "layer"} == {made}
 
 
 def test_every_size_is_known_to_both_sections():
