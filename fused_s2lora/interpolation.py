@@ -12,7 +12,6 @@ from torch import nn
 from .layer import S2LoraLinear
 
 
-@torch.no_grad()
 def interpolate(model: nn.Module, share: float) -> None:
     """Moves the weights to W + share · ΔW, in place, for the active adapters of S2-LoRA or PEFT's LoRA or AdaLoRA.
 
@@ -31,6 +30,16 @@ def interpolate(model: nn.Module, share: float) -> None:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} is not between 0 and 1")
+    scale_update(model, share)
+
+
+@torch.no_grad()
+def scale_update(model: nn.Module, factor: float) -> None:
+    """Multiplies ΔW of the active adapters by `factor`, in place.
+
+    Raises:
+        ValueError: as `interpolate`, but for the share.
+    """
     scaled: list[Any] = []
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -58,7 +67,7 @@ def interpolate(model: nn.Module, share: float) -> None:
     if not scaled:
         raise ValueError("the model has no active adapter of S2-LoRA, LoRA or AdaLoRA to be scaled")
     for tensor in scaled:
-        tensor.mul_(share)
+        tensor.mul_(factor)
 
 
 _CHANGES_WEIGHTS = ("pissa", "corda", "olora", "loftq", "lora_ga")

@@ -18,7 +18,8 @@ from rich.console import Console
 from .audio_window import AudioWindow
 from .errors import DivergedError, UserError
 from .evaluate import evaluate
-from .methods import METHODS, check
+from .interpolate import kept_share, take_run
+from .methods import METHODS, check, interpolation
 from .options import TrainOptions
 from .output import read_json, write_json, write_text, writing
 from .precision import resolved
@@ -247,6 +248,7 @@ def run_comparison(
             if not claimed:
                 continue
             console.rule(_progress(comparison, cell))
+            _take_training(cell, cells, console)
             _run_and_record(cell, console)
         ran += 1
         yield cell
@@ -282,6 +284,31 @@ def _progress(comparison: Comparison, cell: Cell) -> str:
     left = len(comparison.cells) - len(finished)
     work = f", about {_duration(sum(took) / len(took) * left)} of work left" if took else ""
     return f"{len(finished) + 1} of {len(comparison.cells)}: {cell.name}{work}"
+
+
+def _take_training(cell: Cell, cells: Iterable[Cell], console: Console) -> None:
+    """Spares a cell its training where a finished one was trained alike and only keeps another share of it."""
+    if any((cell.path / part).exists() for part in ("adapter", "checkpoints")):
+        return  # it was begun, or is trained and left to be scored
+    like = next((other for other in cells if _differs_in_share(other, cell)), None)
+    if like is not None:
+        RunFolder(cell.options)
+        take_run(like.path, interpolation(cell.options), cell.path)
+        console.print(f"{cell.name}: trained as {like.name}, of whose update it keeps another share", markup=False)
+
+
+def _differs_in_share(other: Cell, cell: Cell) -> bool:
+    """Whether `other` is finished, has its adapter, and differs in nothing that is trained but the share it keeps."""
+    if ZERO_SHOT in (other.options.method, cell.options.method):
+        return False
+    ours, theirs = (dataclasses.asdict(one.options) for one in (cell, other))
+    if changed_option(theirs, ours, FREE_TO_CHANGE | {"interpolation"}) is not None or not other.finished():
+        return False
+    if interpolation(other.options) == interpolation(cell.options):
+        return False
+    with contextlib.suppress(UserError):
+        return kept_share(other.path) > 0
+    return False
 
 
 def _run_and_record(cell: Cell, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Figures of a comparison: rank maps, error against parameters and data, learning curves, sparsity against α₁."""
+"""Figures of a comparison: rank maps, learning curves, sparsity; error over parameters, data and error elsewhere."""
 
 import itertools
 import statistics
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from fused_s2lora import S2LoraConfig
 
-from .comparison import Comparison
+from .comparison import ZERO_SHOT, Comparison
 from .comparison_lines import Column, Line, columns_of, lines_of
 from .evaluation import ALL
 
@@ -37,6 +37,7 @@ def draw_figures(comparison: Comparison) -> dict[str, Path]:
         "rank-map": ("Ranks kept, layer by matrix", lambda: rank_map_figure(lines)),
         "parameters": ("Error against trainable parameters", lambda: _against_parameters(lines, columns)),
         "data": ("Error against amount of data", lambda: _against_data(lines, columns)),
+        "other-speech": ("Error in other speech, by the share of the update", lambda: _other_speech(lines, columns)),
         "learning": ("Learning curves", lambda: learning_figure(lines)),
         "sparsity": ("Sparsity against α₁", lambda: _sparsity(lines)),
     }
@@ -159,6 +160,52 @@ def _panels(
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
+
+
+def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
+    """Error in each further set over that in the first, capped, means over seeds; down and left is better.
+
+    Rows that differ in nothing but the share kept of their update are one curve, with the shares at its points, where
+    there are two or more of them; the methods with nothing changed are points, zero-shot is a line.
+    """
+    curves: list[list[Line]] = []
+    for line in (line for line in lines if line.trainable and line.first["results"]):
+        alike = next((curve for curve in curves if line.unlike(curve[0]) <= {"interpolation"}), None)
+        curves.append([line]) if alike is None else alike.append(line)
+    shown = [curve for curve in curves if len({line.share for line in curve} - {None}) > 1]
+    if not shown or len(columns) < 2:
+        return None
+    shown += [
+        curve for curve in curves if curve not in shown and curve[0].rank == 8 and not _own_options(curve[0])
+    ]  # fmt: skip
+    width = 4.6 * (len(columns) - 1)
+    figure, grid = plt.subplots(1, len(columns) - 1, figsize=(width, 4.2), squeeze=False)
+    for axes, column in zip(grid[0], columns[1:], strict=True):
+        looks = itertools.product("os^Dv", plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
+        for curve, (shape, colour) in zip(shown, looks, strict=False):
+            plain = min(curve, key=lambda line: (line.varied, len(line.changed)))
+            points = {line.share: [_mean_capped(line, one) for one in (columns[0], column)] for line in curve}
+            placed = sorted((share or 0, *point) for share, point in points.items() if None not in point)
+            label = plain.label + (f", r = {plain.rank}" if plain.rank != 8 else "")
+            style = {"marker": shape, "color": colour, "markersize": 4, "linewidth": 0.9}
+            axes.plot([x for _, x, _ in placed], [y for _, _, y in placed], label=label, **style)
+            for share, x, y in placed if len(placed) > 1 else []:
+                offset = {"xytext": (3, 3), "textcoords": "offset points"}
+                axes.annotate(f"{share:g}", (x, y), fontsize=6, color=colour, **offset)
+        for line in (line for line in lines if line.method == ZERO_SHOT):
+            if (y := _mean_capped(line, column)) is not None:
+                axes.axhline(y, color="grey", linewidth=0.8, linestyle=":", label=line.label)
+        axes.set(xlabel=f"{columns[0]}, capped, %", ylabel=f"{column}, capped, %", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def _mean_capped(line: Line, column: Column) -> float | None:
+    rates = line.rates(column, "capped_rate")
+    return statistics.fmean(rates) if rates else None
 
 
 def learning_figure(lines: list[Line]) -> Figure | None:

@@ -58,6 +58,12 @@ class Line:
         return summary["trainable_parameters"] if summary else None
 
     @property
+    def share(self) -> float | None:
+        """The share of its update that was kept; None without training, and where a run does not say."""
+        kept = (self.first["summary"] or {}).get("interpolation")
+        return self.first["config"].get("interpolation") if kept is None else kept
+
+    @property
     def varied(self) -> bool:
         """Whether it is one of several that a row of the file gives for a list of values (other than rank and seed)."""
         return bool(self.first["varied"])

@@ -1,0 +1,84 @@
+"""The adapter of a finished run with another share of what it learnt."""
+
+import shutil
+from pathlib import Path
+
+from peft import PeftModel
+
+from fused_s2lora.interpolation import scale_update
+
+from .errors import UserError
+from .models import load_adapter, load_base, remember_speech, remembered_speech, window_for
+from .output import read_json, write_json, writing
+from .rank_maps import rank_maps
+from .run import run_options
+
+
+def kept_share(run: Path) -> float:
+    """The share of the update that the adapter of the run in this folder has.
+
+    Raises:
+        UserError: there is no run that trained an adapter to its end, or it does not say.
+    """
+    options, summary = run_options(run), run / "summary.json"
+    if options is None:
+        raise UserError(f"{run}: no run of `s2lora train` in it; give the folder that has its config.json")
+    if not summary.is_file():
+        raise UserError(f"{run}: not trained to its end; call `s2lora train` again to go on")
+    if not (run / "adapter").is_dir():
+        raise UserError(f"{run}: has no adapter, but a whole model or none; only adapters have a share")
+    kept = read_json(summary).get("interpolation", options.get("interpolation"))
+    if not kept:
+        raise UserError(f"{run}: does not say what share of the update it kept; train it again")
+    return float(kept)
+
+
+def interpolate_run(run: Path, share: float, output: Path) -> PeftModel:
+    """Writes the run's adapter with `share` of all that it learnt into `output`, with window, language and task.
+
+    Training scales an adapter once, after its last step, so that any share of a finished run is had without training
+    (`fused_s2lora.interpolate`; docs/defaults.md, "A share of the update").
+
+    Args:
+        run: folder of a finished `s2lora train` with S2-LoRA, LoRA or AdaLoRA; it is left as it is.
+        share: above 0, at most 1: all of the update, whatever the run itself kept.
+
+    Returns:
+        The run's model with that adapter.
+
+    Raises:
+        UserError: no such run, a share out of range, or `output` is not empty or not writable.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"SHARE is {share}; give one above 0, at most 1")
+    kept = kept_share(run)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists already; give an empty --output")
+    adapter = run / "adapter"
+    options = run_options(run)
+    assert options is not None
+    adapted = load_adapter(load_base(options["model"])[0], adapter)
+    try:
+        scale_update(adapted, share / kept)
+    except ValueError as error:
+        raise UserError(f"{run}: {error}") from error
+    with writing(output, "--output"):
+        adapted.save_pretrained(str(output))
+        trained = remembered_speech(adapter)  # which PEFT's own configurations have no field for
+        remember_speech(output, window_for(trained, None, None), trained["language"], trained["task"])
+    return adapted
+
+
+def take_run(source: Path, share: float, run: Path) -> None:
+    """Makes the begun run in folder `run` one that has been trained, as the finished one in `source` was.
+
+    Raises:
+        UserError: as `interpolate_run`.
+    """
+    adapted = interpolate_run(source, share, run / "adapter")
+    for name in ("metrics.json", "skipped.tsv"):
+        if (source / name).is_file():
+            shutil.copy(source / name, run / name)
+    if maps := rank_maps(adapted):
+        write_json(run / "rank_pattern.json", [pattern.to_dict() for pattern in maps])
+    write_json(run / "summary.json", read_json(source / "summary.json") | {"interpolation": share})
