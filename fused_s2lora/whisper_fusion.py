@@ -13,6 +13,7 @@ from transformers.models.whisper.modeling_whisper import (
     WhisperDecoder,
     WhisperDecoderLayer,
     WhisperEncoderLayer,
+    WhisperForConditionalGeneration,
     WhisperPreTrainedModel,
 )
 
@@ -20,6 +21,7 @@ from .kernels import device
 from .kernels.attention import attention
 from .kernels.shared import share_input
 from .layer import S2LoraLinear
+from .output_projection import OutputProjection, let_cast_always, let_cast_once
 from .projecting import ProjectingGelu, ProjectingLayerNorm, let_norm_be, let_norm_project
 from .projection_group import ProjectionGroup
 
@@ -72,6 +74,8 @@ def fuse_whisper(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, WhisperEncoderLayer | WhisperDecoderLayer):
             _let_producers_project(module)
+        elif isinstance(module, WhisperForConditionalGeneration) and type(module.proj_out) is nn.Linear:
+            let_cast_once(module.proj_out)
     for whisper in _whispers_with("sdpa", model):
         whisper.set_attn_implementation(_ATTENTION)
     return len(groups)
@@ -123,6 +127,8 @@ def unfuse_whisper(model: nn.Module) -> None:
             delattr(module, _HANDLE)
         elif isinstance(module, ProjectingLayerNorm):
             let_norm_be(module)
+        elif isinstance(module, OutputProjection):
+            let_cast_always(module)
         elif isinstance(gelu := getattr(module, "activation_fn", None), ProjectingGelu):
             module.activation_fn = gelu.gelu
 
