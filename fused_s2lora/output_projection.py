@@ -21,21 +21,24 @@ class OutputProjection(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        weight = self._cast(input)
-        return super().forward(input) if weight is None else F.linear(input, weight, self.bias)
+        # Nothing here asks for the class: a hook around it may call it after `let_cast_always`.
+        weight = _kept_cast(self.weight, input)
+        return F.linear(input, self.weight if weight is None else weight, self.bias)
 
-    def _cast(self, x: Tensor) -> Tensor | None:
-        """W in the dtype of the products; None where it is not to be kept."""
-        dtype, weight = device.autocast_dtype(x), self.weight
-        if dtype is None or dtype == weight.dtype or weight.requires_grad or x.device.type != "cpu":
-            return None
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or device.in_functorch():
-            return None
-        made_from, cast = _casts.get(weight, (None, None))
-        if made_from is None or cast is None or cast.dtype != dtype or not made_from.are([weight]):
-            cast = weight.detach().to(dtype)
+
+def _kept_cast(weight: Tensor, x: Tensor) -> Tensor | None:
+    """W in the dtype of the products with x; None where it is not to be kept."""
+    dtype = device.autocast_dtype(x)
+    if dtype is None or dtype == weight.dtype or weight.requires_grad or x.device.type != "cpu":
+        return None
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or device.in_functorch():
+        return None
+    made_from, cast = _casts.get(weight, (None, None))
+    if made_from is None or cast is None or cast.dtype != dtype or not made_from.are([weight]):
+        cast = weight.detach().to(dtype)
+        if type(cast) is Tensor:  # a FakeTensor is of use within its mode alone
             _casts[weight] = Sources([weight]), cast
-        return cast
+    return cast
 
 
 def let_cast_once(linear: nn.Linear) -> None:

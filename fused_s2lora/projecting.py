@@ -47,9 +47,10 @@ class ProjectingLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., K], on the way to a reader in the dtype of the products."""
-        wanted = self.reader.wanted(input)
+        reader = self.__dict__.get("reader")  # none where a hook around it calls it after `let_norm_be`
+        wanted = None if reader is None else reader.wanted(input)
         if wanted is None or self.weight.requires_grad or self.bias.requires_grad:
-            return super().forward(input)
+            return nn.LayerNorm.forward(self, input)
         down, dtype, spare = wanted
         rows = input.reshape(-1, input.shape[-1])
         h, z = layer_norm_project(rows, self.weight, self.bias, self.eps, down.detach(), dtype, spare)

@@ -114,11 +114,12 @@ class ProjectionGroup:
         if all(bias is None for bias in biases):
             return None
         given = [bias for bias in biases if bias is not None]
-        known = self._bias
-        if known is None or not known[0].are(given):
-            stacked = torch.cat([torch.zeros_like(given[0]) if bias is None else bias.detach() for bias in biases])
-            self._bias = known = Sources(given), stacked
-        return known[1]
+        if self._bias is not None and self._bias[0].are(given):
+            return self._bias[1]
+        stacked = torch.cat([torch.zeros_like(given[0]) if bias is None else bias.detach() for bias in biases])
+        if type(stacked) is Tensor:  # a FakeTensor is of use within its mode alone
+            self._bias = Sources(given), stacked
+        return stacked
 
 
 def live_operands(

@@ -323,12 +323,15 @@ def interpolate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished `s2lora train`.")],
     share: Annotated[float, typer.Argument(help="Of all that it learnt, above 0, at most 1, whatever it kept.")],
     output: Annotated[Path | None, typer.Option(help="[dim]default: RUN/adapter-SHARE[/dim]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is now. [dim]default: as the run has it[/dim]")
+    ] = None,
 ) -> None:
     """Write the adapter of a run anew with another share of the update, without training."""
     from .interpolate import interpolate_run
 
     folder = run / f"adapter-{share:g}" if output is None else output
-    interpolate_run(run, share, folder)
+    interpolate_run(run, share, folder, model=model)
     typer.echo(f"adapter with {share:g} of the update: {folder}")
 
 

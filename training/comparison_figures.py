@@ -21,7 +21,7 @@ from .evaluation import ALL
 
 _STYLE: Any = {
     "svg.hashsalt": "fused_s2lora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False,
+    "axes.spines.right": False, "legend.frameon": False, "text.parse_math": False,
 }  # fmt: skip
 
 
@@ -184,7 +184,8 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
         looks = itertools.product("os^Dv", plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
         for curve, (shape, colour) in zip(shown, looks, strict=False):
             plain = min(curve, key=lambda line: (line.varied, len(line.changed)))
-            points = {line.share: [_mean_capped(line, one) for one in (columns[0], column)] for line in curve}
+            told = [line for line in curve if line.share is not None] or curve
+            points = {line.share: [_mean_capped(line, one) for one in (columns[0], column)] for line in told}
             placed = sorted((share or 0, *point) for share, point in points.items() if None not in point)
             label = plain.label + (f", r = {plain.rank}" if plain.rank != 8 else "")
             style = {"marker": shape, "color": colour, "markersize": 4, "linewidth": 0.9}
@@ -195,7 +196,9 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
         for line in (line for line in lines if line.method == ZERO_SHOT):
             if (y := _mean_capped(line, column)) is not None:
                 axes.axhline(y, color="grey", linewidth=0.8, linestyle=":", label=line.label)
-        axes.set(xlabel=f"{columns[0]}, capped, %", ylabel=f"{column}, capped, %", yscale="log")
+        axes.set(xlabel=f"{columns[0]}, capped, %", ylabel=f"{column}, capped, %")
+        if min(y for line in axes.get_lines() for y in line.get_ydata()) > 0:
+            axes.set_yscale("log")  # of a language that is lost it may be five times that of one that is kept
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,8 +1,9 @@
 """Transcripts of speech: greedy or by beam search, and once more where a transcript does not end."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,7 @@ def transcribe_speech(
             raise UserError(f"{entry['path']}: more than 30 s of audio; cut it into utterances")
     decoding = decoding or Decoding()
     context: int = model.config.max_target_positions  # type: ignore[union-attr, assignment]
+    pad: int = processor.tokenizer.pad_token_id
     model = _for_decoding(model, dtype)
     device = next(model.parameters()).device
     log_mel = LogMel(processor.feature_extractor).to(device)
@@ -101,10 +103,10 @@ def transcribe_speech(
         batch: list[int], features: torch.Tensor, mel_frames: int, most: int, *, again: bool = False, **search: int
     ) -> dict[int, list[int]]:
         """Hears a batch; the tokens of those that have no end, by their row."""
-        tokens = _generate(model, features, mel_frames, language, task, dtype, max_new_tokens=most, **search)
+        tokens = _generate(model, features, mel_frames, language, task, dtype, pad, max_new_tokens=most, **search)
         decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         # What ended has no end token left, but padding up to the longest of the batch, or is the longest itself.
-        ended = (tokens[:, -1] == processor.tokenizer.pad_token_id) | (tokens.shape[1] < most)
+        ended = (tokens[:, -1] == pad) | (tokens.shape[1] < most)
         for index, text, whole in zip(batch, decoded, ended.tolist(), strict=True):
             heard[index] = Heard(text.strip(), whole, again)
         return {row: tokens[row].tolist() for row in (~ended).nonzero().flatten().tolist()}
@@ -176,6 +178,24 @@ def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return decoder
 
 
+@contextlib.contextmanager
+def _configured(model: Any, pad: int) -> Iterator[Any]:
+    """The model's generation configuration, for now without what would give another prompt than in training, return
+    something else, or hide where a transcript ends."""
+    found = model.generation_config
+    model.generation_config = configured = copy.deepcopy(found)
+    configured.update(return_timestamps=False, return_dict_in_generate=False, pad_token_id=pad)
+    others = ["compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"]
+    others += [] if configured.is_multilingual else ["language", "task"]
+    for name in others:
+        if hasattr(configured, name):
+            setattr(configured, name, None)
+    try:
+        yield configured
+    finally:
+        model.generation_config = found
+
+
 @torch.inference_mode()
 def _generate(
     model: Any,
@@ -184,13 +204,13 @@ def _generate(
     language: str | None,
     task: str | None,
     dtype: torch.dtype | None,
+    pad: int,
     **search: int,
 ) -> torch.Tensor:
-    configured = model.generation_config
-    task = task or getattr(configured, "task", None) or "transcribe"
-    prompt = {"language": language, "task": task} if configured.is_multilingual else {}
     weight_dtype = next(model.parameters()).dtype
-    with window_of(model, mel_frames), autocast(features.device, dtype):
+    with _configured(model, pad) as configured, window_of(model, mel_frames), autocast(features.device, dtype):
+        task = task or getattr(configured, "task", None) or "transcribe"
+        prompt = {"language": language, "task": task} if configured.is_multilingual else {}
         return model.generate(
             input_features=features.to(weight_dtype),
             attention_mask=torch.ones(features.shape[0], mel_frames, dtype=torch.long, device=features.device),

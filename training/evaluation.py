@@ -25,6 +25,12 @@ from .text import UNSPACED_LANGUAGES, normalizer
 ALL = "all"
 _AGE_GROUPS = ((0, 5), (6, 8), (9, 12), (13, 17))
 _OWN_COLUMNS = ("audio", "target", "text", "utterance")
+_COUNTS = ("substitutions", "deletions", "insertions", "length")
+# What a table of transcripts has beside the utterance and its metadata.
+SCORED_COLUMNS = (
+    "reference", "hypothesis", "normalized_reference", "normalized_hypothesis",
+    *(f"{unit}_{name}" for unit in ("word", "character") for name in _COUNTS), "cut_off", "decoded_again",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -328,10 +334,7 @@ def _write_utterances(file: Path, result: SetResult) -> None:
     """One line an utterance: its metadata, reference, hypothesis, both normalised, word and character errors."""
     dataset = result.speech.dataset
     metadata = [name for name in dataset.column_names if name not in _OWN_COLUMNS]
-    header = ["utterance", *metadata, "reference", "hypothesis", "normalized_reference", "normalized_hypothesis"]
-    counts = ("substitutions", "deletions", "insertions", "length")
-    header += [f"word_{name}" for name in counts] + [f"character_{name}" for name in counts]
-    header += ["cut_off", "decoded_again"]
+    header = ["utterance", *metadata, *SCORED_COLUMNS]
     rows = dataset.remove_columns("audio")
     with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t")
@@ -340,6 +343,6 @@ def _write_utterances(file: Path, result: SetResult) -> None:
             writer.writerow(
                 [row["utterance"], *(row[name] for name in metadata), row["text"], heard.text]
                 + [words.reference, words.hypothesis]
-                + [getattr(errors, name) for errors in (words, characters) for name in counts]
+                + [getattr(errors, name) for errors in (words, characters) for name in _COUNTS]
                 + [int(not heard.ended), int(heard.again)]
             )

@@ -8,6 +8,7 @@ from peft import PeftModel
 from fused_s2lora.interpolation import scale_update
 
 from .errors import UserError
+from .methods import METHODS
 from .models import load_adapter, load_base, remember_speech, remembered_speech, window_for
 from .output import read_json, write_json, writing
 from .rank_maps import rank_maps
@@ -18,11 +19,13 @@ def kept_share(run: Path) -> float:
     """The share of the update that the adapter of the run in this folder has.
 
     Raises:
-        UserError: there is no run that trained an adapter to its end, or it does not say.
+        UserError: there is no run that trained an adapter to its end, it does not say, or its method has no share.
     """
     options, summary = run_options(run), run / "summary.json"
     if options is None:
         raise UserError(f"{run}: no run of `s2lora train` in it; give the folder that has its config.json")
+    if "interpolation" not in METHODS[options["method"]].reads:
+        raise UserError(f"{run}: the update of {options['method']} is not to be scaled; that of s2lora or lora is")
     if not summary.is_file():
         raise UserError(f"{run}: not trained to its end; call `s2lora train` again to go on")
     if not (run / "adapter").is_dir():
@@ -33,7 +36,7 @@ def kept_share(run: Path) -> float:
     return float(kept)
 
 
-def interpolate_run(run: Path, share: float, output: Path) -> PeftModel:
+def interpolate_run(run: Path, share: float, output: Path, *, model: str | None = None) -> PeftModel:
     """Writes the run's adapter with `share` of all that it learnt into `output`, with window, language and task.
 
     Training scales an adapter once, after its last step, so that any share of a finished run is had without training
@@ -42,6 +45,7 @@ def interpolate_run(run: Path, share: float, output: Path) -> PeftModel:
     Args:
         run: folder of a finished `s2lora train` with S2-LoRA, LoRA or AdaLoRA; it is left as it is.
         share: above 0, at most 1: all of the update, whatever the run itself kept.
+        model: where the model that was adapted is now; by default where it was.
 
     Returns:
         The run's model with that adapter.
@@ -57,15 +61,16 @@ def interpolate_run(run: Path, share: float, output: Path) -> PeftModel:
     adapter = run / "adapter"
     options = run_options(run)
     assert options is not None
-    adapted = load_adapter(load_base(options["model"])[0], adapter)
+    trained = remembered_speech(adapter)  # which PEFT's own configurations have no field for
+    adapted = load_adapter(load_base(model or options["model"])[0], adapter)
     try:
         scale_update(adapted, share / kept)
     except ValueError as error:
         raise UserError(f"{run}: {error}") from error
     with writing(output, "--output"):
         adapted.save_pretrained(str(output))
-        trained = remembered_speech(adapter)  # which PEFT's own configurations have no field for
-        remember_speech(output, window_for(trained, None, None), trained["language"], trained["task"])
+        language, task = trained.get("language"), trained.get("task", "transcribe")
+        remember_speech(output, window_for(trained, None, None), language, task)
     return adapted
 
 

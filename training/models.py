@@ -46,16 +46,7 @@ def load_base(
             raise UserError(
                 f"{model}: its weights lack {min(loaded['missing_keys'])}; give the folder of a whole Whisper model"
             )
-        if processor.tokenizer.decode(processor.tokenizer("a", add_special_tokens=False).input_ids) != "a":
-            raise UserError(
-                f"{model}: has no whole tokenizer; copy tokenizer.json and the files beside it from the Whisper it was "
-                "trained from"
-            )
-        if not hasattr(whisper.generation_config, "is_multilingual"):
-            raise UserError(
-                f"{model}: its generation_config.json knows no languages and tasks, as in older fine-tunes; copy that "
-                "file from the Whisper it was trained from"
-            )
+        _check_files_agree(model, whisper, processor)
         whisper.get_encoder().embed_positions.requires_grad_(False)  # sinusoids, which `from_pretrained` lets train
         return whisper, processor
     except (OSError, ValueError, KeyError, RuntimeError, HFValidationError, SafetensorError) as error:
@@ -63,6 +54,39 @@ def load_base(
         raise UserError(
             f"{model}: not to be had as a Whisper model ({reason}); give a hub id, a model folder, or {PACKAGED}"
         ) from error
+
+
+def _check_files_agree(model: str, whisper: Any, processor: WhisperProcessor) -> None:
+    """Raises UserError where tokenizer, generation or feature configuration are not those of this Whisper."""
+    tokenizer, generation = processor.tokenizer, whisper.generation_config
+    if tokenizer.decode(tokenizer("a", add_special_tokens=False).input_ids) != "a":
+        raise UserError(
+            f"{model}: has no whole tokenizer; copy tokenizer.json and the files beside it from the Whisper it was "
+            "trained from"
+        )
+    needed = ["is_multilingual", "decoder_start_token_id", "no_timestamps_token_id"]
+    needed += ["lang_to_id", "task_to_id"] if getattr(generation, "is_multilingual", False) else []
+    if any(getattr(generation, name, None) is None for name in needed):
+        raise UserError(
+            f"{model}: its generation_config.json knows no languages and tasks, as in older fine-tunes; copy that "
+            "file from the Whisper it was trained from"
+        )
+    tokens = {"<|startoftranscript|>": generation.decoder_start_token_id}
+    tokens["<|notimestamps|>"] = generation.no_timestamps_token_id
+    if generation.is_multilingual:
+        tokens |= generation.lang_to_id | {f"<|{task}|>": index for task, index in generation.task_to_id.items()}
+    for token, index in tokens.items():
+        if (found := tokenizer.convert_tokens_to_ids(token)) != index:
+            raise UserError(
+                f"{model}: its tokenizer has {token} at {found}, its generation_config.json at {index}; copy both from "
+                "the Whisper it was trained from"
+            )
+    mels, bins = processor.feature_extractor.feature_size, whisper.config.num_mel_bins
+    if mels != bins:
+        raise UserError(
+            f"{model}: its feature extractor makes {mels} mel bins and it reads {bins}; copy preprocessor_config.json "
+            "or processor_config.json from the Whisper it was trained from"
+        )
 
 
 def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *, trainable: bool = False) -> PeftModel:

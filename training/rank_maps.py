@@ -22,7 +22,7 @@ def rank_maps(model: Any) -> list[RankPattern]:
         return rank_pattern(model)
     if not isinstance(tuner, AdaLoraModel):
         return []
-    adapter = tuner.trainable_adapter_name
+    adapter = model.active_adapter
     config: Any = tuner.peft_config[adapter]
     diagonals = {
         key: module.lora_E[adapter].detach().flatten()

@@ -3,6 +3,7 @@
 import csv
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from .comparison_figures import draw_figures
 from .comparison_lines import columns_of, lines_of, names_of
 from .comparison_tables import record, write_tables
 from .errors import UserError
-from .evaluation import unit_of
+from .evaluation import SCORED_COLUMNS, unit_of
 from .output import read_json, writing
 from .run import run_options
 
 _TEMPLATE = Path(__file__).parent / "report.html"
-_HIDDEN = ("normalized_reference", "normalized_hypothesis", "reference", "hypothesis", "utterance")
+_HIDDEN = ("utterance", "duration_s", *SCORED_COLUMNS)
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -41,10 +42,20 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         raise UserError(f"{folder}: holds neither a run (config.json) nor a comparison (comparison.yaml)")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    data = json.dumps(page.pop("data"), ensure_ascii=False).replace("<", "\\u003c")  # no tag, no comment in a script
+    data = json.dumps(_finite(page.pop("data")), ensure_ascii=False, allow_nan=False)
+    data = data.replace("<", "\\u003c")  # no tag, no comment in a script
     with writing(output):
         output.write_text(template.render(**page, data=data), encoding="utf-8")
     return output
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_page(folder: Path) -> dict[str, Any]:
@@ -175,7 +186,7 @@ def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[st
             unit = units.get(file.stem, "wer")
             found = sets.setdefault(file.stem, {"unit": unit, "rows": {}})
             for position, row in enumerate(rows):
-                metadata = {key: value for key, value in row.items() if key not in _HIDDEN and "_" not in key}
+                metadata = {key: value for key, value in row.items() if key not in _HIDDEN}
                 entry = found["rows"].setdefault(
                     (position, row["utterance"], row["reference"]),  # a table may name one file several times
                     {"utterance": row["utterance"], **metadata, "reference": row["reference"], "said": {}},

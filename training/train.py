@@ -23,7 +23,7 @@ from fused_s2lora import S2LoraCallback, interpolate
 from .audio_window import AudioWindow
 from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong
-from .errors import UserError
+from .errors import DivergedError, UserError
 from .evaluation import Evaluation, check_sets, evaluate_sets, results_table
 from .methods import adapt, check, interpolation, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
@@ -63,7 +63,12 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         check_language(model, further)
     if options.keep_share and language is None:
         raise UserError(f"--keep-share on {options.model}, an English-only model without others to keep; leave it out")
-    processor.tokenizer.set_prefix_tokens(language=language, task=options.task if language else None)
+    if options.task == "translate" and language is None:
+        raise UserError(f"--task translate with {options.model}, an English-only model; give a multilingual Whisper")
+    tokenizer = processor.tokenizer
+    # What it was saved with stays unless it is taken away; transcripts have no timestamps.
+    tokenizer.language, tokenizer.task, tokenizer.predict_timestamps = None, None, False
+    tokenizer.set_prefix_tokens(language=language, task=options.task if language else None)
     speech = drop_overlong(speech, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
     if dev is not None:
         dev = drop_overlong(dev, processor.tokenizer, MAX_LABEL_TOKENS, options.strict)
@@ -291,6 +296,9 @@ def _train(
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
+    # Every loss was finite, each of them before its step.
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+        raise DivergedError("the last step left weights that are not finite; lower --lr, or raise --warmup")
     whisper.config.use_cache = True
     whisper.config.update(found)
     if (share := interpolation(options)) != 1:

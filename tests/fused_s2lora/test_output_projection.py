@@ -7,7 +7,9 @@ import weakref
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_s2lora import fuse_whisper, output_projection, unfuse_whisper
@@ -122,3 +124,21 @@ def test_it_is_let_go_with_the_model_and_by_unfusing(fused, tiny_whisper):
     del other
     gc.collect()
     assert kept() is None
+
+
+def test_a_fake_tensor_is_not_kept(fused):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        fused(**batch())
+    assert projection(fused).weight not in output_projection._casts
+    assert type(trained(fused)[1]["logits"]) is torch.Tensor
+
+
+def test_hooks_put_on_a_fused_model_may_stay(fused):
+    """accelerate's keep the method of the class that unfusing takes away."""
+    norm = fused.get_base_model().model.encoder.layers[0].self_attn_layer_norm
+    for module in (projection(fused), norm):
+        add_hook_to_module(module, ModelHook())
+    before = logits(fused)
+    unfuse_whisper(fused)
+    torch.testing.assert_close(logits(fused), before)
+    trained(fused)

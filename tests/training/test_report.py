@@ -1,14 +1,19 @@
 """The report's page: what is in the file, and in a browser sorting, filtering, hovering, transcripts."""
 
+import json
 import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 from typer.testing import CliRunner
 
 from fused_s2lora.training.cli import app
+from fused_s2lora.training.comparison import read_comparison
+from fused_s2lora.training.comparison_figures import draw_figures
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.report import marked, write_report
+from tests.training.comparisons import write
 from tests.training.speech import TEXTS
 
 
@@ -34,6 +39,32 @@ def test_utterances_of_one_name_are_all_shown(compared, tmp_path):
         ("u0.flac", TEXTS[0]),
         ("u0.flac", TEXTS[1]),
     ]
+
+
+def test_columns_of_any_name_are_shown_and_a_number_that_json_lacks_is_none(compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "out" / "lora-r8-seed0", run)
+    table = run / "after" / "same.tsv"
+    table.write_text(table.read_text().replace("\tspeaker\t", "\tspeaker_id\t", 1))
+    metrics = json.loads((run / "metrics.json").read_text())
+    losses = [entry for entry in metrics if "loss" in entry]
+    losses[0]["cross_entropy"] = losses[0]["loss"] = float("nan")
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    text = write_report(run).read_text()
+    data = re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", text, re.DOTALL)
+    page = json.loads(data[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    rows = page["transcripts"]["sets"]["same"]["rows"]
+    assert rows[0].keys() == {"utterance", "speaker_id", "age", "reference", "said"}
+
+
+def test_a_row_may_have_dollars_in_its_name(compared, quick, tmp_path):
+    """They are not mathematics."""
+    rows = [{"name": "a $x_r_8 and $y", "method": "s2lora"}, {"name": "$b$", "method": "lora"}]
+    comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
+    for cell, like in zip(comparison.cells, ("s2-lora-r8-seed0", "lora-r8-seed0"), strict=True):
+        shutil.copytree(compared / "out" / like, cell.path)
+        (cell.path / "config.json").write_text(json.dumps(asdict(cell.options)))
+    assert ">$b$<" in draw_figures(comparison)["Error against trainable parameters"].read_text()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, tiny_folder):

@@ -17,7 +17,7 @@ from fused_s2lora import S2LoraConfig
 from fused_s2lora.training import evaluation as evaluation_module
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.cli import app
-from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.errors import DivergedError, UserError
 from fused_s2lora.training.methods import PRESETS
 from fused_s2lora.training.models import remembered_speech
 from fused_s2lora.training.run import RunFolder
@@ -321,3 +321,12 @@ def test_command_line_from_end_to_end(tiny_folder, tones, tmp_path, monkeypatch,
         assert result.exit_code == 0, command
     assert "decode it with" in result.output
     assert WhisperForConditionalGeneration.from_pretrained(tmp_path / "m").generation_config.language == "en"
+
+
+def test_a_last_step_that_breaks_the_weights_is_no_end(options, tmp_path):
+    """Its loss was finite, for that is computed before the step."""
+    run = tmp_path / "run"
+    with pytest.raises(DivergedError, match="the last step left weights that are not finite; lower --lr"):
+        train(options(run, max_steps=1, warmup=0.0, lr=1e38), console=QUIET)
+    assert not (run / "adapter").exists()
+    assert not (run / "summary.json").exists()

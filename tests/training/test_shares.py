@@ -54,13 +54,15 @@ def test_a_run_gives_any_share_of_what_it_learnt(options, tmp_path, method, kept
 
 
 def test_what_cannot_be_had_is_said_in_one_sentence(finished, tmp_path):
-    def spoilt(name, *, without=(), summary=None):
+    def spoilt(name, *, without=(), summary=None, method=None):
         run = tmp_path / name
         shutil.copytree(finished, run)
         for part in without:
             shutil.rmtree(run / part) if (run / part).is_dir() else (run / part).unlink()
         if summary is not None:
             (run / "summary.json").write_text(json.dumps(summary))
+        if method is not None:
+            (run / "config.json").write_text(json.dumps(read_json(run / "config.json") | {"method": method}))
         return run
 
     full = tmp_path / "full"
@@ -71,6 +73,7 @@ def test_what_cannot_be_had_is_said_in_one_sentence(finished, tmp_path):
         (spoilt("begun", without=["summary.json"]), 0.5, "a", "begun: not trained to its end"),
         (spoilt("whole-model", without=["adapter"]), 0.5, "a", "whole-model: has no adapter"),
         (spoilt("older", summary={}), 0.5, "a", "older: does not say what share"),
+        (spoilt("bitfit", method="bitfit"), 0.5, "a", "bitfit: the update of bitfit is not to be scaled"),
         (finished, 1.2, "a", "SHARE is 1.2; give one above 0"),
         (finished, 0.0, "a", "SHARE is 0.0; give one above 0"),
         (finished, 0.5, "full", "full: exists already; give an empty --output"),
@@ -79,6 +82,20 @@ def test_what_cannot_be_had_is_said_in_one_sentence(finished, tmp_path):
         with pytest.raises(UserError, match=told):
             interpolate_run(run, share, tmp_path / output)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_model_that_has_moved_and_an_adapter_without_a_language(finished, tiny_folder, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(finished, run)
+    shutil.copytree(tiny_folder, moved)
+    (run / "config.json").write_text(json.dumps(read_json(run / "config.json") | {"model": str(tmp_path / "gone")}))
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({key: value for key, value in read_json(config).items() if key != "language"}))
+    with pytest.raises(UserError, match="gone: not to be had as a Whisper model"):
+        interpolate_run(run, 0.5, tmp_path / "half")
+    arguments = ["interpolate", str(run), "0.5", "--output", str(tmp_path / "half"), "--model", str(moved)]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    check_scaled(tensors(tmp_path / "half"), tensors(run / "adapter"), "s2lora", 0.5 / 0.75)
 
 
 def test_a_comparison_trains_once_for_all_shares(quick, tmp_path, short_decoding, monkeypatch):
@@ -92,15 +109,18 @@ def test_a_comparison_trains_once_for_all_shares(quick, tmp_path, short_decoding
         {"name": "S2-LoRA by rate", "method": "s2lora", "interpolation": 0.5, "lr": 1e-3},
         {"name": "LoRA", "method": "lora"},
         {"name": "LoRA, a half", "method": "lora", "interpolation": 0.5},
+        {"name": "AdaLoRA", "method": "adalora"},
+        {"name": "AdaLoRA, a half", "method": "adalora", "interpolation": 0.5},
         {"name": "BitFit", "method": "bitfit"},
         {"name": "BitFit again", "method": "bitfit"},
     ]
     train_options = {**quick, "test": [*quick["test"], f"other={quick['test'][0].partition('=')[2]}@sw"]}
     comparison = read_comparison(write(tmp_path, train_options, rows), tmp_path / "out")
-    assert len(list(run_comparison(comparison, console=QUIET))) == len(comparison.cells) == 9
+    assert len(list(run_comparison(comparison, console=QUIET))) == len(comparison.cells) == 11
     by_name = {cell.name: cell.path for cell in comparison.cells}
     assert [options.output.rpartition("/")[2] for options in trained] == [
-        "s2-lora-r8-seed0", "s2-lora-by-rate-r8-seed0", "lora-r8-seed0", "bitfit-seed0", "bitfit-again-seed0"
+        "s2-lora-r8-seed0", "s2-lora-by-rate-r8-seed0", "lora-r8-seed0", "adalora-r8-seed0", "bitfit-seed0",
+        "bitfit-again-seed0",
     ]  # fmt: skip
     usual = by_name["s2-lora-r8-seed0"]
     for share, name in (
@@ -114,17 +134,18 @@ def test_a_comparison_trains_once_for_all_shares(quick, tmp_path, short_decoding
         ours, theirs = (read_json(one / "rank_pattern.json")[0]["mean_magnitude"][0][0] for one in (path, usual))
         assert ours == pytest.approx(theirs * share / 0.75)
         assert read_json(path / "results.json")[-1]["sets"]
-    check_scaled(
-        tensors(by_name["lora-a-half-r8-seed0"] / "adapter"), tensors(by_name["lora-r8-seed0"] / "adapter"), "lora", 0.5
-    )
+    for method in ("lora", "adalora"):
+        half, whole = by_name[f"{method}-a-half-r8-seed0"], by_name[f"{method}-r8-seed0"]
+        check_scaled(tensors(half / "adapter"), tensors(whole / "adapter"), method, 0.5)
+        assert (half / "rank_pattern.json").is_file() == (whole / "rank_pattern.json").is_file() == (method != "lora")
     assert {line.label: line.share for line in lines_of(comparison)} == {
         "zero-shot": None, "S2-LoRA": 0.75, "S2-LoRA by share, interpolation 0.5": 0.5,
         "S2-LoRA by share, interpolation 1.0": 1.0, "S2-LoRA by rate": 0.5, "LoRA": 1.0, "LoRA, a half": 0.5,
-        "BitFit": 1.0, "BitFit again": 1.0,
+        "AdaLoRA": 1.0, "AdaLoRA, a half": 0.5, "BitFit": 1.0, "BitFit again": 1.0,
     }  # fmt: skip
     figure = draw_figures(comparison)["Error in other speech, by the share of the update"].read_text()
     # One curve for each that was trained with several shares, its shares beside it, and a line for zero-shot.
-    for text, times in {">S2-LoRA<": 1, ">LoRA<": 1, ">BitFit<": 1, ">zero-shot<": 1, ">0.75<": 1, ">0.5<": 2}.items():
+    for text, times in {">S2-LoRA<": 1, ">LoRA<": 1, ">BitFit<": 1, ">zero-shot<": 1, ">0.75<": 1, ">0.5<": 3}.items():
         assert figure.count(text) == times, text
     for text in ("S2-LoRA by share", "S2-LoRA by rate", "a half"):
         assert text not in figure
