@@ -178,8 +178,8 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
     shown += [
         curve for curve in curves if curve not in shown and curve[0].rank == 8 and not _own_options(curve[0])
     ]  # fmt: skip
-    width = 4.6 * (len(columns) - 1)
-    figure, grid = plt.subplots(1, len(columns) - 1, figsize=(width, 4.2), squeeze=False)
+    width = 5.2 * (len(columns) - 1)
+    figure, grid = plt.subplots(1, len(columns) - 1, figsize=(width, 4.6), squeeze=False)
     for axes, column in zip(grid[0], columns[1:], strict=True):
         looks = itertools.product("os^Dv", plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
         for curve, (shape, colour) in zip(shown, looks, strict=False):

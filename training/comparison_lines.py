@@ -6,6 +6,7 @@ from typing import Any
 
 from .comparison import Cell, Comparison, results_of
 from .evaluation import ALL, unit_of
+from .interpolate import recorded_share
 from .metrics import Unit
 from .run import FREE_TO_CHANGE, UNSET
 
@@ -59,9 +60,9 @@ class Line:
 
     @property
     def share(self) -> float | None:
-        """The share of its update that was kept; None without training, and where a run does not say."""
-        kept = (self.first["summary"] or {}).get("interpolation")
-        return self.first["config"].get("interpolation") if kept is None else kept
+        """The share of its update that was kept; None without training, and where a run of S2-LoRA does not say."""
+        summary = self.first["summary"]
+        return None if summary is None else recorded_share(self.first["config"], summary)
 
     @property
     def varied(self) -> bool:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -13,6 +14,12 @@ from .models import load_adapter, load_base, remember_speech, remembered_speech,
 from .output import read_json, write_json, writing
 from .rank_maps import rank_maps
 from .run import run_options
+
+
+def recorded_share(options: dict[str, Any], summary: dict[str, Any]) -> float | None:
+    """The share of the update that a run of these options, with this summary.json, kept; None where it is not known."""
+    usual = None if options["method"] == "s2lora" else 1.0  # S2-LoRA's default has changed, others keep all
+    return summary.get("interpolation") or options.get("interpolation") or usual
 
 
 def kept_share(run: Path) -> float:
@@ -30,10 +37,10 @@ def kept_share(run: Path) -> float:
         raise UserError(f"{run}: not trained to its end; call `s2lora train` again to go on")
     if not (run / "adapter").is_dir():
         raise UserError(f"{run}: has no adapter, but a whole model or none; only adapters have a share")
-    kept = read_json(summary).get("interpolation", options.get("interpolation"))
-    if not kept:
+    kept = recorded_share(options, read_json(summary))
+    if kept is None:
         raise UserError(f"{run}: does not say what share of the update it kept; train it again")
-    return float(kept)
+    return kept
 
 
 def interpolate_run(run: Path, share: float, output: Path, *, model: str | None = None) -> PeftModel:

@@ -14,7 +14,7 @@ from fused_s2lora.training.comparison import read_comparison, run_comparison
 from fused_s2lora.training.comparison_figures import draw_figures
 from fused_s2lora.training.comparison_lines import lines_of
 from fused_s2lora.training.errors import UserError
-from fused_s2lora.training.interpolate import interpolate_run
+from fused_s2lora.training.interpolate import interpolate_run, recorded_share
 from fused_s2lora.training.models import remembered_speech
 from fused_s2lora.training.output import read_json
 from fused_s2lora.training.train import train
@@ -82,6 +82,19 @@ def test_what_cannot_be_had_is_said_in_one_sentence(finished, tmp_path):
         with pytest.raises(UserError, match=told):
             interpolate_run(run, share, tmp_path / output)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "written", "share"),
+    [
+        ("lora", None, {}, 1.0),
+        ("s2lora", None, {}, None),
+        ("s2lora", 0.5, {}, 0.5),
+        ("s2lora", 0.5, {"interpolation": 0.6}, 0.6),
+    ],
+)
+def test_the_share_of_runs_from_before_it_was_written(method, asked, written, share):
+    assert recorded_share({"method": method, "interpolation": asked}, written) == share
 
 
 def test_a_model_that_has_moved_and_an_adapter_without_a_language(finished, tiny_folder, tmp_path):
