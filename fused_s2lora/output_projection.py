@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import device
-from .kernels.shared import Sources
+from .kernels.shared import Sources, lasts
 
 _casts: MutableMapping[Tensor, tuple[Sources, Tensor]] = WeakTensorKeyDictionary()
 
@@ -36,7 +36,7 @@ def _kept_cast(weight: Tensor, x: Tensor) -> Tensor | None:
     made_from, cast = _casts.get(weight, (None, None))
     if made_from is None or cast is None or cast.dtype != dtype or not made_from.are([weight]):
         cast = weight.detach().to(dtype)
-        if type(cast) is Tensor:  # a FakeTensor is of use within its mode alone
+        if lasts(cast):
             _casts[weight] = Sources([weight]), cast
     return cast
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .kernels import device
 from .kernels.configs import rank_block
 from .kernels.s2_linear import s2_linear_group
-from .kernels.shared import GradientSink, Sources, known_z, write_count
+from .kernels.shared import GradientSink, Sources, known_z, lasts, write_count
 
 if TYPE_CHECKING:
     from .layer import S2LoraLinear
@@ -117,7 +117,7 @@ class ProjectionGroup:
         if self._bias is not None and self._bias[0].are(given):
             return self._bias[1]
         stacked = torch.cat([torch.zeros_like(given[0]) if bias is None else bias.detach() for bias in biases])
-        if type(stacked) is Tensor:  # a FakeTensor is of use within its mode alone
+        if lasts(stacked):
             self._bias = Sources(given), stacked
         return stacked
 

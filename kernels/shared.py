@@ -41,6 +41,11 @@ class Sources:
         return counted and self._found == [_identity(tensor) for tensor in tensors]
 
 
+def lasts(made: Tensor) -> bool:
+    """Whether what was made may be kept for later: a FakeTensor is of use within its mode alone."""
+    return type(made) is Tensor
+
+
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     storage = tensor.untyped_storage()._cdata
     return tensor.device, tensor.dtype, storage, tensor.storage_offset(), write_count(tensor)

@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_s2lora import fuse_whisper, output_projection, unfuse_whisper
 from tests.fused_s2lora.adapters import adapted, batch, logits
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is kept where a GPU casts")
-
 
 class Casts(TorchDispatchMode):
     """Counts casts of tensors of a shape."""
