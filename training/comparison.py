@@ -18,7 +18,7 @@ from rich.console import Console
 from .audio_window import AudioWindow
 from .errors import DivergedError, UserError
 from .evaluate import evaluate
-from .interpolate import kept_share, take_run
+from .interpolate import take_run, trained_share
 from .methods import METHODS, check, interpolation
 from .options import TrainOptions
 from .output import read_json, write_json, write_text, writing
@@ -306,9 +306,11 @@ def _differs_in_share(other: Cell, cell: Cell) -> bool:
         return False
     if interpolation(other.options) == interpolation(cell.options):
         return False
-    with contextlib.suppress(UserError):
-        return kept_share(other.path) > 0
-    return False
+    try:
+        trained_share(other.path)
+    except UserError:
+        return False
+    return True
 
 
 def _run_and_record(cell: Cell, console: Console) -> None:

@@ -11,8 +11,8 @@ from fused_s2lora.interpolation import scale_update
 from .errors import UserError
 from .methods import METHODS
 from .models import load_adapter, load_base, remember_speech, remembered_speech, window_for
-from .output import read_json, write_json, writing
-from .rank_maps import rank_maps
+from .output import check_empty, read_json, write_json, writing
+from .rank_maps import write_rank_maps
 from .run import run_options
 
 
@@ -22,8 +22,8 @@ def recorded_share(options: dict[str, Any], summary: dict[str, Any]) -> float | 
     return summary.get("interpolation") or options.get("interpolation") or usual
 
 
-def kept_share(run: Path) -> float:
-    """The share of the update that the adapter of the run in this folder has.
+def trained_share(run: Path) -> tuple[dict[str, Any], float]:
+    """The options of the run in this folder, and the share of the update that its adapter has.
 
     Raises:
         UserError: there is no run that trained an adapter to its end, it does not say, or its method has no share.
@@ -40,7 +40,7 @@ def kept_share(run: Path) -> float:
     kept = recorded_share(options, read_json(summary))
     if kept is None:
         raise UserError(f"{run}: does not say what share of the update it kept; train it again")
-    return kept
+    return options, kept
 
 
 def interpolate_run(run: Path, share: float, output: Path, *, model: str | None = None) -> PeftModel:
@@ -62,19 +62,16 @@ def interpolate_run(run: Path, share: float, output: Path, *, model: str | None 
     """
     if not 0 < share <= 1:
         raise UserError(f"SHARE is {share}; give one above 0, at most 1")
-    kept = kept_share(run)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists already; give an empty --output")
+    options, kept = trained_share(run)
+    check_empty(output, "--output")
     adapter = run / "adapter"
-    options = run_options(run)
-    assert options is not None
     trained = remembered_speech(adapter)  # which PEFT's own configurations have no field for
     adapted = load_adapter(load_base(model or options["model"])[0], adapter)
     try:
         scale_update(adapted, share / kept)
     except ValueError as error:
         raise UserError(f"{run}: {error}") from error
-    with writing(output, "--output"):
+    with writing(output):
         adapted.save_pretrained(str(output))
         language, task = trained.get("language"), trained.get("task", "transcribe")
         remember_speech(output, window_for(trained, None, None), language, task)
@@ -91,6 +88,5 @@ def take_run(source: Path, share: float, run: Path) -> None:
     for name in ("metrics.json", "skipped.tsv"):
         if (source / name).is_file():
             shutil.copy(source / name, run / name)
-    if maps := rank_maps(adapted):
-        write_json(run / "rank_pattern.json", [pattern.to_dict() for pattern in maps])
+    write_rank_maps(adapted, run)
     write_json(run / "summary.json", read_json(source / "summary.json") | {"interpolation": share})

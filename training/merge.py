@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
 from .models import load_adapter, load_base, remembered_speech, set_speech
-from .output import writing
+from .output import check_empty, writing
 
 
 def merge(adapter: str, output: str | Path, *, model: str = "packaged-base") -> dict[str, Any]:
@@ -17,8 +16,7 @@ def merge(adapter: str, output: str | Path, *, model: str = "packaged-base") -> 
         UserError: a bad model or adapter, or `output` is not empty or not writable.
     """
     folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; give an empty OUTPUT")
+    check_empty(folder, "OUTPUT")
     whisper, processor = load_base(model)
     trained = remembered_speech(adapter)
     merged = load_adapter(whisper, adapter).merge_and_unload(safe_merge=True)

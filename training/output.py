@@ -32,6 +32,16 @@ def check_writable(file: Path) -> None:
             file.unlink()
 
 
+def check_empty(folder: Path, argument: str) -> None:
+    """Nothing, where the folder that `argument` gives is empty or is yet to be made.
+
+    Raises:
+        UserError: something is there.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; give an empty {argument}")
+
+
 def check_name(path: str | Path) -> None:
     """Nothing, where the path can stand in a table of files.
 

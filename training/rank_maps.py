@@ -1,11 +1,14 @@
 """How many ranks of each weight an adapter of S2-LoRA or AdaLoRA keeps: layers by matrices (the paper's figure 3)."""
 
+from pathlib import Path
 from typing import Any
 
 from peft import AdaLoraModel, PeftModel
 
 from fused_s2lora import S2LoraModel, rank_pattern
 from fused_s2lora.rank_pattern import RankPattern, tabulate
+
+from .output import write_json
 
 _TINY = 1e-12  # allocation sets what it gives up to zero itself
 
@@ -30,3 +33,9 @@ def rank_maps(model: Any) -> list[RankPattern]:
         if hasattr(module, "lora_E") and adapter in module.lora_E
     }
     return tabulate(diagonals, config.init_r, threshold=_TINY)
+
+
+def write_rank_maps(model: Any, run: Path) -> None:
+    """Writes the rank maps into `rank_pattern.json` of the run in this folder, if the model has any."""
+    if maps := rank_maps(model):
+        write_json(run / "rank_pattern.json", [pattern.to_dict() for pattern in maps])

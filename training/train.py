@@ -31,7 +31,7 @@ from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
 from .output import read_json, write_json
 from .precision import autocast_dtype, resolved
-from .rank_maps import rank_maps
+from .rank_maps import write_rank_maps
 from .run import RunFolder, check_folder, peak_memory_mib, reset_peak_memory, versions
 from .sets import scored_sets, training_speech
 from .trainer import AdaLoraCallback, SavingAsAsked, SpeechTrainer, StepTimes
@@ -310,8 +310,7 @@ def _train(
             remember_speech(run.adapter, options.audio_window(), language, options.task)
         else:
             processor.save_pretrained(str(run.model))
-        if maps := rank_maps(model):
-            write_json(run.path / "rank_pattern.json", [pattern.to_dict() for pattern in maps])
+        write_rank_maps(model, run.path)
         write_json(run.path / "metrics.json", trainer.state.log_history)
         trainable, total = parameter_counts(model)
         summary = {
