@@ -26,7 +26,6 @@ from .fused import fused_linear
 from .merge import merge_weights
 from .producers import split_spare
 from .project import project
-from .shared import lasts
 
 
 @dataclass
@@ -187,9 +186,7 @@ def _augmented(group: Group, dtype: torch.dtype) -> AugmentedWeight:
     found = _augmented_weights.get(group.weights[0])
     fits = found is not None and found.rank == len(group.down) and found.buffer.dtype == dtype
     if found is None or not fits or not found.is_copy_of(group.weights):
-        found = AugmentedWeight(group.weights, len(group.down), dtype=dtype)
-        if lasts(found.buffer):
-            _augmented_weights[group.weights[0]] = found
+        found = _augmented_weights[group.weights[0]] = AugmentedWeight(group.weights, len(group.down), dtype=dtype)
     found.update(group.up, group.coefficients)
     return found
 
