@@ -124,8 +124,11 @@ class AugmentedWeight:
             self.buffer[:, self.inputs : self.inputs + self.rank].copy_(scaled.flatten(0, 1))
 
     def is_copy_of(self, weights: Sequence[Tensor]) -> bool:
-        """Whether these are the weights it was made from, neither replaced, moved nor written to since."""
-        return self._sources.are(weights)
+        """Whether these are the weights it was made from, neither replaced, moved nor written to since.
+
+        Never of a copy made under a FakeTensorMode that is over, which has no data.
+        """
+        return device.may_use(self.buffer) and self._sources.are(weights)
 
 
 def with_spare_columns(x: Tensor, down: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_s2lora import s2_linear, s2_linear_reference
-from fused_s2lora.kernels import device
+from fused_s2lora.kernels import device, strategies
 from fused_s2lora.kernels.augmented import (
     AugmentedWeight,
     augmented_forward,
@@ -210,6 +211,21 @@ def test_a_copy_made_for_inference_serves_training():
         s2_linear(x, weight, None, down, up, e, backend="augmented")
     s2_linear(x, weight, None, down, up, e, backend="augmented").sum().backward()
     assert e.grad.abs().sum() > 0
+
+
+def test_a_copy_without_data_serves_its_own_mode_alone():
+    """FakeTensorMode, in which steps are counted, makes one of the very weights that are trained on after it."""
+    operands = make_operands(5, 16, 8, 4, torch.float32)
+    arguments = operands["x"], operands["weight"], None, operands["down"], operands["up"], operands["coefficients"][0]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        s2_linear(*arguments, backend="augmented")
+        copy = strategies._augmented_weights[operands["weight"]]
+        s2_linear(*arguments, backend="augmented")
+        assert strategies._augmented_weights[operands["weight"]] is copy, "made once in its mode"
+    y = s2_linear(*arguments, backend="augmented")
+    assert type(y) is Tensor
+    torch.testing.assert_close(y, s2_linear_reference(*arguments))
 
 
 def test_spare_buffer_is_found_only_where_it_is():
