@@ -97,6 +97,13 @@ def train(
     freeze_factors: Annotated[
         bool, typer.Option("--freeze-factors", help="Leave the shared factors as they start; train coefficients only.")
     ] = False,
+    start_utterances: Annotated[
+        int | None,
+        typer.Option(
+            help="Utterances whose gradients the shared factors start from; 0: at random. [dim]default: the preset's, "
+            "128 of default[/dim]"
+        ),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(

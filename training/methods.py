@@ -32,14 +32,18 @@ class Preset:
     learning_rate: float = 8e-3  # of the factors up to `rate_rank`; that of s is `coefficient_lr_ratio` times it
     rate_rank: float = 8  # above it the rate falls with the root of the rank
     interpolation: float = 0.75  # the share of the update kept after training
+    start_utterances: int = 128  # whose gradients the factors start from; 0: at random
 
 
 # Found by experiment (docs/defaults.md), but for the paper's own.
 PRESETS = {
     "default": Preset(),
-    "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE, rate_rank=math.inf, interpolation=1.0),
-    "unshared": Preset(S2LoraConfig.unshared, learning_rate=_PAPER_LEARNING_RATE),
-}
+    "paper": Preset(
+        S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE, rate_rank=math.inf, interpolation=1.0,
+        start_utterances=0,
+    ),
+    "unshared": Preset(S2LoraConfig.unshared, learning_rate=_PAPER_LEARNING_RATE, start_utterances=0),
+}  # fmt: skip
 
 
 def _s2lora(options: TrainOptions, steps: int) -> PeftConfig:
@@ -121,7 +125,7 @@ _RANKED = (*_TARGETED, "rank")
 _SCALED = (*_RANKED, "interpolation")
 _S2LORA = (
     *_SCALED, "preset", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty", "freeze_factors",
-    "coefficient_lr_ratio",
+    "coefficient_lr_ratio", "start_utterances",
 )  # fmt: skip
 
 
@@ -170,6 +174,8 @@ def check(options: TrainOptions) -> None:
             able = ", ".join(name for name, one in METHODS.items() if option in one.reads)
             flag = option.replace("_", "-")
             raise UserError(f"--{flag} goes with --method {able}, not {options.method}; leave it out")
+    if options.preset == "unshared" and options.start_utterances:
+        raise UserError("--start-utterances does not go with --preset unshared, which has LoRA's start; leave it out")
     if options.half_base and options.precision == "fp32":
         raise UserError("--half-base with --precision fp32 has no half precision to store weights in; leave it out")
     if options.full_share and options.window == "full":
@@ -243,3 +249,10 @@ def interpolation(options: TrainOptions) -> float:
     if options.interpolation is not None:
         return options.interpolation
     return PRESETS[options.preset].interpolation if options.method == "s2lora" else 1.0
+
+
+def start_utterances(options: TrainOptions) -> int:
+    """How many utterances' gradients the shared factors start from: of `options`, or of the preset; 0: at random."""
+    if options.start_utterances is not None:
+        return options.start_utterances
+    return PRESETS[options.preset].start_utterances if options.method == "s2lora" else 0

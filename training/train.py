@@ -18,14 +18,14 @@ from transformers import (
     set_seed,
 )
 
-from fused_s2lora import S2LoraCallback, interpolate
+from fused_s2lora import S2LoraCallback, interpolate, start_from_gradients
 
 from .audio_window import AudioWindow
 from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong
 from .errors import DivergedError, UserError
 from .evaluation import Evaluation, check_sets, evaluate_sets, results_table
-from .methods import adapt, check, interpolation, learning_rate
+from .methods import adapt, check, interpolation, learning_rate, start_utterances
 from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
@@ -293,6 +293,8 @@ def _train(
         _check_steps(run, checkpoint, _steps(options, len(speech)))
     reset_peak_memory()
     start = time.perf_counter()
+    if checkpoint is None and (wanted := start_utterances(options)):
+        _start_from_gradients(trainer, model, run, math.ceil(wanted / options.batch_size))
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
@@ -331,6 +333,17 @@ def _train(
         }
         write_json(run.path / "summary.json", summary)
     trainer.accelerator.wait_for_everyone()
+
+
+def _start_from_gradients(trainer: SpeechTrainer, model: nn.Module, run: RunFolder, batches: int) -> None:
+    """Puts the factors where the gradients of the first batches are, and writes how much they explain of these."""
+    read = []
+    try:
+        explained = start_from_gradients(model, lambda: read.append(trainer.first_gradients(batches)))
+    except ValueError as error:
+        raise DivergedError(f"no start from gradients: {error}; or give --start-utterances 0") from error
+    if trainer.is_world_process_zero():
+        write_json(run.path / "start.json", {"batches": read[0], "explained": explained})
 
 
 def _report_skipped(run: RunFolder, skipped: list[Skipped], console: Console) -> None:
