@@ -12,8 +12,8 @@ from .run import FREE_TO_CHANGE, UNSET
 
 METHOD_OPTIONS = (
     "preset", "target_modules", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty",
-    "freeze_factors", "lr", "coefficient_lr_ratio", "interpolation", "utterances", "keep_share", "keep_languages",
-    "learn_language",
+    "freeze_factors", "start_utterances", "lr", "coefficient_lr_ratio", "interpolation", "utterances", "keep_share",
+    "keep_languages", "learn_language",
 )  # fmt: skip
 
 
@@ -90,7 +90,8 @@ class Line:
             return None
         config, changed = self.first["config"], self._unlike({})
         if self.method == "s2lora":
-            as_published = config["preset"] == "paper" and changed == {"preset"}
+            at_random = not config.get("start_utterances")  # as that preset starts
+            as_published = config["preset"] == "paper" and changed <= {"preset", "start_utterances"} and at_random
         elif self.method == "full":
             as_published = config["lr"] in (None, 1e-4) and changed <= {"lr"}
         else:
