@@ -98,12 +98,11 @@ def train(
         bool, typer.Option("--freeze-factors", help="Leave the shared factors as they start; train coefficients only.")
     ] = False,
     start_utterances: Annotated[
-        int | None,
+        int,
         typer.Option(
-            help="Utterances whose gradients the shared factors start from; 0: at random. [dim]default: the preset's, "
-            "128 of default[/dim]"
+            help="Utterances whose gradients the shared factors start from, worth it with little speech; 0: at random."
         ),
-    ] = None,
+    ] = 0,
     lr: Annotated[
         float | None,
         typer.Option(

@@ -90,8 +90,7 @@ class Line:
             return None
         config, changed = self.first["config"], self._unlike({})
         if self.method == "s2lora":
-            at_random = not config.get("start_utterances")  # as that preset starts
-            as_published = config["preset"] == "paper" and changed <= {"preset", "start_utterances"} and at_random
+            as_published = config["preset"] == "paper" and changed == {"preset"}
         elif self.method == "full":
             as_published = config["lr"] in (None, 1e-4) and changed <= {"lr"}
         else:

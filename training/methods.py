@@ -32,18 +32,14 @@ class Preset:
     learning_rate: float = 8e-3  # of the factors up to `rate_rank`; that of s is `coefficient_lr_ratio` times it
     rate_rank: float = 8  # above it the rate falls with the root of the rank
     interpolation: float = 0.75  # the share of the update kept after training
-    start_utterances: int = 128  # whose gradients the factors start from; 0: at random
 
 
 # Found by experiment (docs/defaults.md), but for the paper's own.
 PRESETS = {
     "default": Preset(),
-    "paper": Preset(
-        S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE, rate_rank=math.inf, interpolation=1.0,
-        start_utterances=0,
-    ),
-    "unshared": Preset(S2LoraConfig.unshared, learning_rate=_PAPER_LEARNING_RATE, start_utterances=0),
-}  # fmt: skip
+    "paper": Preset(S2LoraConfig.paper, learning_rate=_PAPER_LEARNING_RATE, rate_rank=math.inf, interpolation=1.0),
+    "unshared": Preset(S2LoraConfig.unshared, learning_rate=_PAPER_LEARNING_RATE),
+}
 
 
 def _s2lora(options: TrainOptions, steps: int) -> PeftConfig:
@@ -249,10 +245,3 @@ def interpolation(options: TrainOptions) -> float:
     if options.interpolation is not None:
         return options.interpolation
     return PRESETS[options.preset].interpolation if options.method == "s2lora" else 1.0
-
-
-def start_utterances(options: TrainOptions) -> int:
-    """How many utterances' gradients the shared factors start from: of `options`, or of the preset; 0: at random."""
-    if options.start_utterances is not None:
-        return options.start_utterances
-    return PRESETS[options.preset].start_utterances if options.method == "s2lora" else 0

@@ -44,7 +44,7 @@ class TrainOptions:
     norm_weight: float | None = None
     penalty: str | None = None
     freeze_factors: bool = False
-    start_utterances: int | None = None
+    start_utterances: int = 0
     lr: float | None = None
     coefficient_lr_ratio: float | None = None
     interpolation: float | None = None
@@ -94,13 +94,11 @@ class TrainOptions:
         for name in ("epochs", "warmup", "weight_decay", "lr", "coefficient_lr_ratio", *weights):
             if not math.isfinite(getattr(self, name) or 0):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a finite number")
-        for name in ("early_stopping", "seed", "warmup", "weight_decay", "workers", *weights):
+        for name in ("early_stopping", "seed", "start_utterances", "warmup", "weight_decay", "workers", *weights):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 0 or more")
         if self.seed >= 2**32:
             raise UserError(f"--seed is {self.seed}; give a number below 2**32")
-        if self.start_utterances is not None and self.start_utterances < 0:
-            raise UserError(f"--start-utterances is {self.start_utterances}; give 0 or more")
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"--max-steps is {self.max_steps}; give at least 1, or -1 for --epochs")
         if not self.epochs > 0 and self.max_steps < 1:

