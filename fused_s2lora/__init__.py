@@ -7,7 +7,6 @@ model = get_peft_model(whisper, S2LoraConfig(r=8))
 """
 
 from .config import S2LoraConfig
-from .gradient_start import start_from_gradients
 from .interpolation import interpolate
 from .kernels.reference import s2_linear_reference
 from .kernels.s2_linear import s2_linear, s2_linear_group
@@ -32,6 +31,5 @@ __all__ = [
     "s2_linear",
     "s2_linear_group",
     "s2_linear_reference",
-    "start_from_gradients",
     "unfuse_whisper",
 ]

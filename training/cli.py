@@ -97,12 +97,6 @@ def train(
     freeze_factors: Annotated[
         bool, typer.Option("--freeze-factors", help="Leave the shared factors as they start; train coefficients only.")
     ] = False,
-    start_utterances: Annotated[
-        int,
-        typer.Option(
-            help="Utterances whose gradients the shared factors start from, worth it with little speech; 0: at random."
-        ),
-    ] = 0,
     lr: Annotated[
         float | None,
         typer.Option(

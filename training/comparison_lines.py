@@ -12,8 +12,8 @@ from .run import FREE_TO_CHANGE, UNSET
 
 METHOD_OPTIONS = (
     "preset", "target_modules", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty",
-    "freeze_factors", "start_utterances", "lr", "coefficient_lr_ratio", "interpolation", "utterances", "keep_share",
-    "keep_languages", "learn_language",
+    "freeze_factors", "lr", "coefficient_lr_ratio", "interpolation", "utterances", "keep_share", "keep_languages",
+    "learn_language",
 )  # fmt: skip
 
 

@@ -121,7 +121,7 @@ _RANKED = (*_TARGETED, "rank")
 _SCALED = (*_RANKED, "interpolation")
 _S2LORA = (
     *_SCALED, "preset", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty", "freeze_factors",
-    "coefficient_lr_ratio", "start_utterances",
+    "coefficient_lr_ratio",
 )  # fmt: skip
 
 
@@ -170,8 +170,6 @@ def check(options: TrainOptions) -> None:
             able = ", ".join(name for name, one in METHODS.items() if option in one.reads)
             flag = option.replace("_", "-")
             raise UserError(f"--{flag} goes with --method {able}, not {options.method}; leave it out")
-    if options.preset == "unshared" and options.start_utterances:
-        raise UserError("--start-utterances does not go with --preset unshared, which has LoRA's start; leave it out")
     if options.half_base and options.precision == "fp32":
         raise UserError("--half-base with --precision fp32 has no half precision to store weights in; leave it out")
     if options.full_share and options.window == "full":

@@ -44,7 +44,6 @@ class TrainOptions:
     norm_weight: float | None = None
     penalty: str | None = None
     freeze_factors: bool = False
-    start_utterances: int = 0
     lr: float | None = None
     coefficient_lr_ratio: float | None = None
     interpolation: float | None = None
@@ -94,7 +93,7 @@ class TrainOptions:
         for name in ("epochs", "warmup", "weight_decay", "lr", "coefficient_lr_ratio", *weights):
             if not math.isfinite(getattr(self, name) or 0):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a finite number")
-        for name in ("early_stopping", "seed", "start_utterances", "warmup", "weight_decay", "workers", *weights):
+        for name in ("early_stopping", "seed", "warmup", "weight_decay", "workers", *weights):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 0 or more")
         if self.seed >= 2**32:

@@ -39,8 +39,7 @@ class RunFolder:
 
     `config.json` options, `command.txt`, `versions.json`, `checkpoints/`, `adapter/` or `model/`, `before/` and
     `after/` with results.json and transcripts, `results.json` of both, `summary.json` times and memory, `skipped.tsv`,
-    `other_languages.json` what the unadapted model heard in them, `start.json` how much of the gradients they start
-    from the factors explain.
+    `other_languages.json` what the unadapted model heard in them.
 
     Raises:
         UserError: the folder cannot be written, or holds a run with other options.

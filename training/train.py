@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from fused_s2lora import S2LoraCallback, interpolate, start_from_gradients
+from fused_s2lora import S2LoraCallback, interpolate
 
 from .audio_window import AudioWindow
 from .collate import SpeechCollator
@@ -293,8 +293,6 @@ def _train(
         _check_steps(run, checkpoint, _steps(options, len(speech)))
     reset_peak_memory()
     start = time.perf_counter()
-    if checkpoint is None and options.start_utterances:
-        _start_from_gradients(trainer, model, run, math.ceil(options.start_utterances / options.batch_size))
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
@@ -333,17 +331,6 @@ def _train(
         }
         write_json(run.path / "summary.json", summary)
     trainer.accelerator.wait_for_everyone()
-
-
-def _start_from_gradients(trainer: SpeechTrainer, model: nn.Module, run: RunFolder, batches: int) -> None:
-    """Puts the factors where the gradients of the first batches are, and writes how much they explain of these."""
-    read = []
-    try:
-        explained = start_from_gradients(model, lambda: read.append(trainer.first_gradients(batches)))
-    except ValueError as error:
-        raise DivergedError(f"no start from gradients: {error}; leave out --start-utterances") from error
-    if trainer.is_world_process_zero():
-        write_json(run.path / "start.json", {"batches": read[0], "explained": explained})
 
 
 def _report_skipped(run: RunFolder, skipped: list[Skipped], console: Console) -> None:

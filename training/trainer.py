@@ -1,8 +1,6 @@
 """Hugging Face's Seq2SeqTrainer for waveforms, two learning rates and penalties that are logged apart."""
 
-import contextlib
 import functools
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import AdaLoraModel
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, WhisperFeatureExtractor
@@ -24,8 +21,6 @@ from .collate import IGNORED
 from .cuda_graphs import GraphedBackward
 from .errors import DivergedError, UserError
 from .features import LogMel
-
-_FLOAT16_SCALE = 1024.0
 
 
 class SpeechTrainer(Seq2SeqTrainer):
@@ -54,9 +49,12 @@ class SpeechTrainer(Seq2SeqTrainer):
         self._part_steps = 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's."""
-        with _errors_of_workers():
+        """As the Trainer's; a process that reads audio puts its traceback into the error, which is taken out here."""
+        try:
             return super().train(*args, **kwargs)
+        except UserError as error:
+            _, in_worker, message = str(error).rpartition(f"{UserError.__module__}.UserError: ")
+            raise (UserError(message.strip()) if in_worker else error) from None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """The Trainer's two orders, drawn by seed and epoch alone: a run that goes on finds them again."""
@@ -106,24 +104,6 @@ class SpeechTrainer(Seq2SeqTrainer):
         losses = self._graphed(self._with_features(self._prepare_inputs(inputs)))
         self._note(losses)
         return losses["loss"]
-
-    def first_gradients(self, batches: int) -> int:
-        """Forward and backward of the first batches of training, whose gradients add up on whatever asks for them.
-
-        Returns how many there were: at most `batches`, and those of one epoch.
-
-        Under torchrun of those of this process. In float16 the loss is scaled, so that small gradients are not lost.
-        """
-        model, loader = self.model, self.get_train_dataloader()
-        assert model is not None
-        model.train()
-        scale = _FLOAT16_SCALE if self.args.fp16 else 1.0
-        first, count = itertools.islice(loader, batches), min(batches, len(loader))
-        with _errors_of_workers():
-            for inputs in track(first, "gradients to start from", total=count, transient=True):
-                losses = self._losses(model, self._with_features(self._prepare_inputs(inputs)))
-                (scale * losses["loss"]).backward()
-        return count
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         with self.compute_loss_context_manager():
@@ -178,16 +158,6 @@ class SpeechTrainer(Seq2SeqTrainer):
             logs |= {name: round(float(mean) / self._part_steps, 5) for name, mean in means.items()}
             self._parts, self._part_steps = {}, 0
         super().log(logs, start_time)
-
-
-@contextlib.contextmanager
-def _errors_of_workers() -> Iterator[None]:
-    """A process that reads audio puts its traceback into the error, which is taken out here."""
-    try:
-        yield
-    except UserError as error:
-        _, in_worker, message = str(error).rpartition(f"{UserError.__module__}.UserError: ")
-        raise (UserError(message.strip()) if in_worker else error) from None
 
 
 def _answer_loss(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
