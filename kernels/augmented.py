@@ -21,7 +21,7 @@ from .configs import SPARE_BLOCK_N, cdiv, rank_block
 from .launch import launch
 from .ops import kernel_op
 from .producers import split_spare
-from .shared import Sources
+from .shared import Sources, is_of_use
 from .variants import Variant
 
 
@@ -128,7 +128,7 @@ class AugmentedWeight:
 
         Never of a copy made under a FakeTensorMode that is over, which has no data.
         """
-        return device.may_use(self.buffer) and self._sources.are(weights)
+        return is_of_use(self.buffer) and self._sources.are(weights)
 
 
 def with_spare_columns(x: Tensor, down: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -7,7 +7,6 @@ import os
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
 from .configs import SHARED_MEMORY
@@ -57,11 +56,6 @@ def keeps_products() -> bool:
     if _get_current_dispatch_mode() is None:
         return False
     return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
-
-
-def may_use(tensor: Tensor) -> bool:
-    """Whether operations may read a tensor that was kept: not a FakeTensor once the mode that made it is over."""
-    return not isinstance(tensor, FakeTensor) or tensor.fake_mode in _get_current_dispatch_mode_stack()
 
 
 def attends_in_blocks(q: Tensor) -> bool:

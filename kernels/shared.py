@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import device
 from .adapter_gradients import input_gradient_factor
@@ -44,6 +46,11 @@ class Sources:
 def lasts(made: Tensor) -> bool:
     """Whether what was made may be kept for later: a FakeTensor is of use within its mode alone."""
     return type(made) is Tensor
+
+
+def is_of_use(kept: Tensor) -> bool:
+    """Whether what was kept may be read now: not a FakeTensor once the mode that made it is over."""
+    return not isinstance(kept, FakeTensor) or kept.fake_mode in _get_current_dispatch_mode_stack()
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

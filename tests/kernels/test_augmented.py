@@ -217,8 +217,7 @@ def test_a_copy_without_data_serves_its_own_mode_alone():
     """FakeTensorMode, in which steps are counted, makes one of the very weights that are trained on after it."""
     operands = make_operands(5, 16, 8, 4, torch.float32)
     arguments = operands["x"], operands["weight"], None, operands["down"], operands["up"], operands["coefficients"][0]
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         s2_linear(*arguments, backend="augmented")
         copy = strategies._augmented_weights[operands["weight"]]
         s2_linear(*arguments, backend="augmented")
