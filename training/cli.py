@@ -258,7 +258,7 @@ def evaluate(
 
 @app.command()
 def transcribe(
-    audio: Annotated[list[Path], typer.Argument(help="Audio files, or folders of them; each file at most 30 s.")],
+    audio: Annotated[list[Path], typer.Argument(help="Audio files, or folders of them.")],
     model: Model = "packaged-base",
     adapter: Adapter = None,
     language: Annotated[
@@ -271,9 +271,19 @@ def transcribe(
     precision: Precision = "auto",
     eval_batch_size: EvalBatch = 8,
     strict: Strict = False,
+    max_segment: Annotated[
+        float, typer.Option(help="Longest stretch heard at once, in seconds; a longer recording is cut at its pauses.")
+    ] = 30.0,
+    timestamps: Annotated[
+        bool,
+        typer.Option(
+            "--timestamps", help="A line for each stretch: file, offset and duration in seconds, text; as --data reads."
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Also write a TSV of file and text.")] = None,
 ) -> None:
     """Turn audio files into text."""
+    from .transcribe import table
     from .transcribe import transcribe as run
 
     transcripts, skipped = run(
@@ -288,13 +298,17 @@ def transcribe(
         precision=precision,
         batch_size=eval_batch_size,
         strict=strict,
+        max_segment=max_segment,
+        timestamps=timestamps,
         output=output,
     )
-    for transcript in transcripts:
-        typer.echo(f"{transcript.file}\t{transcript.text}")
+    for line in table(transcripts, timestamps):
+        typer.echo(line)
     for transcript in transcripts:
         if not transcript.ended:
             typer.echo(f"cut off: {transcript.file}: its transcript has more tokens than are decoded", err=True)
+        if not transcript.segments:
+            typer.echo(f"no speech found: {transcript.file}", err=True)
     for item in skipped:
         typer.echo(f"skipped: {item.reason}", err=True)
 

@@ -351,17 +351,17 @@ def _checked_text(utterance: str, row: dict[str, Any], column: str) -> str:
     return text
 
 
-def checked_duration(utterance: str, entry: dict[str, Any]) -> float:
-    """Length in seconds of an audio entry ("path" or "bytes") that Whisper can take whole.
+def checked_duration(utterance: str, entry: dict[str, Any], longest_s: float = MAX_AUDIO_S) -> float:
+    """Length in seconds of an audio entry ("path" or "bytes"), by default one that Whisper can take whole.
 
     Raises:
-        UserError: no audio, not readable to its end, empty, or more than 30 s, said of `utterance`.
+        UserError: no audio, not readable to its end, empty, or more than `longest_s`, said of `utterance`.
     """
     if entry["path"] is None and entry["bytes"] is None:
         raise UserError(f"{utterance}: no audio is given for it")
-    duration = duration_s(entry, MAX_AUDIO_S)
+    duration = duration_s(entry, longest_s)
     if duration == 0:
         raise UserError(f"{utterance}: the audio is empty")
-    if duration > MAX_AUDIO_S:
-        raise UserError(f"{utterance}: {duration:.1f} s of audio, Whisper takes {MAX_AUDIO_S:.0f} s; split it")
+    if duration > longest_s:
+        raise UserError(f"{utterance}: {duration:.1f} s of audio, Whisper takes {longest_s:.0f} s; split it")
     return duration

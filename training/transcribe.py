@@ -1,18 +1,24 @@
-"""Audio files to text."""
+"""Audio files to text, recordings of any length."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from .data import Skipped, checked_duration
-from .decoding import Decoding, transcribe_speech
+from .audio import SAMPLE_RATE, read_audio
+from .data import MAX_AUDIO_S, Skipped, checked_duration
+from .decoding import Decoding, Heard, transcribe_speech
 from .errors import UserError
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
 from .output import check_name, check_writable, writing
 from .precision import autocast_dtype
+from .segmentation import SHORTEST_S, speech_segments
+from .text import UNSPACED_LANGUAGES
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 # What is looked at in folders; what of it cannot be read is skipped and counted.
@@ -20,15 +26,26 @@ _LOOKED_AT = (
     *AUDIO_SUFFIXES, ".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".mka", ".mp2", ".mp4", ".oga", ".webm",
     ".wma", ".w64",
 )  # fmt: skip
+_AT_ONCE_S = 3600.0  # of audio, held in memory
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What was heard in one stretch of a recording; offset and duration in seconds."""
+
+    offset_s: float
+    duration_s: float
+    text: str
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """One file and what was heard in it; `ended` unless decoding stopped before the transcript's end."""
+    """One file and what was heard in it; `ended` unless decoding stopped before the end of what a segment says."""
 
     file: Path
     text: str
     ended: bool = True
+    segments: tuple[Segment, ...] = ()
 
 
 def transcribe(
@@ -40,56 +57,85 @@ def transcribe(
     task: str | None = None,
     window: str | None = None,
     margin: int | None = None,
+    max_segment: float = MAX_AUDIO_S,
     beams: int = 1,
     decode_once: bool = False,
     precision: str = "auto",
     batch_size: int = 8,
     strict: bool = False,
     output: str | Path | None = None,
+    timestamps: bool = False,
 ) -> tuple[list[Transcript], list[Skipped]]:
-    """Transcribes audio files and all audio in folders, each file at most 30 s; returns transcripts and skipped files.
+    """Transcribes audio files and all audio in folders; returns transcripts and skipped files.
+
+    A file of more than `max_segment` seconds is cut at its pauses into segments of no more (`speech_segments`), each
+    heard by itself.
 
     Language, task, window and its margin default to those the adapter was trained with; without an adapter language and
     task to those of the model's generation configuration, else detected and transcription, and the window is full.
     With more than one of `beams` each transcript is the best of so many; with `decode_once` one without an end is left
-    so. `output` also writes a TSV of file and text.
+    so. `output` also writes a TSV, an hour of audio at a time: file and text, or with `timestamps` a line for each
+    segment, which `load_speech` reads. Its paths are relative to where it is, but for absolute ones.
 
     Raises:
-        UserError: no audio found, a bad file with `strict`, a bad model or adapter, `output` not writable.
+        UserError: no audio found, a bad file with `strict`, a bad model or adapter, `max_segment` not from 2 to 30,
+            `output` not writable.
     """
     dtype, decoding = autocast_dtype(precision), Decoding(beams, decode_once)
+    if not SHORTEST_S <= max_segment <= MAX_AUDIO_S:
+        raise UserError(f"--max-segment is {max_segment}; give {SHORTEST_S:.0f} to {MAX_AUDIO_S:.0f} seconds")
     files = _audio_files(inputs)
     if output is not None:
         if Path(output).suffix.lower() in _LOOKED_AT:
             raise UserError(f"--output {output}: is named as a recording; give a .tsv")
         check_writable(Path(output))
-    entries, skipped = _usable(files, strict)
+    usable, skipped = _usable(files, strict)
     whisper, processor = load_base(model)
     trained = remembered_speech(adapter) if adapter else {}
     code = check_language(whisper, language or trained.get("language"))
     chosen = window_for(trained, window, margin)
     adapted = load_adapter(whisper, adapter) if adapter else whisper
     to_best_device(adapted)
+    transcripts: list[Transcript] = []
     with Progress(transient=True, console=Console(stderr=True)) as bars:
-        bar = bars.add_task("transcribing", total=len(entries))
-        heard = transcribe_speech(
-            adapted,
-            processor,
-            entries,
-            window=chosen,
-            language=code,
-            task=task or trained.get("task"),
-            decoding=decoding,
-            batch_size=batch_size,
-            dtype=dtype,
-            on_batch=lambda done: bars.advance(bar, done),
-        )
-    transcripts = [
-        Transcript(Path(entry["path"]), one.text, one.ended) for entry, one in zip(entries, heard, strict=True)
-    ]
-    if output is not None:
-        _write(Path(output), transcripts)
+        bar = bars.add_task("transcribing", total=None)
+        for recordings in _in_turn(usable):
+            cut = [(file, _cut(file, duration, max_segment, bars)) for file, duration in recordings]
+            entries = [entry for _, segments in cut for entry in segments]
+            bars.update(bar, total=bars.tasks[bar].completed + len(entries))
+            heard = transcribe_speech(
+                adapted,
+                processor,
+                entries,
+                window=chosen,
+                language=code,
+                task=task or trained.get("task"),
+                decoding=decoding,
+                batch_size=batch_size,
+                dtype=dtype,
+                on_batch=lambda done: bars.advance(bar, done),
+            )
+            of_segments = zip(entries, heard, strict=True)
+            done = [_joined(file, [next(of_segments) for _ in segments], code) for file, segments in cut]
+            if output is not None:
+                _write(Path(output), done, timestamps, first=not transcripts)
+            transcripts += done
     return transcripts, skipped
+
+
+def table(transcripts: Sequence[Transcript], timestamps: bool) -> list[str]:
+    """Lines of file and text, or with `timestamps` of file, offset, duration and text for each segment; no heading."""
+    if not timestamps:
+        return [f"{one.file}\t{_in_a_line(one.text)}" for one in transcripts]
+    return [
+        f"{one.file}\t{segment.offset_s:.2f}\t{segment.duration_s:.2f}\t{_in_a_line(segment.text)}"
+        for one in transcripts
+        for segment in one.segments
+    ]
+
+
+def _in_a_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -105,26 +151,62 @@ def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _usable(files: Sequence[Path], strict: bool) -> tuple[list[dict], list[Skipped]]:
-    entries, skipped = [], []
+def _usable(files: Sequence[Path], strict: bool) -> tuple[list[tuple[Path, float]], list[Skipped]]:
+    """Files that can be read to their end with their seconds, and the others."""
+    usable, skipped = [], []
     for file in files:
-        entry = {"path": str(file), "bytes": None}
         name = str(file).encode(errors="backslashreplace").decode()
         try:
             check_name(file)
-            checked_duration(str(file), entry)
-            entries.append(entry)
+            usable.append((file, checked_duration(str(file), {"path": str(file), "bytes": None}, math.inf)))
         except UserError as error:
             if strict:
                 raise
             skipped.append(Skipped(name, str(error)))
-    if not entries:
+    if not usable:
         raise UserError(f"none of the {len(files)} audio files is usable; the first problem: {skipped[0].reason}")
-    return entries, skipped
+    return usable, skipped
 
 
-def _write(file: Path, transcripts: Sequence[Transcript]) -> None:
-    # Not quoted, as `load_speech` reads a .tsv.
-    lines = ["file\ttext", *(f"{one.file}\t{' '.join(one.text.split())}" for one in transcripts)]
-    with writing(file):
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def _in_turn(files: Sequence[tuple[Path, float]]) -> Iterator[list[tuple[Path, float]]]:
+    """The files in parts of about `_AT_ONCE_S` seconds."""
+    part: list[tuple[Path, float]] = []
+    for file in files:
+        part.append(file)
+        if sum(seconds for _, seconds in part) >= _AT_ONCE_S:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _cut(file: Path, duration: float, longest: float, bars: Progress) -> list[dict[str, Any]]:
+    """Audio entries of a file: itself, or where it is longer than `longest` seconds its segments."""
+    samples = read_audio({"path": str(file)})
+    ranges = [(0, len(samples))]
+    if duration > longest:
+        bar = bars.add_task(f"looking for pauses in {file.name}", total=100)
+        ranges = speech_segments(samples, longest, lambda percent: bars.update(bar, completed=percent))
+        bars.remove_task(bar)
+    return [{"path": str(file), "samples": samples[start:end], "start": start} for start, end in ranges]
+
+
+def _joined(file: Path, heard: Sequence[tuple[dict[str, Any], Heard]], language: str | None) -> Transcript:
+    segments = tuple(
+        Segment(entry["start"] / SAMPLE_RATE, len(entry["samples"]) / SAMPLE_RATE, one.text) for entry, one in heard
+    )
+    between = "" if language in UNSPACED_LANGUAGES else " "
+    text = between.join(segment.text for segment in segments if segment.text)
+    return Transcript(file, text, all(one.ended for _, one in heard), segments)
+
+
+def _write(file: Path, transcripts: Sequence[Transcript], timestamps: bool, *, first: bool) -> None:
+    """Adds to the table, begins it with the `first`; not quoted, as `load_speech` reads a .tsv."""
+    there = [replace(one, file=_seen_from(file.parent, one.file)) for one in transcripts]
+    heading = ["file\toffset\tduration\ttext" if timestamps else "file\ttext"] if first else []
+    with writing(file), file.open("w" if first else "a", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in [*heading, *table(there, timestamps)])
+
+
+def _seen_from(folder: Path, file: Path) -> Path:
+    return file if file.is_absolute() else Path(os.path.relpath(file, folder))

@@ -1,0 +1,224 @@
+"""Long recordings: where they are cut, and what becomes of the segments."""
+
+import contextlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from fused_s2lora.training import segmentation
+from fused_s2lora.training import transcribe as transcribe_module
+from fused_s2lora.training.audio import SAMPLE_RATE, read_audio
+from fused_s2lora.training.cli import app
+from fused_s2lora.training.data import load_speech
+from fused_s2lora.training.decoding import Heard
+from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.segmentation import speech_segments
+from fused_s2lora.training.synthesis import TEST_CHILDREN, TEST_PATTERNS, Synthesizer, sentences
+from fused_s2lora.training.transcribe import transcribe
+from tests.training.speech import tone
+
+
+def cut(monkeypatch, spoken_s: list[tuple[float, float]], recording_s: float, longest_s: float):
+    """Segments in seconds of a recording in which speech is found at these seconds."""
+    spoken = [(round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)) for start, end in spoken_s]
+    monkeypatch.setattr(segmentation, "_spoken", lambda samples, longest, on_progress: spoken)
+    samples = np.zeros(round(recording_s * SAMPLE_RATE), np.float32)
+    return [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in speech_segments(samples, longest_s)]
+
+
+def test_a_recording_is_cut_at_its_longest_pauses(monkeypatch):
+    spoken = [(1.0, 4.0), (4.5, 7.0), (9.0, 12.0), (12.25, 14.0)]
+    assert cut(monkeypatch, spoken, 20.0, 30.0) == [(0.6, 14.4)]
+    assert cut(monkeypatch, spoken, 20.0, 10.0) == [(0.6, 7.4), (8.6, 14.4)]
+    # Of a pause shorter than 0.8 s each side has half.
+    assert cut(monkeypatch, spoken, 20.0, 4.0) == [(0.6, 4.25), (4.25, 7.4), (8.6, 12.125), (12.125, 14.4)]
+    assert cut(monkeypatch, [(0.1, 3.0)], 3.2, 30.0) == [(0.0, 3.2)]
+    assert cut(monkeypatch, [], 40.0, 30.0) == []
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 19_200), st.integers(1, 40_000)), min_size=1, max_size=40),
+    longest_s=st.sampled_from([2.0, 2.5, 7.0, 30.0]),
+)
+def test_segments_hold_all_speech_and_are_short_enough(lengths, longest_s):
+    ends = np.cumsum(np.array(lengths)[:, ::-1].ravel())  # of pauses and of speech in turn
+    spoken = list(zip(ends[::2].tolist(), ends[1::2].tolist(), strict=True))
+    samples = np.zeros(int(ends[-1]) + 1000, np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "_spoken", lambda samples, longest, on_progress: spoken)
+        segments = speech_segments(samples, longest_s)
+    assert all(0 <= start < end <= len(samples) and end - start <= longest_s * SAMPLE_RATE for start, end in segments)
+    assert all(first[1] <= second[0] for first, second in pairwise(segments))
+    assert all(any(low <= start and end <= high for low, high in segments) for start, end in spoken)
+
+
+@pytest.fixture(scope="module")
+def dialogue() -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """40 s and more of sentences in children's synthetic voices, and where they are; between them a second of noise."""
+    synthesizer, rng = Synthesizer(), np.random.default_rng(0)
+    parts, places, length = [], [], 0
+    for index, sentence in enumerate(sentences(14, 0, TEST_PATTERNS)):
+        pause = rng.normal(scale=1e-3, size=SAMPLE_RATE).astype(np.float32)
+        speech = synthesizer.speak(sentence, TEST_CHILDREN[index % len(TEST_CHILDREN)], rng)
+        parts += [pause, speech]
+        places.append((length + len(pause), length + len(pause) + len(speech)))
+        length = places[-1][1]
+    return np.concatenate(parts), places
+
+
+@contextlib.contextmanager
+def several_threads():
+    """Three threads, which whoever takes another number has to give back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("longest_s", [6.0, 30.0])
+def test_sentences_stay_whole(dialogue, longest_s):
+    samples, places = dialogue
+    assert len(samples) > 40 * SAMPLE_RATE
+    told: list[float] = []
+    with several_threads():
+        segments = speech_segments(samples, longest_s, told.append)
+        assert torch.get_num_threads() == 3
+    assert told == sorted(told)
+    assert told[-1] == 100
+    quarter = SAMPLE_RATE // 4  # of silence is around each sentence, besides the pause
+    inner = [(start + quarter, end - quarter) for start, end in places]
+    longest = max(end - start for start, end in inner) / SAMPLE_RATE
+    assert longest < 5.0
+    assert (
+        max(end - start for start, end in segments) > (longest_s - 1.5 - longest) * SAMPLE_RATE / 2
+    )  # no needless cut
+    # A tenth of a second at either end may be too soft to be told from a pause.
+    spread = SAMPLE_RATE // 10
+    assert all(any(low <= start + spread and end - spread <= high for low, high in segments) for start, end in inner)
+
+
+def test_speech_without_a_pause_is_cut_all_the_same(dialogue):
+    samples, places = dialogue
+    start, end = places[0]
+    endless = np.tile(samples[start + SAMPLE_RATE // 2 : end - SAMPLE_RATE // 2], 20)
+    segments = speech_segments(endless, 5.0)
+    assert max(end - start for start, end in segments) <= 5 * SAMPLE_RATE
+    assert sum(end - start for start, end in segments) > 0.95 * len(endless)
+
+
+def test_nothing_is_said_in_silence_and_noise():
+    noise = np.random.default_rng(0).normal(scale=0.1, size=40 * SAMPLE_RATE).astype(np.float32)
+    assert speech_segments(noise, 30.0) == []
+    assert speech_segments(np.zeros(0, np.float32), 30.0) == []
+    with pytest.raises(ValueError, match=r"longest_s=1\.0 is below 2"):
+        speech_segments(noise, 1.0)
+
+
+@pytest.fixture
+def hears_lengths(monkeypatch):
+    """What is "heard" is the length of the audio in samples; the second of a call does not end."""
+    calls = []
+
+    def hear(model, processor, audio, **options):
+        calls.append(len(audio))
+        lengths = [len(read_audio(entry)) for entry in audio]
+        return [Heard(f"{length} \n", index != 1) for index, length in enumerate(lengths)]
+
+    monkeypatch.setattr(transcribe_module, "transcribe_speech", hear)
+    return calls
+
+
+@pytest.fixture
+def recordings(dialogue, tmp_path) -> Path:
+    """A folder with a dialogue, an utterance, and a long tone."""
+    samples, _ = dialogue
+    (tmp_path / "speech").mkdir()
+    soundfile.write(tmp_path / "speech" / "a.flac", samples, SAMPLE_RATE)
+    soundfile.write(tmp_path / "speech" / "b.flac", tone(3.0), SAMPLE_RATE)
+    soundfile.write(tmp_path / "speech" / "c.flac", tone(31.0), SAMPLE_RATE)
+    return tmp_path / "speech"
+
+
+def test_a_long_recording_is_heard_in_segments(recordings, tiny_folder, hears_lengths, tmp_path, monkeypatch):
+    table = tmp_path / "tables" / "heard.tsv"
+    table.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    transcripts, skipped = transcribe(
+        ["speech"], model=str(tiny_folder), language="en", max_segment=8, output=table, timestamps=True
+    )
+    long, short, silent = transcripts
+    assert not skipped
+    found = speech_segments(read_audio({"path": str(recordings / "a.flac")}), 8)
+    assert [(one.offset_s, one.duration_s) for one in long.segments] == [
+        (start / SAMPLE_RATE, (end - start) / SAMPLE_RATE) for start, end in found
+    ]
+    assert long.text == " ".join(f"{end - start} \n" for start, end in found)
+    assert [one.ended for one in transcripts] == [False, True, True]
+    assert short.segments == (transcribe_module.Segment(0.0, 3.0, f"{3 * SAMPLE_RATE} \n"),)
+    assert silent == transcribe_module.Transcript(Path("speech/c.flac"), "")
+    # The table is one of speech to train on: its paths start where it is.
+    speech = load_speech(str(table), keep_case=True, strict=True)
+    assert [row["audio"]["path"] for row in speech.dataset] == [
+        *[str(table.parent / "../speech/a.flac")] * len(found),
+        str(table.parent / "../speech/b.flac"),
+    ]
+    lengths = [len(read_audio(row["audio"])) for row in speech.dataset]
+    assert lengths == pytest.approx([int(row["text"]) for row in speech.dataset], abs=0.01 * SAMPLE_RATE)
+
+
+def test_no_more_is_heard_at_once_than_asked(dialogue, tiny_folder, hears_lengths, tmp_path):
+    samples, _ = dialogue
+    soundfile.write(tmp_path / "a.flac", samples[: 15 * SAMPLE_RATE], SAMPLE_RATE)
+    asking = {"model": str(tiny_folder), "language": "en"}
+    (whole,), _ = transcribe([tmp_path], **asking)
+    assert [(one.offset_s, one.duration_s) for one in whole.segments] == [(0.0, 15.0)]
+    (cut,), _ = transcribe([tmp_path], **asking, max_segment=8)
+    assert len(cut.segments) > 1
+    assert max(one.duration_s for one in cut.segments) <= 8
+
+
+def test_segments_are_joined_as_the_language_is_written(recordings, tiny_folder, hears_lengths):
+    (transcript,), _ = transcribe([recordings / "a.flac"], model=str(tiny_folder), language="zh")
+    assert transcript.text == "".join(segment.text for segment in transcript.segments)
+    assert len(transcript.segments) > 1
+
+
+def test_what_is_done_is_written_before_the_next(recordings, tiny_folder, hears_lengths, tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe_module, "_AT_ONCE_S", 20.0)
+    table = tmp_path / "heard.tsv"
+    table.write_text("of another time\n")
+    real = transcribe_module._cut
+
+    def stopped(file, *rest):
+        if file.name == "c.flac":
+            raise KeyboardInterrupt
+        return real(file, *rest)
+
+    monkeypatch.setattr(transcribe_module, "_cut", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        transcribe([recordings], model=str(tiny_folder), language="en", output=table)
+    assert [line.split("\t")[0] for line in table.read_text().splitlines()] == ["file", str(recordings / "a.flac")]
+    monkeypatch.setattr(transcribe_module, "_cut", real)
+    transcribe([recordings], model=str(tiny_folder), language="en", output=table)
+    names = ["file", *(str(recordings / name) for name in ("a.flac", "b.flac", "c.flac"))]
+    assert [line.split("\t")[0] for line in table.read_text().splitlines()] == names
+
+
+def test_the_command_says_what_it_heard_and_when(recordings, tiny_folder, hears_lengths, tmp_path):
+    command = ["transcribe", str(recordings), "--model", str(tiny_folder), "--language", "en"]
+    result = CliRunner().invoke(app, [*command, "--timestamps", "--max-segment", "30"], catch_exceptions=False)
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert {row[0] for row in rows} == {str(recordings / "a.flac"), str(recordings / "b.flac")}
+    assert rows[-1][1:] == ["0.00", "3.00", str(3 * SAMPLE_RATE)]
+    assert f"no speech found: {recordings / 'c.flac'}" in result.stderr
+    with pytest.raises(UserError, match="--max-segment is 31; give 2 to 30 seconds"):
+        transcribe([recordings], model=str(tiny_folder), max_segment=31)
