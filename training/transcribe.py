@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 
 from .audio import SAMPLE_RATE, read_audio
 from .data import MAX_AUDIO_S, Skipped, checked_duration
@@ -154,7 +154,7 @@ def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
 def _usable(files: Sequence[Path], strict: bool) -> tuple[list[tuple[Path, float]], list[Skipped]]:
     """Files that can be read to their end with their seconds, and the others."""
     usable, skipped = [], []
-    for file in files:
+    for file in track(files, "checking", transient=True, console=Console(stderr=True)):
         name = str(file).encode(errors="backslashreplace").decode()
         try:
             check_name(file)
