@@ -77,14 +77,12 @@ def read_audio(entry: dict[str, Any]) -> np.ndarray:
     """Samples [n] in float32, mono (mean of the channels), 16 kHz.
 
     `entry` holds "path" or "bytes" as in `datasets`, and of a segment also "offset_s", where it begins, and "length_s",
-    both in seconds. Ogg Vorbis and some others are read from their start to it. Or it holds them, "samples".
+    both in seconds. Ogg Vorbis and some others are read from their start to it.
 
     Raises:
         UserError: the file is missing, is no audio that libsndfile can read to its end, ends before the segment, or has
             samples that are not finite.
     """
-    if "samples" in entry:
-        return entry["samples"]
     with _opened(entry) as file:
         rate = file.samplerate
         blocks = [samples.mean(axis=1) for samples in _blocks(file, entry)]

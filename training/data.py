@@ -79,6 +79,7 @@ def load_speech(
     keep_case: bool = False,
     leading_space: bool = True,
     language: str | None = "en",
+    longest_s: float = MAX_AUDIO_S,
     strict: bool = False,
     progress: bool = True,
 ) -> Speech:
@@ -96,6 +97,7 @@ def load_speech(
         keep_case: leave transcripts in capitals without punctuation as they are, instead of sentence case.
         leading_space: begin targets with a space, as Whisper's transcripts do in languages with spaces between words.
         language: of the transcripts, as Whisper's code.
+        longest_s: an utterance that is longer is bad; Whisper hears 30 s at once.
         strict: stop at the first bad utterance instead of skipping it.
         progress: show a bar while files are checked.
 
@@ -140,7 +142,7 @@ def load_speech(
             if entry["bytes"] is None and row.get(_OFFSET) not in (None, ""):
                 entry |= _segment(utterance, row)
                 utterance = f"{utterance}@{entry['offset_s']:.10g}s"
-            duration = checked_duration(utterance, entry)
+            duration = checked_duration(utterance, entry, longest_s)
         except UserError as error:
             if strict:
                 raise
@@ -351,8 +353,8 @@ def _checked_text(utterance: str, row: dict[str, Any], column: str) -> str:
     return text
 
 
-def checked_duration(utterance: str, entry: dict[str, Any], longest_s: float = MAX_AUDIO_S) -> float:
-    """Length in seconds of an audio entry ("path" or "bytes"), by default one that Whisper can take whole.
+def checked_duration(utterance: str, entry: dict[str, Any], longest_s: float) -> float:
+    """Length in seconds of an audio entry ("path" or "bytes").
 
     Raises:
         UserError: no audio, not readable to its end, empty, or more than `longest_s`, said of `utterance`.

@@ -1,23 +1,28 @@
-"""Transcripts of speech: greedy or by beam search, and once more where a transcript does not end."""
+"""Transcripts of speech of any length: greedy or by beam search, and once more where a transcript does not end."""
 
 import contextlib
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import WhisperProcessor
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from .audio import read_audio
+from .audio import SAMPLE_RATE, read_audio
 from .audio_window import AudioWindow, window_of
+from .data import MAX_AUDIO_S
 from .errors import UserError
 from .features import LogMel
 from .precision import autocast
+from .segmentation import speech_segments
+from .text import UNSPACED_LANGUAGES
 
 MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding; twice that if need be
 _PROMPT_TOKENS = 4
@@ -49,12 +54,25 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """What was heard in one stretch of a recording; offset and duration in seconds."""
+
+    offset_s: float
+    duration_s: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Heard:
-    """A transcript, whether it came to its end before the most tokens that are decoded, and whether it is a second."""
+    """A transcript, whether it came to its end before the most tokens that are decoded, whether it is a second.
+
+    `segments` are the stretches that were heard each by itself, one where the recording was not cut.
+    """
 
     text: str
     ended: bool
     again: bool = False
+    segments: tuple[Segment, ...] = field(default=(), compare=False)  # not in a run's tables
 
 
 def transcribe_speech(
@@ -68,25 +86,27 @@ def transcribe_speech(
     decoding: Decoding | None = None,
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
+    longest_s: float = MAX_AUDIO_S,
     max_new_tokens: int | None = None,
-    on_batch: Callable[[int], None] = lambda utterances: None,
+    on_batch: Callable[[float], None] = lambda utterances: None,
 ) -> list[Heard]:
-    """Transcripts of audio entries ("path" or "bytes"), in their order; each at most 30 s.
+    """Transcripts of audio entries ("path" or "bytes"), in their order.
 
-    Utterances are batched by length, and each batch has the window of its longest. `language` and `task` are ignored by
+    What is longer than `longest_s`, at most 30 s, is cut at its pauses (`speech_segments`) and heard in segments.
+    These are batched by length, and each batch has the window of its longest. `language` and `task` are ignored by
     English-only models; None is what the model's generation configuration says, else the language is detected and the
     task is to transcribe. `decoding` is greedy by default. `dtype` runs the model under autocast. Decoding stops at
-    `max_new_tokens`, if given; else as `Decoding` says. `on_batch` is told how many utterances were done.
+    `max_new_tokens`, if given; else as `Decoding` says. `on_batch` is told how many utterances were done, of one in
+    segments a part for each.
 
     Raises:
-        UserError: an audio file cannot be read, or is longer than 30 s; no utterance a batch.
+        UserError: an audio file cannot be read; no utterance a batch.
     """
     if batch_size < 1:
         raise UserError(f"--eval-batch-size is {batch_size}; give at least 1")
-    waveforms = [torch.from_numpy(read_audio(entry)) for entry in audio]
-    for entry, waveform in zip(audio, waveforms, strict=True):
-        if len(waveform) > AudioWindow().mel_frames(0) * processor.feature_extractor.hop_length:
-            raise UserError(f"{entry['path']}: more than 30 s of audio; cut it into utterances")
+    places, waveforms = _cut([read_audio(entry) for entry in audio], longest_s)
+    parts = Counter(index for index, _ in places)
+    on_batch(len(audio) - len(parts))  # in which nothing is said
     decoding = decoding or Decoding()
     context: int = model.config.max_target_positions  # type: ignore[union-attr, assignment]
     pad: int = processor.tokenizer.pad_token_id
@@ -128,8 +148,34 @@ def transcribe_speech(
             once = max(_tokens_once(heard[batch[row]].text, endless[row]) for row in rows)
             search = {"num_beams": _BEAMS_AGAIN, "no_repeat_ngram_size": once}
             hear([batch[row] for row in rows], features[rows], mel_frames, longest, again=True, **search)
-        on_batch(len(batch))
-    return [heard[index] for index in range(len(waveforms))]
+        on_batch(sum(1 / parts[places[index][0]] for index in batch))
+    between = "" if language in UNSPACED_LANGUAGES else " "
+    joined: list[list[tuple[Heard, Segment]]] = [[] for _ in audio]
+    for number, (index, start) in enumerate(places):
+        one = heard[number]
+        segment = Segment(start / SAMPLE_RATE, len(waveforms[number]) / SAMPLE_RATE, one.text)
+        joined[index].append((one, segment))
+    return [_joined(segments, between) for segments in joined]
+
+
+def _cut(recordings: Sequence[np.ndarray], longest_s: float) -> tuple[list[tuple[int, int]], list[torch.Tensor]]:
+    """The stretches to be heard, one of each recording or, where it is longer, its segments, and of each the
+    recording and the sample at which it begins."""
+    places, stretches = [], []
+    for index, samples in enumerate(recordings):
+        whole = len(samples) <= longest_s * SAMPLE_RATE
+        for start, end in [(0, len(samples))] if whole else speech_segments(samples, longest_s):
+            places.append((index, start))
+            stretches.append(torch.from_numpy(samples[start:end]))
+    return places, stretches
+
+
+def _joined(parts: Sequence[tuple[Heard, Segment]], between: str) -> Heard:
+    """One recording's transcript from those of its segments, in their order."""
+    heard = [one for one, _ in parts]
+    text = between.join(one.text for one in heard if one.text)
+    ended, again = all(one.ended for one in heard), any(one.again for one in heard)
+    return Heard(text, ended, again, tuple(segment for _, segment in parts))
 
 
 def _repeats(tokens: list[int], least: int) -> bool:

@@ -14,14 +14,12 @@ SHORTEST_S = 2.0
 _KEPT_OF_A_PAUSE_S = 0.4
 
 
-def speech_segments(
-    samples: np.ndarray, longest_s: float, on_progress: Callable[[float], None] = lambda percent: None
-) -> list[tuple[int, int]]:
+def speech_segments(samples: np.ndarray, longest_s: float) -> list[tuple[int, int]]:
     """Where in a recording [n] (float32, mono, 16 kHz) something is said: ranges [start, end) of samples, in order.
 
     None is longer than `longest_s`. What is too long is divided at its longest pause, and its parts again, so that cuts
     lie between sentences rather than in them; speech without a pause is cut where it is too long. Up to 0.4 s of
-    silence around it are kept, the rest is left out. `on_progress` is told how much was listened to, in percent.
+    silence around it are kept, the rest is left out.
 
     Speech is found by Silero VAD (https://github.com/snakers4/silero-vad).
 
@@ -32,7 +30,7 @@ def speech_segments(
         raise ValueError(f"longest_s={longest_s} is below {SHORTEST_S:.0f}")
     kept = round(_KEPT_OF_A_PAUSE_S * SAMPLE_RATE)
     room = int(longest_s * SAMPLE_RATE) - 2 * kept
-    parts = _divided(_spoken(samples, room / SAMPLE_RATE, on_progress), room)
+    parts = _divided(_spoken(samples, room / SAMPLE_RATE), room)
     if not parts:
         return []
     middles = [(end + start) // 2 for (_, end), (start, _) in pairwise(parts)]
@@ -56,19 +54,14 @@ def _divided(spoken: list[tuple[int, int]], room: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _spoken(samples: np.ndarray, longest_s: float, on_progress: Callable[[float], None]) -> list[tuple[int, int]]:
+def _spoken(samples: np.ndarray, longest_s: float) -> list[tuple[int, int]]:
     """Ranges of samples with speech in them, each at most `longest_s` long."""
     threads = torch.get_num_threads()
     try:
         detect, model = _detector()
         torch.set_num_threads(1)  # its products are tiny
-        found = detect(
-            torch.from_numpy(samples),
-            model,
-            sampling_rate=SAMPLE_RATE,
-            max_speech_duration_s=longest_s,
-            progress_tracking_callback=on_progress,
-        )
+        audio = torch.from_numpy(samples)
+        found = detect(audio, model, sampling_rate=SAMPLE_RATE, max_speech_duration_s=longest_s)
     finally:
         torch.set_num_threads(threads)
     return [(one["start"], one["end"]) for one in found]

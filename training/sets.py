@@ -1,5 +1,6 @@
 """Which speech a run trains on, holds out for development, and is scored on."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def named_sets(
 ) -> dict[str, TestSet]:
     """Test sets by name from "NAME=SOURCE@LANGUAGE"; NAME defaults to the source's last part, LANGUAGE to `language`.
 
-    NAME ends at the first =, so that a source with an = in it needs one.
+    NAME ends at the first =, so that a source with an = in it needs one. Recordings may be of any length.
 
     Raises:
         UserError: as `load_speech`, two sets of one name, or a name with a / in it.
@@ -78,8 +79,9 @@ def named_sets(
         if name in sets:
             raise UserError(f"two test sets are named {name!r}; name them with --test NAME=SOURCE")
         speech = load_speech(
-            source, split="test", text_column=text_column, audio_column=audio_column, limit=limit, strict=strict
-        )
+            source, split="test", text_column=text_column, audio_column=audio_column, limit=limit, strict=strict,
+            longest_s=math.inf,
+        )  # fmt: skip
         sets[name] = TestSet(speech, language_code(own_language or language), task)
     return sets
 

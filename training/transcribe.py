@@ -5,20 +5,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, track
 
-from .audio import SAMPLE_RATE, read_audio
 from .data import MAX_AUDIO_S, Skipped, checked_duration
-from .decoding import Decoding, Heard, transcribe_speech
+from .decoding import Decoding, Segment, transcribe_speech
 from .errors import UserError
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
 from .output import check_name, check_writable, writing
 from .precision import autocast_dtype
-from .segmentation import SHORTEST_S, speech_segments
-from .text import UNSPACED_LANGUAGES
+from .segmentation import SHORTEST_S
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 # What is looked at in folders; what of it cannot be read is skipped and counted.
@@ -27,15 +24,6 @@ _LOOKED_AT = (
     ".wma", ".w64",
 )  # fmt: skip
 _AT_ONCE_S = 3600.0  # of audio, held in memory
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What was heard in one stretch of a recording; offset and duration in seconds."""
-
-    offset_s: float
-    duration_s: float
-    text: str
 
 
 @dataclass(frozen=True)
@@ -68,8 +56,7 @@ def transcribe(
 ) -> tuple[list[Transcript], list[Skipped]]:
     """Transcribes audio files and all audio in folders; returns transcripts and skipped files.
 
-    A file of more than `max_segment` seconds is cut at its pauses into segments of no more (`speech_segments`), each
-    heard by itself.
+    A file of more than `max_segment` seconds is cut at its pauses into segments of no more, each heard by itself.
 
     Language, task, window and its margin default to those the adapter was trained with; without an adapter language and
     task to those of the model's generation configuration, else detected and transcription, and the window is full.
@@ -98,25 +85,22 @@ def transcribe(
     to_best_device(adapted)
     transcripts: list[Transcript] = []
     with Progress(transient=True, console=Console(stderr=True)) as bars:
-        bar = bars.add_task("transcribing", total=None)
-        for recordings in _in_turn(usable):
-            cut = [(file, _cut(file, duration, max_segment, bars)) for file, duration in recordings]
-            entries = [entry for _, segments in cut for entry in segments]
-            bars.update(bar, total=bars.tasks[bar].completed + len(entries))
+        bar = bars.add_task("transcribing", total=len(usable))
+        for part in _in_turn(usable):
             heard = transcribe_speech(
                 adapted,
                 processor,
-                entries,
+                [{"path": str(file)} for file in part],
                 window=chosen,
                 language=code,
                 task=task or trained.get("task"),
                 decoding=decoding,
                 batch_size=batch_size,
                 dtype=dtype,
+                longest_s=max_segment,
                 on_batch=lambda done: bars.advance(bar, done),
             )
-            of_segments = zip(entries, heard, strict=True)
-            done = [_joined(file, [next(of_segments) for _ in segments], code) for file, segments in cut]
+            done = [Transcript(file, one.text, one.ended, one.segments) for file, one in zip(part, heard, strict=True)]
             if output is not None:
                 _write(Path(output), done, timestamps, first=not transcripts)
             transcripts += done
@@ -168,36 +152,17 @@ def _usable(files: Sequence[Path], strict: bool) -> tuple[list[tuple[Path, float
     return usable, skipped
 
 
-def _in_turn(files: Sequence[tuple[Path, float]]) -> Iterator[list[tuple[Path, float]]]:
+def _in_turn(files: Sequence[tuple[Path, float]]) -> Iterator[list[Path]]:
     """The files in parts of about `_AT_ONCE_S` seconds."""
-    part: list[tuple[Path, float]] = []
-    for file in files:
+    part, length_s = [], 0.0
+    for file, seconds in files:
         part.append(file)
-        if sum(seconds for _, seconds in part) >= _AT_ONCE_S:
+        length_s += seconds
+        if length_s >= _AT_ONCE_S:
             yield part
-            part = []
+            part, length_s = [], 0.0
     if part:
         yield part
-
-
-def _cut(file: Path, duration: float, longest: float, bars: Progress) -> list[dict[str, Any]]:
-    """Audio entries of a file: itself, or where it is longer than `longest` seconds its segments."""
-    samples = read_audio({"path": str(file)})
-    ranges = [(0, len(samples))]
-    if duration > longest:
-        bar = bars.add_task(f"looking for pauses in {file.name}", total=100)
-        ranges = speech_segments(samples, longest, lambda percent: bars.update(bar, completed=percent))
-        bars.remove_task(bar)
-    return [{"path": str(file), "samples": samples[start:end], "start": start} for start, end in ranges]
-
-
-def _joined(file: Path, heard: Sequence[tuple[dict[str, Any], Heard]], language: str | None) -> Transcript:
-    segments = tuple(
-        Segment(entry["start"] / SAMPLE_RATE, len(entry["samples"]) / SAMPLE_RATE, one.text) for entry, one in heard
-    )
-    between = "" if language in UNSPACED_LANGUAGES else " "
-    text = between.join(segment.text for segment in segments if segment.text)
-    return Transcript(file, text, all(one.ended for _, one in heard), segments)
 
 
 def _write(file: Path, transcripts: Sequence[Transcript], timestamps: bool, *, first: bool) -> None:

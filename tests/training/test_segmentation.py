@@ -12,23 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training import segmentation
 from fused_s2lora.training import transcribe as transcribe_module
 from fused_s2lora.training.audio import SAMPLE_RATE, read_audio
+from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.data import load_speech
-from fused_s2lora.training.decoding import Heard
+from fused_s2lora.training.decoding import Decoding, Segment, transcribe_speech
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.models import load_base
 from fused_s2lora.training.segmentation import speech_segments
+from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.synthesis import TEST_CHILDREN, TEST_PATTERNS, Synthesizer, sentences
-from fused_s2lora.training.transcribe import transcribe
+from fused_s2lora.training.transcribe import Transcript, transcribe
 from tests.training.speech import tone
 
 
 def cut(monkeypatch, spoken_s: list[tuple[float, float]], recording_s: float, longest_s: float):
     """Segments in seconds of a recording in which speech is found at these seconds."""
     spoken = [(round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)) for start, end in spoken_s]
-    monkeypatch.setattr(segmentation, "_spoken", lambda samples, longest, on_progress: spoken)
+    monkeypatch.setattr(segmentation, "_spoken", lambda samples, longest: spoken)
     samples = np.zeros(round(recording_s * SAMPLE_RATE), np.float32)
     return [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in speech_segments(samples, longest_s)]
 
@@ -52,7 +56,7 @@ def test_segments_hold_all_speech_and_are_short_enough(lengths, longest_s):
     spoken = list(zip(ends[::2].tolist(), ends[1::2].tolist(), strict=True))
     samples = np.zeros(int(ends[-1]) + 1000, np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmentation, "_spoken", lambda samples, longest, on_progress: spoken)
+        patch.setattr(segmentation, "_spoken", lambda samples, longest: spoken)
         segments = speech_segments(samples, longest_s)
     assert all(0 <= start < end <= len(samples) and end - start <= longest_s * SAMPLE_RATE for start, end in segments)
     assert all(first[1] <= second[0] for first, second in pairwise(segments))
@@ -88,12 +92,9 @@ def several_threads():
 def test_sentences_stay_whole(dialogue, longest_s):
     samples, places = dialogue
     assert len(samples) > 40 * SAMPLE_RATE
-    told: list[float] = []
     with several_threads():
-        segments = speech_segments(samples, longest_s, told.append)
+        segments = speech_segments(samples, longest_s)
         assert torch.get_num_threads() == 3
-    assert told == sorted(told)
-    assert told[-1] == 100
     quarter = SAMPLE_RATE // 4  # of silence is around each sentence, besides the pause
     inner = [(start + quarter, end - quarter) for start, end in places]
     longest = max(end - start for start, end in inner) / SAMPLE_RATE
@@ -124,17 +125,20 @@ def test_nothing_is_said_in_silence_and_noise():
 
 
 @pytest.fixture
-def hears_lengths(monkeypatch):
-    """What is "heard" is the length of the audio in samples; the second of a call does not end."""
-    calls = []
+def counting(tiny_folder, monkeypatch):
+    """What is "heard" is the number of the call, from 0 for the shortest; what is heard fourth does not end."""
+    _, processor = load_base(str(tiny_folder))
+    said = []
 
-    def hear(model, processor, audio, **options):
-        calls.append(len(audio))
-        lengths = [len(read_audio(entry)) for entry in audio]
-        return [Heard(f"{length} \n", index != 1) for index, length in enumerate(lengths)]
+    def generate(model, features, *rest, max_new_tokens, **search):
+        (number,) = processor.tokenizer(str(len(said)), add_special_tokens=False).input_ids
+        said.append(number)
+        left = (max_new_tokens if len(said) == 4 else 3) - 1
+        last = processor.tokenizer.pad_token_id if len(said) != 4 else processor.tokenizer.prefix_tokens[0]
+        return torch.tensor([[number] + [last] * left])
 
-    monkeypatch.setattr(transcribe_module, "transcribe_speech", hear)
-    return calls
+    monkeypatch.setattr(decoding_module, "_generate", generate)
+    return {"model": str(tiny_folder), "language": "en", "batch_size": 1, "decode_once": True}
 
 
 @pytest.fixture
@@ -143,82 +147,114 @@ def recordings(dialogue, tmp_path) -> Path:
     samples, _ = dialogue
     (tmp_path / "speech").mkdir()
     soundfile.write(tmp_path / "speech" / "a.flac", samples, SAMPLE_RATE)
-    soundfile.write(tmp_path / "speech" / "b.flac", tone(3.0), SAMPLE_RATE)
+    soundfile.write(tmp_path / "speech" / "b.flac", tone(1.0), SAMPLE_RATE)
     soundfile.write(tmp_path / "speech" / "c.flac", tone(31.0), SAMPLE_RATE)
     return tmp_path / "speech"
 
 
-def test_a_long_recording_is_heard_in_segments(recordings, tiny_folder, hears_lengths, tmp_path, monkeypatch):
+def cut_at(file: Path, longest_s: float) -> tuple[list[tuple[float, float]], list[str]]:
+    """Offset and duration of a file's segments, and what is "heard" in them with one second besides."""
+    found = speech_segments(read_audio({"path": str(file)}), longest_s)
+    lengths = [end - start for start, end in found]
+    texts = [str(1 + sorted(lengths).index(length)) for length in lengths]
+    return [
+        (start / SAMPLE_RATE, length / SAMPLE_RATE) for (start, _), length in zip(found, lengths, strict=True)
+    ], texts
+
+
+def test_a_long_recording_is_heard_in_segments(recordings, counting, tmp_path, monkeypatch):
     table = tmp_path / "tables" / "heard.tsv"
     table.parent.mkdir()
     monkeypatch.chdir(tmp_path)
-    transcripts, skipped = transcribe(
-        ["speech"], model=str(tiny_folder), language="en", max_segment=8, output=table, timestamps=True
-    )
-    long, short, silent = transcripts
+    transcripts, skipped = transcribe(["speech"], **counting, max_segment=6, output=table, timestamps=True)
     assert not skipped
-    found = speech_segments(read_audio({"path": str(recordings / "a.flac")}), 8)
-    assert [(one.offset_s, one.duration_s) for one in long.segments] == [
-        (start / SAMPLE_RATE, (end - start) / SAMPLE_RATE) for start, end in found
-    ]
-    assert long.text == " ".join(f"{end - start} \n" for start, end in found)
+    long, short, silent = transcripts
+    places, texts = cut_at(recordings / "a.flac", 6)
+    assert len(set(texts)) == len(texts) > 5
+    assert [(one.offset_s, one.duration_s) for one in long.segments] == places
+    assert [one.text for one in long.segments] == texts
+    assert long.text == " ".join(texts)
     assert [one.ended for one in transcripts] == [False, True, True]
-    assert short.segments == (transcribe_module.Segment(0.0, 3.0, f"{3 * SAMPLE_RATE} \n"),)
-    assert silent == transcribe_module.Transcript(Path("speech/c.flac"), "")
+    assert short.segments == (Segment(0.0, 1.0, "0"),)
+    assert silent == Transcript(Path("speech/c.flac"), "")
     # The table is one of speech to train on: its paths start where it is.
-    speech = load_speech(str(table), keep_case=True, strict=True)
-    assert [row["audio"]["path"] for row in speech.dataset] == [
-        *[str(table.parent / "../speech/a.flac")] * len(found),
-        str(table.parent / "../speech/b.flac"),
-    ]
-    lengths = [len(read_audio(row["audio"])) for row in speech.dataset]
-    assert lengths == pytest.approx([int(row["text"]) for row in speech.dataset], abs=0.01 * SAMPLE_RATE)
+    speech = load_speech(str(table), strict=True)
+    assert speech.dataset["text"][:] == [*texts, "0"]
+    assert {row["audio"]["path"] for row in speech.dataset} == {
+        str(table.parent / f"../speech/{name}") for name in ("a.flac", "b.flac")
+    }
+    seconds = [len(read_audio(row["audio"])) / SAMPLE_RATE for row in speech.dataset]
+    assert seconds == pytest.approx([*(length for _, length in places), 1.0], abs=0.01)
 
 
-def test_no_more_is_heard_at_once_than_asked(dialogue, tiny_folder, hears_lengths, tmp_path):
+def test_no_more_is_heard_at_once_than_asked(dialogue, counting, tmp_path):
     samples, _ = dialogue
     soundfile.write(tmp_path / "a.flac", samples[: 15 * SAMPLE_RATE], SAMPLE_RATE)
-    asking = {"model": str(tiny_folder), "language": "en"}
-    (whole,), _ = transcribe([tmp_path], **asking)
+    (whole,), _ = transcribe([tmp_path], **counting)
     assert [(one.offset_s, one.duration_s) for one in whole.segments] == [(0.0, 15.0)]
-    (cut,), _ = transcribe([tmp_path], **asking, max_segment=8)
+    (cut,), _ = transcribe([tmp_path], **counting, max_segment=8)
     assert len(cut.segments) > 1
     assert max(one.duration_s for one in cut.segments) <= 8
 
 
-def test_segments_are_joined_as_the_language_is_written(recordings, tiny_folder, hears_lengths):
-    (transcript,), _ = transcribe([recordings / "a.flac"], model=str(tiny_folder), language="zh")
+def test_segments_are_joined_as_the_language_is_written(recordings, counting):
+    (transcript,), _ = transcribe([recordings / "a.flac"], **{**counting, "language": "zh"})
     assert transcript.text == "".join(segment.text for segment in transcript.segments)
     assert len(transcript.segments) > 1
 
 
-def test_what_is_done_is_written_before_the_next(recordings, tiny_folder, hears_lengths, tmp_path, monkeypatch):
+def test_what_is_done_is_written_before_the_next(recordings, counting, tmp_path, monkeypatch):
     monkeypatch.setattr(transcribe_module, "_AT_ONCE_S", 20.0)
     table = tmp_path / "heard.tsv"
     table.write_text("of another time\n")
-    real = transcribe_module._cut
+    real, calls = transcribe_speech, []
 
-    def stopped(file, *rest):
-        if file.name == "c.flac":
+    def stopped(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(file, *rest)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(transcribe_module, "_cut", stopped)
+    monkeypatch.setattr(transcribe_module, "transcribe_speech", stopped)
     with pytest.raises(KeyboardInterrupt):
-        transcribe([recordings], model=str(tiny_folder), language="en", output=table)
+        transcribe([recordings], **counting, output=table)
     assert [line.split("\t")[0] for line in table.read_text().splitlines()] == ["file", str(recordings / "a.flac")]
-    monkeypatch.setattr(transcribe_module, "_cut", real)
-    transcribe([recordings], model=str(tiny_folder), language="en", output=table)
+    transcribe([recordings], **counting, output=table)
     names = ["file", *(str(recordings / name) for name in ("a.flac", "b.flac", "c.flac"))]
     assert [line.split("\t")[0] for line in table.read_text().splitlines()] == names
 
 
-def test_the_command_says_what_it_heard_and_when(recordings, tiny_folder, hears_lengths, tmp_path):
-    command = ["transcribe", str(recordings), "--model", str(tiny_folder), "--language", "en"]
-    result = CliRunner().invoke(app, [*command, "--timestamps", "--max-segment", "30"], catch_exceptions=False)
+def test_the_command_says_what_it_heard_and_when(recordings, counting):
+    command = [
+        "transcribe",
+        str(recordings),
+        "--model",
+        counting["model"],
+        "--language",
+        "en",
+        "--eval-batch-size",
+        "1",
+    ]
+    result = CliRunner().invoke(app, [*command, "--decode-once", "--timestamps"], catch_exceptions=False)
     rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert len(rows) > 2
     assert {row[0] for row in rows} == {str(recordings / "a.flac"), str(recordings / "b.flac")}
-    assert rows[-1][1:] == ["0.00", "3.00", str(3 * SAMPLE_RATE)]
+    assert rows[-1][1:] == ["0.00", "1.00", "0"]
     assert f"no speech found: {recordings / 'c.flac'}" in result.stderr
     with pytest.raises(UserError, match="--max-segment is 31; give 2 to 30 seconds"):
-        transcribe([recordings], model=str(tiny_folder), max_segment=31)
+        transcribe([recordings], model=counting["model"], max_segment=31)
+
+
+def test_a_test_set_may_have_long_recordings(recordings, counting, tmp_path):
+    """All of it is scored, where training speech of more than 30 s is left out."""
+    (recordings / "metadata.csv").write_text("file_name,text\na.flac,one two\nb.flac,zero\nc.flac,nothing\n")
+    sets = named_sets([f"long={recordings}"], "en")
+    told: list[float] = []
+    options = {"window": AudioWindow("trim"), "language": "en", "decoding": Decoding(once=True), "batch_size": 1}
+    heard = transcribe_speech(
+        *load_base(counting["model"]), sets["long"].speech.dataset["audio"][:], on_batch=told.append, **options
+    )
+    _, texts = cut_at(recordings / "a.flac", 30)
+    assert [one.text for one in heard] == [" ".join(texts), "0", ""]
+    assert told == pytest.approx([1, 1, *[1 / len(texts)] * len(texts)])
+    assert [item.utterance for item in load_speech(str(recordings)).skipped] == ["a.flac", "c.flac"]
