@@ -68,6 +68,21 @@ def attends_in_blocks(q: Tensor) -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
+def adds_bias_at_once(x: Tensor) -> bool:
+    """Whether oneDNN is to multiply x and add a bias while it does: bfloat16, on a CPU that it has products for.
+
+    Not under torch.compile, which makes it so by itself.
+    """
+    there = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return there and _onednn_has_bfloat16()
+
+
+@functools.cache
+def _onednn_has_bfloat16() -> bool:
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def capability(x: Tensor) -> tuple[int, int] | None:
     """CUDA compute capability of x's device; None where there is none: on a CPU and on AMD."""
     # PyTorch numbers AMD's gfx942 (9, 4), which would read as Hopper.

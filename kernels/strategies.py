@@ -82,9 +82,19 @@ class Strategy:
 
 def _merged_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     dense = _dense(x, group)
-    y = F.linear(x, dense, cast(group.bias, x.dtype))
+    y = _with_bias(x, dense, cast(group.bias, x.dtype))
     # A GPU writes the weights again in a few microseconds; on a CPU keeping them is the cheaper of the two.
     return Forward(group.outputs(y), z, None if device.runs_triton(x) else dense)
+
+
+def _with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b. On a CPU `F.linear` writes b into every row of a bfloat16 y first, which the product then adds to.
+
+    oneDNN adds b while it makes y, by the operator that torch.compile puts in a linear map's place there.
+    """
+    if bias is not None and device.adds_bias_at_once(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def _dense(x: Tensor, group: Group) -> Tensor:

@@ -56,6 +56,23 @@ def test_output_and_gradients_in_pytorch(shape, dtype, name):
     check(make_problem(*shape, dtype, factor_dtype=factors, padding=padding), OPERATIONS[name])
 
 
+@pytest.mark.skipif(ON_GPU, reason="oneDNN multiplies on a CPU")
+@pytest.mark.parametrize("there", [True, False])
+def test_bias_of_half_precision_on_a_cpu(there, monkeypatch):
+    """Added by oneDNN while it multiplies, where it does, and by PyTorch elsewhere."""
+    asked = []
+    real = torch.ops.mkldnn._linear_pointwise
+    if there and not device._onednn_has_bfloat16():
+        pytest.skip("oneDNN has no bfloat16 products for this CPU")
+    monkeypatch.setattr(device, "_onednn_has_bfloat16", lambda: there)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: asked.append(given) or real(*given))
+    check(make_problem(200, 40, 48, 8, torch.bfloat16, factor_dtype=torch.float32), OPERATIONS["merged"])
+    assert len(asked) == there
+    check(make_problem(200, 40, 48, 8, torch.bfloat16, factor_dtype=torch.float32, bias=False), OPERATIONS["merged"])
+    check(make_problem(200, 40, 48, 8, torch.float32), OPERATIONS["merged"])
+    assert len(asked) == there
+
+
 @each_operation
 @pytest.mark.parametrize(
     "trained",
