@@ -365,5 +365,8 @@ def checked_duration(utterance: str, entry: dict[str, Any], longest_s: float) ->
     if duration == 0:
         raise UserError(f"{utterance}: the audio is empty")
     if duration > longest_s:
-        raise UserError(f"{utterance}: {duration:.1f} s of audio, Whisper takes {longest_s:.0f} s; split it")
+        raise UserError(
+            f"{utterance}: {duration:.1f} s of audio, Whisper takes {longest_s:.0f} s; split it, or give rows of it an "
+            "offset and duration"
+        )
     return duration

@@ -109,7 +109,7 @@ def test_segments_that_cannot_be(tmp_path):
     remedy = "correct offset and duration, which are in seconds"
     needed = "a segment has offset and duration in seconds; rename columns that are something else"
     assert [skipped.reason for skipped in speech.skipped] == [
-        "long.wav@0s: 31.0 s of audio, Whisper takes 30 s; split it",
+        "long.wav@0s: 31.0 s of audio, Whisper takes 30 s; split it, or give rows of it an offset and duration",
         f"{path}: it ends before the segment of 2 s from 39 s on does; {remedy}",
         f"{path}: it ends before the segment of 2 s from 41 s on does; {remedy}",
         f"long.wav: its offset is '-1'; {needed}",

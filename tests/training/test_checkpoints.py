@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from transformers import WhisperForConditionalGeneration
 
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.data import load_speech
-from fused_s2lora.training.decoding import Decoding, transcribe_speech
+from fused_s2lora.training.decoding import Decoding, Heard, transcribe_speech
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.models import load_base, remembered_speech
 from fused_s2lora.training.train import train
@@ -116,7 +115,7 @@ def test_an_end_is_heard_whatever_the_model_is_padded_with(checkpoint, tones, mo
     heard = transcribe_speech(
         model, processor, audio, window=AudioWindow("trim"), language="en", decoding=Decoding(once=True)
     )
-    assert [astuple(one) for one in heard] == [("cat cat", True, False), ("cat cat cat cat cat cat", False, False)]
+    assert heard == [Heard("cat cat", True), Heard("cat cat cat cat cat cat", False)]
 
 
 def test_an_english_only_model_does_not_translate(checkpoint, options, tmp_path):

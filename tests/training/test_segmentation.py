@@ -156,7 +156,8 @@ def cut_at(file: Path, longest_s: float) -> tuple[list[tuple[float, float]], lis
     """Offset and duration of a file's segments, and what is "heard" in them with one second besides."""
     found = speech_segments(read_audio({"path": str(file)}), longest_s)
     lengths = [end - start for start, end in found]
-    texts = [str(1 + sorted(lengths).index(length)) for length in lengths]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    texts = [str(1 + order.index(index)) for index in range(len(lengths))]
     return [
         (start / SAMPLE_RATE, length / SAMPLE_RATE) for (start, _), length in zip(found, lengths, strict=True)
     ], texts
@@ -170,7 +171,7 @@ def test_a_long_recording_is_heard_in_segments(recordings, counting, tmp_path, m
     assert not skipped
     long, short, silent = transcripts
     places, texts = cut_at(recordings / "a.flac", 6)
-    assert len(set(texts)) == len(texts) > 5
+    assert len(texts) > 5
     assert [(one.offset_s, one.duration_s) for one in long.segments] == places
     assert [one.text for one in long.segments] == texts
     assert long.text == " ".join(texts)
