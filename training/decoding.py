@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -104,9 +104,10 @@ def transcribe_speech(
     """
     if batch_size < 1:
         raise UserError(f"--eval-batch-size is {batch_size}; give at least 1")
-    places, waveforms = _cut([read_audio(entry) for entry in audio], longest_s)
-    parts = Counter(index for index, _ in places)
-    on_batch(len(audio) - len(parts))  # in which nothing is said
+    recordings = [_stretches(read_audio(entry), longest_s) for entry in audio]
+    waveforms = [waveform for stretches in recordings for _, waveform in stretches]
+    shares = [1 / len(stretches) for stretches in recordings for _ in stretches]
+    on_batch(sum(not stretches for stretches in recordings))  # in which nothing is said
     decoding = decoding or Decoding()
     context: int = model.config.max_target_positions  # type: ignore[union-attr, assignment]
     pad: int = processor.tokenizer.pad_token_id
@@ -148,34 +149,27 @@ def transcribe_speech(
             once = max(_tokens_once(heard[batch[row]].text, endless[row]) for row in rows)
             search = {"num_beams": _BEAMS_AGAIN, "no_repeat_ngram_size": once}
             hear([batch[row] for row in rows], features[rows], mel_frames, longest, again=True, **search)
-        on_batch(sum(1 / parts[places[index][0]] for index in batch))
+        on_batch(sum(shares[index] for index in batch))
+    in_order = (heard[index] for index in range(len(waveforms)))
+    return [_joined(stretches, list(islice(in_order, len(stretches))), language) for stretches in recordings]
+
+
+def _stretches(samples: np.ndarray, longest_s: float) -> list[tuple[int, torch.Tensor]]:
+    """What is to be heard of a recording, and the sample each begins at: all of it, or its segments if it is longer."""
+    whole = len(samples) <= longest_s * SAMPLE_RATE
+    ranges = [(0, len(samples))] if whole else speech_segments(samples, longest_s)
+    return [(start, torch.from_numpy(samples[start:end])) for start, end in ranges]
+
+
+def _joined(stretches: Sequence[tuple[int, torch.Tensor]], heard: Sequence[Heard], language: str | None) -> Heard:
+    """One recording's transcript from those of its stretches."""
     between = "" if language in UNSPACED_LANGUAGES else " "
-    joined: list[list[tuple[Heard, Segment]]] = [[] for _ in audio]
-    for number, (index, start) in enumerate(places):
-        one = heard[number]
-        segment = Segment(start / SAMPLE_RATE, len(waveforms[number]) / SAMPLE_RATE, one.text)
-        joined[index].append((one, segment))
-    return [_joined(segments, between) for segments in joined]
-
-
-def _cut(recordings: Sequence[np.ndarray], longest_s: float) -> tuple[list[tuple[int, int]], list[torch.Tensor]]:
-    """The stretches to be heard, one of each recording or, where it is longer, its segments, and of each the
-    recording and the sample at which it begins."""
-    places, stretches = [], []
-    for index, samples in enumerate(recordings):
-        whole = len(samples) <= longest_s * SAMPLE_RATE
-        for start, end in [(0, len(samples))] if whole else speech_segments(samples, longest_s):
-            places.append((index, start))
-            stretches.append(torch.from_numpy(samples[start:end]))
-    return places, stretches
-
-
-def _joined(parts: Sequence[tuple[Heard, Segment]], between: str) -> Heard:
-    """One recording's transcript from those of its segments, in their order."""
-    heard = [one for one, _ in parts]
     text = between.join(one.text for one in heard if one.text)
-    ended, again = all(one.ended for one in heard), any(one.again for one in heard)
-    return Heard(text, ended, again, tuple(segment for _, segment in parts))
+    segments = tuple(
+        Segment(start / SAMPLE_RATE, len(waveform) / SAMPLE_RATE, one.text)
+        for (start, waveform), one in zip(stretches, heard, strict=True)
+    )
+    return Heard(text, all(one.ended for one in heard), any(one.again for one in heard), segments)
 
 
 def _repeats(tokens: list[int], least: int) -> bool:

@@ -99,9 +99,8 @@ def test_sentences_stay_whole(dialogue, longest_s):
     inner = [(start + quarter, end - quarter) for start, end in places]
     longest = max(end - start for start, end in inner) / SAMPLE_RATE
     assert longest < 5.0
-    assert (
-        max(end - start for start, end in segments) > (longest_s - 1.5 - longest) * SAMPLE_RATE / 2
-    )  # no needless cut
+    # Not cut where there is no need.
+    assert max(end - start for start, end in segments) > (longest_s - 1.5 - longest) * SAMPLE_RATE / 2
     # A tenth of a second at either end may be too soft to be told from a pause.
     spread = SAMPLE_RATE // 10
     assert all(any(low <= start + spread and end - spread <= high for low, high in segments) for start, end in inner)
@@ -158,9 +157,8 @@ def cut_at(file: Path, longest_s: float) -> tuple[list[tuple[float, float]], lis
     lengths = [end - start for start, end in found]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     texts = [str(1 + order.index(index)) for index in range(len(lengths))]
-    return [
-        (start / SAMPLE_RATE, length / SAMPLE_RATE) for (start, _), length in zip(found, lengths, strict=True)
-    ], texts
+    places = [(start / SAMPLE_RATE, (end - start) / SAMPLE_RATE) for start, end in found]
+    return places, texts
 
 
 def test_a_long_recording_is_heard_in_segments(recordings, counting, tmp_path, monkeypatch):
@@ -226,17 +224,9 @@ def test_what_is_done_is_written_before_the_next(recordings, counting, tmp_path,
 
 
 def test_the_command_says_what_it_heard_and_when(recordings, counting):
-    command = [
-        "transcribe",
-        str(recordings),
-        "--model",
-        counting["model"],
-        "--language",
-        "en",
-        "--eval-batch-size",
-        "1",
-    ]
-    result = CliRunner().invoke(app, [*command, "--decode-once", "--timestamps"], catch_exceptions=False)
+    options = ["--language", "en", "--eval-batch-size", "1", "--decode-once", "--timestamps"]
+    command = ["transcribe", str(recordings), "--model", counting["model"], *options]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert len(rows) > 2
     assert {row[0] for row in rows} == {str(recordings / "a.flac"), str(recordings / "b.flac")}
@@ -246,7 +236,7 @@ def test_the_command_says_what_it_heard_and_when(recordings, counting):
         transcribe([recordings], model=counting["model"], max_segment=31)
 
 
-def test_a_test_set_may_have_long_recordings(recordings, counting, tmp_path):
+def test_a_test_set_may_have_long_recordings(recordings, counting):
     """All of it is scored, where training speech of more than 30 s is left out."""
     (recordings / "metadata.csv").write_text("file_name,text\na.flac,one two\nb.flac,zero\nc.flac,nothing\n")
     sets = named_sets([f"long={recordings}"], "en")
