@@ -280,7 +280,9 @@ def transcribe(
             "--timestamps", help="A line for each stretch: file, offset and duration in seconds, text; as --data reads."
         ),
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write a TSV of file and text.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write a TSV of file and text; a stopped command goes on from it.")
+    ] = None,
 ) -> None:
     """Turn audio files into text."""
     from .transcribe import table
@@ -425,6 +427,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != _STOPPED:
             raise
-        kept = bool({"train", "compare", "demo"} & set(sys.argv[1:2]))
-        typer.secho("stopped" + "; run the same command again to go on from the last checkpoint" * kept, err=True)
+        goes_on = bool({"train", "compare", "demo"} & set(sys.argv[1:2]))
+        goes_on |= sys.argv[1:2] == ["transcribe"] and any(word.startswith("--output") for word in sys.argv)
+        typer.secho("stopped" + "; run the same command again to go on" * goes_on, err=True)
         sys.exit(_STOPPED)

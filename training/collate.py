@@ -9,6 +9,7 @@ from transformers import WhisperTokenizer
 
 from .audio import read_audio
 from .audio_window import AudioWindow
+from .data import audio_entry
 
 IGNORED = -100
 ANSWER_TOKENS = 4  # at most, of an answer in another language than the speech
@@ -60,7 +61,7 @@ class SpeechCollator:
         self.seed = seed
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        waveforms = [torch.from_numpy(read_audio(row["audio"])) for row in rows]
+        waveforms = [torch.from_numpy(read_audio(audio_entry(row))) for row in rows]
         longest = max(len(waveform) for waveform in waveforms)
         window = AudioWindow() if self._gets_full_window(rows) else self.window
         return {

@@ -1,10 +1,9 @@
 """Speech with transcripts from a folder, a manifest or the hub, checked once and ready for training or scoring."""
 
-import csv
-import json
 import math
 import re
 import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,26 @@ from rich.progress import track
 
 from .audio import duration_s
 from .errors import UserError
-from .output import check_name
+from .sources import AUDIO_COLUMNS, FAULT, read_source
 from .text import as_written, is_unpunctuated_capitals, sentence_case
 
 MAX_AUDIO_S = 30.0
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
-_AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_filepath", "file")
 _SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-_FORMATS: dict[str, dict[str, Any]] = {
-    ".csv": {"skipinitialspace": True},
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
-}
 _OWN_FEATURES = {
     "utterance": datasets.Value("string"),
-    "audio": {
-        "path": datasets.Value("string"),
-        "bytes": datasets.Value("large_binary"),
-        "offset_s": datasets.Value("float64"),
-        "length_s": datasets.Value("float64"),
-    },
     "text": datasets.Value("string"),
     "duration_s": datasets.Value("float64"),
+    "offset_s": datasets.Value("float64"),
+    "length_s": datasets.Value("float64"),
 }
+_STORED = datasets.Features({"audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")}})
 _OFFSET, _DURATION = "offset", "duration"  # of a segment in its file, in seconds, as NeMo's manifests call them
 _NO_SECONDS = 1e7  # four months are no place in a file
 _TARGET = ("target", "target_language")
 _WHOLE: dict[str, Any] = {"path": None, "bytes": None, "offset_s": None, "length_s": None}  # an audio entry
 _LONGEST_METADATUM = 10_000  # characters
 _WHISPERS_MARK = re.compile(r"<\|[^|>]*\|>")  # such as <|endoftext|> or <|0.00|>
-_SAVED = ("dataset_dict.json", "state.json")  # in a folder that `save_to_disk` wrote
-_FAULT = "what is wrong with this row"  # the key of it in a row
 
 
 @dataclass(frozen=True)
@@ -57,9 +46,10 @@ class Skipped:
 @dataclass
 class Speech:
     """Checked speech. Columns of `dataset`: utterance (the audio's path as the source gives it, and where a segment of
-    it begins), audio (path or bytes, undecoded, and the segment), text (as published), target (what a model is trained
-    to write), duration_s, and every further column of the source not named like one of these, as text, None where a row
-    lacks it. Where `target` is in another language than the speech, target_language has that one's code."""
+    it begins), audio (path or bytes, undecoded), offset_s and length_s (of a segment in its audio, else None), text (as
+    published), target (what a model is trained to write), duration_s, and every further column of the source not named
+    like one of these, as text, None where a row lacks it. Where `target` is in another language than the speech,
+    target_language has that one's code. Audio of a data set stays in its files on disk until it is read."""
 
     dataset: datasets.Dataset
     source: str
@@ -67,6 +57,15 @@ class Speech:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def audio(self) -> Iterator[dict[str, Any]]:
+        """What `read_audio` takes, of each utterance."""
+        return map(audio_entry, self.dataset.select_columns(["audio", "offset_s", "length_s"]))
+
+
+def audio_entry(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `read_audio` takes, of a row of `Speech.dataset`."""
+    return row["audio"] | {"offset_s": row["offset_s"], "length_s": row["length_s"]}
 
 
 def load_speech(
@@ -107,33 +106,32 @@ def load_speech(
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; give at least 1")
-    check_name(source)
     source = str(source)
-    path = Path(source)
-    if any((path / name).is_file() for name in _SAVED):
-        rows = _read_saved(path, split, audio_column)
-    elif path.is_dir():
-        rows = _read_table(_metadata_file(path))
-    elif path.suffix.lower() in (*_FORMATS, ".jsonl", ".json") and (path.is_file() or path.parent.is_dir()):
-        rows = _read_table(path)
-    elif path.exists():
-        raise UserError(f"{source}: not a folder with metadata.csv, nor a .csv, .tsv or .jsonl manifest")
+    rows = read_source(source, split, audio_column)
+    if isinstance(rows, datasets.Dataset):
+        columns = rows.column_names
+        rows = rows.select(range(len(rows))[:limit])
     else:
-        rows = _read_hub(source, split, audio_column)
-    if not rows:
-        raise UserError(f"{source}: the data set is empty; it needs at least one utterance with its transcript")
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != _FAULT))
+        columns = list(dict.fromkeys(name for row in rows for name in row if name != FAULT))
+        rows = rows[:limit]
     text_column = _column(columns, text_column, _TEXT_COLUMNS, "transcripts", "text_column", source)
-    audio_column = _column(columns, audio_column, _AUDIO_COLUMNS, "audio", "audio_column", source)
-    further = [name for name in columns if name not in (text_column, audio_column, *_TARGET, *_OWN_FEATURES)]
-    rows = rows[:limit]
-    kept: list[dict[str, Any]] = []
+    audio_column = _column(columns, audio_column, AUDIO_COLUMNS, "audio", "audio_column", source)
+    taken = (text_column, audio_column, "audio", *_TARGET, *_OWN_FEATURES)
+    further = [name for name in columns if name not in taken]
+    strings = {name: datasets.Value("string") for name in (*further, "target")}
+    features = datasets.Features(_OWN_FEATURES | strings)
+    checked: list[dict[str, Any]] = []  # as many as `rows`, of a bad one without anything
+    entries: list[dict[str, Any]] = []
+    usable: list[int] = []
     skipped: list[Skipped] = []
+    path = Path(source)
     base = path if path.is_dir() else path.parent
     for index, row in enumerate(
         track(rows, description=f"checking {path.name}", disable=not progress or len(rows) < 200, transient=True)
     ):
         entry = _audio_entry(row.get(audio_column), base)
+        entries.append({"audio": {"path": entry["path"], "bytes": None}})
+        checked.append(dict.fromkeys(features))
         utterance = _utterance(row.get(audio_column), base) or str(index)
         try:
             text = _checked_text(utterance, row, text_column)
@@ -148,19 +146,38 @@ def load_speech(
                 raise
             skipped.append(Skipped(utterance, str(error)))
             continue
-        own = {"utterance": utterance, "audio": entry, "text": text, "duration_s": duration}
-        kept.append(own | {name: _metadatum(row.get(name)) for name in further})
-    if not kept:
+        usable.append(index)
+        checked[-1] |= {
+            "utterance": utterance, "text": text, "duration_s": duration, "offset_s": entry["offset_s"],
+            "length_s": entry["length_s"],
+        }  # fmt: skip
+        checked[-1] |= {name: _metadatum(row.get(name)) for name in further}
+    if not usable:
         raise UserError(
             f"{source}: none of its {len(rows)} utterances is usable; the first problem: {skipped[0].reason}"
         )
+    kept = [checked[index] for index in usable]
     recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
     for row in kept:
         text = unicodedata.normalize("NFC", row["text"])  # as Whisper writes; decomposed it has tokens of its own
         text = sentence_case(text, language) if recase else text
         row["target"] = as_written(text, language) if leading_space else text
-    strings = {name: datasets.Value("string") for name in (*further, "target")}
-    return Speech(datasets.Dataset.from_list(kept, datasets.Features(_OWN_FEATURES | strings)), source, skipped)
+    audio = _undecoded(rows, audio_column, entries)
+    dataset = datasets.concatenate_datasets([datasets.Dataset.from_list(checked, features), audio], axis=1)
+    return Speech(dataset if not skipped else dataset.select(usable), source, skipped)
+
+
+def _undecoded(rows: Sequence[Any], column: str, entries: list[dict[str, Any]]) -> datasets.Dataset:
+    """A column "audio" of path and bytes, as `rows` have it in a data set, which is not copied, else of `entries`."""
+    if isinstance(rows, datasets.Dataset) and _holds_audio(rows.features[column]):
+        audio = rows.select_columns(column).rename_columns({column: "audio"})
+    else:
+        audio = datasets.Dataset.from_list(entries, _STORED)
+    return audio.cast_column("audio", datasets.Audio(decode=False))
+
+
+def _holds_audio(feature: Any) -> bool:
+    return isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def speakers(speech: Speech) -> tuple[str, list[str]]:
@@ -169,7 +186,7 @@ def speakers(speech: Speech) -> tuple[str, list[str]]:
     Speakers are in a column speaker, speaker_id or client_id; an utterance of unknown speaker counts for itself, the
     segments of a file for one.
     """
-    starts = speech.dataset.select_columns("audio").flatten()["audio.offset_s"][:]
+    starts = speech.dataset["offset_s"][:]
     utterances = [
         name if start is None else name.rpartition("@")[0]
         for name, start in zip(speech.dataset["utterance"][:], starts, strict=True)
@@ -201,83 +218,6 @@ def drop_overlong(speech: Speech, tokenizer: Any, max_tokens: int, strict: bool 
         raise UserError(f"{speech.source}: every transcript is longer than {max_tokens} tokens; split them")
     keep = sorted(set(range(len(lengths))) - set(too_long))
     return Speech(speech.dataset.select(keep), speech.source, speech.skipped + skipped)
-
-
-def _metadata_file(folder: Path) -> Path:
-    for name in ("metadata.csv", "metadata.jsonl", "metadata.tsv"):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder}: no metadata.csv or metadata.jsonl in it; write one with columns file_name and text")
-
-
-def _read_table(file: Path) -> list[dict[str, Any]]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            suffix = file.suffix.lower()
-            if suffix in _FORMATS:
-                reader = csv.DictReader(stream, restkey=_FAULT, **_FORMATS[suffix])
-                remedy = "quote the transcript" if suffix == ".csv" else "take the tab out of the transcript"
-                excess = "line {} has more fields than columns: " + remedy
-                return [row | {_FAULT: excess.format(reader.line_num)} if _FAULT in row else row for row in reader]
-            rows = [_json_row(line) for line in stream if line.strip()]
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such manifest") from error
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: not readable as a table ({error})") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file}: not readable as a table (each line has to be a JSON object)")
-    return rows
-
-
-def _json_row(line: str) -> Any:
-    """What is in a line; half a pair of escapes, such as \\ud83d alone, is no character and a fault of its row."""
-    row = json.loads(line)
-    if not isinstance(row, dict) or "\\ud" not in line.lower():
-        return row
-    text = json.dumps(row, ensure_ascii=False)
-    readable = text.encode(errors="replace").decode()
-    fault = "half of a pair of \\u escapes stands alone in its line; write the character itself"
-    return row if readable == text else json.loads(readable) | {_FAULT: fault}
-
-
-def _read_hub(source: str, split: str, audio_column: str | None) -> list[dict[str, Any]]:
-    name, *further = source.split(":", 2)
-    split = further.pop() if further else split
-    try:
-        splits = datasets.load_dataset(name, *further)  # it prepares all of them whichever is asked for
-    except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, no such configuration
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: no such folder or file, and not to be had from the hub ({reason})") from error
-    return _undecoded(_split(splits, split, source, f"{name}:SPLIT"), audio_column)
-
-
-def _read_saved(folder: Path, split: str, audio_column: str | None) -> list[dict[str, Any]]:
-    """What `save_to_disk` of a data set, or of several splits, wrote."""
-    try:
-        found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever datasets raises of a folder that is damaged
-        raise UserError(f"{folder}: not readable as a saved data set ({str(error).strip().splitlines()[0]})") from error
-    if isinstance(found, datasets.DatasetDict):
-        found = _split(found, split, str(folder), str(folder / next(iter(found), split)))
-    return _undecoded(found, audio_column)
-
-
-def _split(splits: datasets.DatasetDict, split: str, source: str, way: str) -> datasets.Dataset:
-    if split not in splits:
-        raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}; name one as {way}")
-    return splits[split]
-
-
-def _undecoded(dataset: datasets.Dataset, audio_column: str | None) -> list[dict[str, Any]]:
-    """The rows with their audio as a path or bytes, and without any other recordings or pictures."""
-    column = audio_column or next((name for name in _AUDIO_COLUMNS if name in dataset.column_names), None)
-    for other, feature in dataset.features.items():
-        if other == column or column is None:
-            if hasattr(feature, "decode"):
-                dataset = dataset.cast_column(other, type(feature)(decode=False))
-        elif hasattr(feature, "decode_example"):  # a second recording, a picture: not to be decoded for nothing
-            dataset = dataset.remove_columns(other)
-    return list(dataset)
 
 
 def _column(
@@ -338,8 +278,8 @@ def _utterance(value: Any, base: Path) -> str | None:
 
 
 def _checked_text(utterance: str, row: dict[str, Any], column: str) -> str:
-    if _FAULT in row:
-        raise UserError(f"{utterance}: {row[_FAULT]}")
+    if FAULT in row:
+        raise UserError(f"{utterance}: {row[FAULT]}")
     text = row.get(column)
     if not isinstance(text, str | None):
         raise UserError(f"{utterance}: its transcript is {text!r:.40}, not text; write it in quotation marks")

@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from .errors import UserError
 from .features import LogMel
 from .precision import autocast
 from .segmentation import speech_segments
-from .text import UNSPACED_LANGUAGES
+from .text import UNSPACED_LANGUAGES, language_code
 
 MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding; twice that if need be
 _PROMPT_TOKENS = 4
+_AT_ONCE_S = 3600.0  # of audio, held in memory
 _BEAMS_AGAIN = 5
 _TOKENS_ONCE = 3  # that may not come twice in a second decoding
 _SPELT_IN_BYTES = 1.5  # tokens a character, above which a script is written mostly in bytes
@@ -78,7 +79,7 @@ class Heard:
 def transcribe_speech(
     model: nn.Module,
     processor: WhisperProcessor,
-    audio: Sequence[dict[str, Any]],
+    audio: Iterable[dict[str, Any]],
     *,
     window: AudioWindow,
     language: str | None,
@@ -89,69 +90,143 @@ def transcribe_speech(
     longest_s: float = MAX_AUDIO_S,
     max_new_tokens: int | None = None,
     on_batch: Callable[[float], None] = lambda utterances: None,
-) -> list[Heard]:
-    """Transcripts of audio entries ("path" or "bytes"), in their order.
+) -> Iterator[Heard]:
+    """Transcripts of audio entries ("path" or "bytes"), in their order, an hour of audio at a time.
 
     What is longer than `longest_s`, at most 30 s, is cut at its pauses (`speech_segments`) and heard in segments.
-    These are batched by length, and each batch has the window of its longest. `language` and `task` are ignored by
-    English-only models; None is what the model's generation configuration says, else the language is detected and the
-    task is to transcribe. `decoding` is greedy by default. `dtype` runs the model under autocast. Decoding stops at
-    `max_new_tokens`, if given; else as `Decoding` says. `on_batch` is told how many utterances were done, of one in
-    segments a part for each.
+    Those of an hour are batched by length, and each batch has the window of its longest. `language` and `task` are
+    ignored by English-only models; None is what the model's generation configuration says, else the language is
+    detected, of a recording in its first segment, and the task is to transcribe. `decoding` is greedy by default.
+    `dtype` runs the model under autocast. Decoding stops at `max_new_tokens`, if given; else as `Decoding` says.
+    `on_batch` is told how many utterances were done, of one in segments a part for each.
 
     Raises:
-        UserError: an audio file cannot be read; no utterance a batch.
+        UserError: no utterance a batch; from the iterator, an audio file cannot be read.
     """
     if batch_size < 1:
         raise UserError(f"--eval-batch-size is {batch_size}; give at least 1")
-    recordings = [_stretches(read_audio(entry), longest_s) for entry in audio]
-    waveforms = [waveform for stretches in recordings for _, waveform in stretches]
-    shares = [1 / len(stretches) for stretches in recordings for _ in stretches]
-    on_batch(sum(not stretches for stretches in recordings))  # in which nothing is said
-    decoding = decoding or Decoding()
-    context: int = model.config.max_target_positions  # type: ignore[union-attr, assignment]
-    pad: int = processor.tokenizer.pad_token_id
-    model = _for_decoding(model, dtype)
-    device = next(model.parameters()).device
-    log_mel = LogMel(processor.feature_extractor).to(device)
-    limit = max_new_tokens or MAX_NEW_TOKENS
-    longest = limit if max_new_tokens else min(2 * limit, context - _PROMPT_TOKENS)
-    order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
-    heard: dict[int, Heard] = {}
-    model.eval()
+    transcriber = _Transcriber(
+        _for_decoding(model, dtype), processor, window, language, task, decoding or Decoding(), batch_size, dtype,
+        max_new_tokens,
+    )  # fmt: skip
+    return chain.from_iterable(transcriber(part, longest_s, on_batch) for part in _in_parts(audio))
 
-    def hear(
-        batch: list[int], features: torch.Tensor, mel_frames: int, most: int, *, again: bool = False, **search: int
-    ) -> dict[int, list[int]]:
-        """Hears a batch; the tokens of those that have no end, by their row."""
-        tokens = _generate(model, features, mel_frames, language, task, dtype, pad, max_new_tokens=most, **search)
-        decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        # What ended has no end token left, but padding up to the longest of the batch, or is the longest itself.
-        ended = (tokens[:, -1] == pad) | (tokens.shape[1] < most)
-        for index, text, whole in zip(batch, decoded, ended.tolist(), strict=True):
-            heard[index] = Heard(text.strip(), whole, again)
-        return {row: tokens[row].tolist() for row in (~ended).nonzero().flatten().tolist()}
 
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        padded = torch.nn.utils.rnn.pad_sequence([waveforms[index] for index in batch], batch_first=True)
-        mel_frames = window.mel_frames(padded.shape[1])
-        features = log_mel(padded.to(device), mel_frames)
-        endless = hear(batch, features, mel_frames, limit, num_beams=decoding.beams)
-        long = [row for row, tokens in endless.items() if not _repeats(tokens, limit // 4)]
-        if long and longest > limit:
-            some = [batch[row] for row in long]
-            left = hear(some, features[long], mel_frames, longest, num_beams=decoding.beams)
-            endless = {row: tokens for row, tokens in endless.items() if row not in long}
-            endless |= {long[row]: tokens for row, tokens in left.items()}
-        if endless and not decoding.once:
+def _in_parts(audio: Iterable[dict[str, Any]]) -> Iterator[list[np.ndarray]]:
+    """What the entries hold, in parts of about `_AT_ONCE_S` seconds."""
+    part: list[np.ndarray] = []
+    length = 0
+    for samples in map(read_audio, audio):
+        part.append(samples)
+        length += len(samples)
+        if length >= _AT_ONCE_S * SAMPLE_RATE:
+            yield part
+            part, length = [], 0
+    if part:
+        yield part
+
+
+class _Transcriber:
+    """What `transcribe_speech` does with an hour of audio."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: WhisperProcessor,
+        window: AudioWindow,
+        language: str | None,
+        task: str | None,
+        decoding: Decoding,
+        batch_size: int,
+        dtype: torch.dtype | None,
+        max_new_tokens: int | None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = processor.tokenizer
+        self.window, self.language, self.task, self.decoding = window, language, task, decoding
+        self.batch_size, self.dtype = batch_size, dtype
+        self.device = next(model.parameters()).device
+        self.log_mel = LogMel(processor.feature_extractor).to(self.device)
+        self.limit = max_new_tokens or MAX_NEW_TOKENS
+        context = model.config.max_target_positions
+        self.longest = self.limit if max_new_tokens else min(2 * self.limit, context - _PROMPT_TOKENS)
+
+    def __call__(
+        self, samples: list[np.ndarray], longest_s: float, on_batch: Callable[[float], None]
+    ) -> Iterator[Heard]:
+        recordings = [_stretches(one, longest_s) for one in samples]
+        languages = self._languages(recordings)
+        waveforms = [waveform for stretches in recordings for _, waveform in stretches]
+        spoken = [language for stretches, language in zip(recordings, languages, strict=True) for _ in stretches]
+        shares = [1 / len(stretches) for stretches in recordings for _ in stretches]
+        on_batch(sum(not stretches for stretches in recordings))  # in which nothing is said
+        heard: dict[int, Heard] = {}
+        for batch in self._batches(waveforms):
+            heard |= self._hear_batch(batch, waveforms, spoken)
+            on_batch(sum(shares[index] for index in batch))
+        in_order = (heard[index] for index in range(len(waveforms)))
+        for stretches, language in zip(recordings, languages, strict=True):
+            yield _joined(stretches, list(islice(in_order, len(stretches))), language)
+
+    def _batches(self, waveforms: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+        order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    def _features(self, waveforms: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """Log-mel features in the window of the longest, and that window."""
+        padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+        mel_frames = self.window.mel_frames(padded.shape[1])
+        return self.log_mel(padded.to(self.device), mel_frames), mel_frames
+
+    def _languages(self, recordings: Sequence[list[tuple[int, torch.Tensor]]]) -> list[str | None]:
+        """The language of each recording: the one that is known, else what its first stretch sounds like."""
+        configured = self.model.generation_config
+        language = self.language or getattr(configured, "language", None)
+        if language is not None:
+            language = language_code(language.strip("<|>"))
+        languages = [language] * len(recordings)
+        if language is not None or not configured.is_multilingual:
+            return languages
+        spoken = [index for index, stretches in enumerate(recordings) if stretches]
+        first = [recordings[index][0][1] for index in spoken]
+        for batch in self._batches(first):
+            features, mel_frames = self._features([first[index] for index in batch])
+            for index, found in zip(batch, _detected(self.model, features, mel_frames, self.dtype), strict=True):
+                languages[spoken[index]] = found
+        return languages
+
+    def _hear_batch(
+        self, batch: list[int], waveforms: Sequence[torch.Tensor], spoken: Sequence[str | None]
+    ) -> dict[int, Heard]:
+        features, mel_frames = self._features([waveforms[index] for index in batch])
+        heard: dict[int, Heard] = {}
+
+        def hear(rows: list[int], most: int, *, again: bool = False, **search: int) -> dict[int, list[int]]:
+            """Hears these rows of the batch; the tokens of those that have no end, by their row."""
+            languages = [spoken[batch[row]] for row in rows]
+            asked: Any = languages[0] if len(set(languages)) == 1 else languages
+            tokens = _generate(
+                self.model, features[rows], mel_frames, asked, self.task, self.dtype, self.tokenizer.pad_token_id,
+                max_new_tokens=most, **search,
+            )  # fmt: skip
+            decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            # What ended has no end token left, but padding up to the longest of them, or is the longest itself.
+            ended = (tokens[:, -1] == self.tokenizer.pad_token_id) | (tokens.shape[1] < most)
+            for row, text, whole in zip(rows, decoded, ended.tolist(), strict=True):
+                heard[batch[row]] = Heard(text.strip(), whole, again)
+            return {rows[index]: tokens[index].tolist() for index in (~ended).nonzero().flatten().tolist()}
+
+        endless = hear([*range(len(batch))], self.limit, num_beams=self.decoding.beams)
+        long = [row for row, tokens in endless.items() if not _repeats(tokens, self.limit // 4)]
+        if long and self.longest > self.limit:
+            left = hear(long, self.longest, num_beams=self.decoding.beams)
+            endless = {row: tokens for row, tokens in endless.items() if row not in long} | left
+        if endless and not self.decoding.once:
             rows = sorted(endless)
             once = max(_tokens_once(heard[batch[row]].text, endless[row]) for row in rows)
-            search = {"num_beams": _BEAMS_AGAIN, "no_repeat_ngram_size": once}
-            hear([batch[row] for row in rows], features[rows], mel_frames, longest, again=True, **search)
-        on_batch(sum(shares[index] for index in batch))
-    in_order = (heard[index] for index in range(len(waveforms)))
-    return [_joined(stretches, list(islice(in_order, len(stretches))), language) for stretches in recordings]
+            hear(rows, self.longest, again=True, num_beams=_BEAMS_AGAIN, no_repeat_ngram_size=once)
+        return heard
 
 
 def _stretches(samples: np.ndarray, longest_s: float) -> list[tuple[int, torch.Tensor]]:
@@ -237,11 +312,20 @@ def _configured(model: Any, pad: int) -> Iterator[Any]:
 
 
 @torch.inference_mode()
+def _detected(model: Any, features: torch.Tensor, mel_frames: int, dtype: torch.dtype | None) -> list[str]:
+    """The language that each row of a batch sounds like, as Whisper's code."""
+    with window_of(model, mel_frames), autocast(features.device, dtype):
+        found = model.detect_language(input_features=features.to(next(model.parameters()).dtype))
+    codes = {number: token.strip("<|>") for token, number in model.generation_config.lang_to_id.items()}
+    return [codes[number] for number in found.tolist()]
+
+
+@torch.inference_mode()
 def _generate(
     model: Any,
     features: torch.Tensor,
     mel_frames: int,
-    language: str | None,
+    language: str | list[str] | None,
     task: str | None,
     dtype: torch.dtype | None,
     pad: int,

@@ -24,7 +24,7 @@ from .text import UNSPACED_LANGUAGES, normalizer
 
 ALL = "all"
 _AGE_GROUPS = ((0, 5), (6, 8), (9, 12), (13, 17))
-_OWN_COLUMNS = ("audio", "target", "text", "utterance")
+_OWN_COLUMNS = ("audio", "length_s", "offset_s", "target", "text", "utterance")
 _COUNTS = ("substitutions", "deletions", "insertions", "length")
 # What a table of transcripts has beside the utterance and its metadata.
 SCORED_COLUMNS = (
@@ -153,7 +153,7 @@ def evaluate_sets(
             heard = transcribe_speech(
                 model,
                 processor,
-                test.speech.dataset["audio"][:],
+                test.speech.audio(),
                 window=window,
                 language=test.language,
                 task=task,
@@ -162,7 +162,7 @@ def evaluate_sets(
                 dtype=dtype,
                 on_batch=lambda done, bar=bar: bars.advance(bar, done),  # type: ignore[misc]
             )
-            results[name] = score_set(name, test, heard, group_by)
+            results[name] = score_set(name, test, list(heard), group_by)
             if folder is not None:
                 Evaluation(label, [results[name] for name in sets if name in results]).write(folder)
     evaluation = Evaluation(label, [results[name] for name in sets])

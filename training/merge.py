@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .models import load_adapter, load_base, remembered_speech, set_speech
+from .models import load_adapter, load_base, remembered_speech, save_processor, set_speech
 from .output import check_empty, writing
 
 
@@ -23,5 +23,5 @@ def merge(adapter: str, output: str | Path, *, model: str = "packaged-base") -> 
     set_speech(merged, trained.get("language"), trained.get("task"))
     with writing(folder, "OUTPUT"):
         merged.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        save_processor(processor, folder)
     return trained

@@ -152,6 +152,15 @@ def set_speech(model: Any, language: str | None, task: str | None) -> None:
         model.generation_config.language, model.generation_config.task = language, task
 
 
+def save_processor(processor: WhisperProcessor, folder: str | Path) -> None:
+    """Writes tokenizer and feature extractor, the latter also as preprocessor_config.json, where others look for it.
+
+    Transformers keeps it in processor_config.json since its version 5; faster-whisper and older versions do not.
+    """
+    processor.save_pretrained(str(folder))
+    processor.feature_extractor.save_pretrained(str(folder))
+
+
 def configured_language(model: str) -> str | None:
     """The language in the generation configuration of a hub id or folder, where a merged model has that of training."""
     if model == PACKAGED:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .audio import read_audio
 from .audio_window import AudioWindow
 from .collate import ANSWER_TOKENS, prefix_in
-from .data import Speech
+from .data import Speech, audio_entry
 from .errors import UserError
 from .features import LogMel
 from .output import read_json, write_json
@@ -118,7 +118,7 @@ def _ask(
             rows = [row for row, its_language in asked if its_language == language and row not in known]
             for first in range(0, len(rows), batch_size):
                 batch = rows[first : first + batch_size]
-                audio = speech.dataset.select(batch)["audio"][:]
+                audio = [audio_entry(row) for row in speech.dataset.select(batch)]
                 for row, answer in zip(batch, _answers(model, processor, audio, language, dtype), strict=True):
                     answers.append({"row": row, "utterance": utterances[row], "language": language, **answer})
                 write_json(part, answers)

@@ -26,7 +26,7 @@ from .data import Skipped, Speech, drop_overlong
 from .errors import DivergedError, UserError
 from .evaluation import Evaluation, check_sets, evaluate_sets, results_table
 from .methods import adapt, check, interpolation, learning_rate
-from .models import check_language, load_adapter, load_base, remember_speech, set_speech, to_best_device
+from .models import check_language, load_adapter, load_base, remember_speech, save_processor, set_speech, to_best_device
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
 from .output import read_json, write_json
@@ -309,7 +309,7 @@ def _train(
             language = check_language(whisper, options.language)
             remember_speech(run.adapter, options.audio_window(), language, options.task)
         else:
-            processor.save_pretrained(str(run.model))
+            save_processor(processor, run.model)
         write_rank_maps(model, run.path)
         write_json(run.path / "metrics.json", trainer.state.log_history)
         trainable, total = parameter_counts(model)

@@ -1,10 +1,12 @@
 """Audio files to text, recordings of any length."""
 
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, track
@@ -13,7 +15,7 @@ from .data import MAX_AUDIO_S, Skipped, checked_duration
 from .decoding import Decoding, Segment, transcribe_speech
 from .errors import UserError
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
-from .output import check_name, check_writable, writing
+from .output import check_name, check_writable, write_text, writing
 from .precision import autocast_dtype
 from .segmentation import SHORTEST_S
 
@@ -23,7 +25,6 @@ _LOOKED_AT = (
     *AUDIO_SUFFIXES, ".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".mka", ".mp2", ".mp4", ".oga", ".webm",
     ".wma", ".w64",
 )  # fmt: skip
-_AT_ONCE_S = 3600.0  # of audio, held in memory
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def transcribe(
     Language, task, window and its margin default to those the adapter was trained with; without an adapter language and
     task to those of the model's generation configuration, else detected and transcription, and the window is full.
     With more than one of `beams` each transcript is the best of so many; with `decode_once` one without an end is left
-    so. `output` also writes a TSV, an hour of audio at a time: file and text, or with `timestamps` a line for each
-    segment, which `load_speech` reads. Its paths are relative to where it is, but for absolute ones.
+    so. `output` also writes a TSV: file and text, or with `timestamps` a line for each segment, which `load_speech`
+    reads. Its paths are relative to where it is, but for absolute ones. It is written an hour of audio at a time, and
+    what was stopped goes on when called again with the same options.
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `max_segment` not from 2 to 30,
@@ -77,33 +79,46 @@ def transcribe(
             raise UserError(f"--output {output}: is named as a recording; give a .tsv")
         check_writable(Path(output))
     usable, skipped = _usable(files, strict)
+    record = None
+    if output is not None:
+        settings = {
+            "model": _as_it_is(model), "adapter": _as_it_is(adapter), "language": language, "task": task,
+            "window": window, "margin": margin, "max_segment": max_segment, "beams": beams, "decode_once": decode_once,
+            "precision": precision,
+        }  # fmt: skip
+        record = _Record(Path(output), settings, usable, timestamps)
+    done = {} if record is None else record.done
+    left = [file for file in usable if file not in done]
     whisper, processor = load_base(model)
     trained = remembered_speech(adapter) if adapter else {}
     code = check_language(whisper, language or trained.get("language"))
     chosen = window_for(trained, window, margin)
     adapted = load_adapter(whisper, adapter) if adapter else whisper
     to_best_device(adapted)
-    transcripts: list[Transcript] = []
     with Progress(transient=True, console=Console(stderr=True)) as bars:
-        bar = bars.add_task("transcribing", total=len(usable))
-        for part in _in_turn(usable):
-            heard = transcribe_speech(
-                adapted,
-                processor,
-                [{"path": str(file)} for file in part],
-                window=chosen,
-                language=code,
-                task=task or trained.get("task"),
-                decoding=decoding,
-                batch_size=batch_size,
-                dtype=dtype,
-                longest_s=max_segment,
-                on_batch=lambda done: bars.advance(bar, done),
-            )
-            done = [Transcript(file, one.text, one.ended, one.segments) for file, one in zip(part, heard, strict=True)]
-            if output is not None:
-                _write(Path(output), done, timestamps, first=not transcripts)
-            transcripts += done
+        if done:
+            bars.console.print(f"{output}: {len(done)} of {len(usable)} recordings are in it already", markup=False)
+        bar = bars.add_task("transcribing", total=len(usable), completed=len(done))
+        heard = transcribe_speech(
+            adapted,
+            processor,
+            ({"path": str(file)} for file in left),
+            window=chosen,
+            language=code,
+            task=task or trained.get("task"),
+            decoding=decoding,
+            batch_size=batch_size,
+            dtype=dtype,
+            longest_s=max_segment,
+            on_batch=lambda utterances: bars.advance(bar, utterances),
+        )
+        for file, one in zip(left, heard, strict=True):
+            done[file] = Transcript(file, one.text, one.ended, one.segments)
+            if record is not None:
+                record.add(done[file])
+    transcripts = [done[file] for file in usable]
+    if record is not None:
+        record.finish(transcripts)
     return transcripts, skipped
 
 
@@ -135,14 +150,15 @@ def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _usable(files: Sequence[Path], strict: bool) -> tuple[list[tuple[Path, float]], list[Skipped]]:
-    """Files that can be read to their end with their seconds, and the others."""
+def _usable(files: Sequence[Path], strict: bool) -> tuple[list[Path], list[Skipped]]:
+    """Files that can be read to their end, and the others."""
     usable, skipped = [], []
     for file in track(files, "checking", transient=True, console=Console(stderr=True)):
         name = str(file).encode(errors="backslashreplace").decode()
         try:
             check_name(file)
-            usable.append((file, checked_duration(str(file), {"path": str(file), "bytes": None}, math.inf)))
+            checked_duration(str(file), {"path": str(file), "bytes": None}, math.inf)
+            usable.append(file)
         except UserError as error:
             if strict:
                 raise
@@ -152,25 +168,66 @@ def _usable(files: Sequence[Path], strict: bool) -> tuple[list[tuple[Path, float
     return usable, skipped
 
 
-def _in_turn(files: Sequence[tuple[Path, float]]) -> Iterator[list[Path]]:
-    """The files in parts of about `_AT_ONCE_S` seconds."""
-    part, length_s = [], 0.0
-    for file, seconds in files:
-        part.append(file)
-        length_s += seconds
-        if length_s >= _AT_ONCE_S:
-            yield part
-            part, length_s = [], 0.0
-    if part:
-        yield part
+class _Record:
+    """The table of what was heard and, until all of it is, a file beside it from which a stopped run goes on.
+
+    That one has a line of settings and one for each transcript, with the time its recording was last modified. What was
+    heard with other settings, or of a recording that has changed, is heard again.
+    """
+
+    def __init__(self, table: Path, settings: dict[str, Any], files: Sequence[Path], timestamps: bool) -> None:
+        self.table, self.timestamps = table, timestamps
+        self.file = table.with_name(f"{table.name}.unfinished")
+        self.modified = {file: file.stat().st_mtime_ns for file in files}
+        heading = json.dumps(settings)
+        found = self.file.read_text(encoding="utf-8").split("\n")[:-1] if self.file.is_file() else []
+        read = map(_from_line, found[1:] if found[:1] == [heading] else [])
+        self.done = {one.file: one for one, modified in read if self.modified.get(one.file) == modified}
+        with writing(table):
+            write_text(self.file, "".join(f"{line}\n" for line in (heading, *map(self._to_line, self.done.values()))))
+        self._write(self.done.values())
+
+    def add(self, transcript: Transcript) -> None:
+        with writing(self.table):
+            _append(self.table, self._lines([transcript]))
+            _append(self.file, [self._to_line(transcript)])
+
+    def finish(self, transcripts: Sequence[Transcript]) -> None:
+        self._write(transcripts)
+        self.file.unlink(missing_ok=True)
+
+    def _write(self, transcripts: Iterable[Transcript]) -> None:
+        heading = "file\toffset\tduration\ttext" if self.timestamps else "file\ttext"
+        with writing(self.table):
+            write_text(self.table, "".join(f"{line}\n" for line in (heading, *self._lines(transcripts))))
+
+    def _lines(self, transcripts: Iterable[Transcript]) -> list[str]:
+        """Not quoted, as `load_speech` reads a .tsv."""
+        there = [replace(one, file=_seen_from(self.table.parent, one.file)) for one in transcripts]
+        return table(there, self.timestamps)
+
+    def _to_line(self, one: Transcript) -> str:
+        segments = [[part.offset_s, part.duration_s, part.text] for part in one.segments]
+        row = {"file": str(one.file), "modified": self.modified[one.file], "text": one.text, "ended": one.ended}
+        return json.dumps(row | {"segments": segments})
 
 
-def _write(file: Path, transcripts: Sequence[Transcript], timestamps: bool, *, first: bool) -> None:
-    """Adds to the table, begins it with the `first`; not quoted, as `load_speech` reads a .tsv."""
-    there = [replace(one, file=_seen_from(file.parent, one.file)) for one in transcripts]
-    heading = ["file\toffset\tduration\ttext" if timestamps else "file\ttext"] if first else []
-    with writing(file), file.open("w" if first else "a", encoding="utf-8") as stream:
-        stream.writelines(f"{line}\n" for line in [*heading, *table(there, timestamps)])
+def _from_line(line: str) -> tuple[Transcript, int]:
+    row = json.loads(line)
+    segments = tuple(Segment(*segment) for segment in row["segments"])
+    return Transcript(Path(row["file"]), row["text"], row["ended"], segments), row["modified"]
+
+
+def _append(file: Path, lines: Iterable[str]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
+
+
+def _as_it_is(model: str | None) -> tuple[str | None, list[int]]:
+    """A model's name and, of a folder, when its files were last modified."""
+    folder = Path(model or "")
+    there = sorted(folder.iterdir()) if model and folder.is_dir() else []
+    return model, [file.stat().st_mtime_ns for file in there]
 
 
 def _seen_from(folder: Path, file: Path) -> Path:

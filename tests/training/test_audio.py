@@ -89,7 +89,7 @@ def test_segments_of_a_file(tmp_path, kind):
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     speech = load_speech(tmp_path / "list.jsonl")
     assert speech.dataset["utterance"][:] == [f"{file.name}@0s", f"{file.name}@1.25s", f"{file.name}@2.5s", file.name]
-    first, second, rest, whole = (read_audio(entry) for entry in speech.dataset["audio"][:])
+    first, second, rest, whole = (read_audio(entry) for entry in speech.audio())
     for got, start, end in ((first, 0, rate), (second, 5 * rate // 4, 7 * rate // 4), (rest, 5 * rate // 2, None)):
         np.testing.assert_allclose(got, whole[start:end], atol=tolerance)
     assert np.abs(second - whole[5 * rate // 4 + 1 : 7 * rate // 4 + 1]).max() > 0.03  # a sample late

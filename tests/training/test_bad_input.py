@@ -228,7 +228,8 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("fused_s2lora.training.train.train", stopped)
     monkeypatch.setattr("fused_s2lora.training.transcribe.transcribe", stopped)
     for command, told in (
-        (["train", "--data", "x", "--output", "y"], "stopped; run the same command again to go on from the last"),
+        (["train", "--data", "x", "--output", "y"], "stopped; run the same command again to go on\n"),
+        (["transcribe", "x", "--output", "y"], "stopped; run the same command again to go on\n"),
         (["transcribe", "x"], "stopped\n"),
     ):
         monkeypatch.setattr(sys, "argv", ["s2lora", *command])

@@ -115,7 +115,7 @@ def test_an_end_is_heard_whatever_the_model_is_padded_with(checkpoint, tones, mo
     heard = transcribe_speech(
         model, processor, audio, window=AudioWindow("trim"), language="en", decoding=Decoding(once=True)
     )
-    assert heard == [Heard("cat cat", True), Heard("cat cat cat cat cat cat", False)]
+    assert list(heard) == [Heard("cat cat", True), Heard("cat cat cat cat cat cat", False)]
 
 
 def test_an_english_only_model_does_not_translate(checkpoint, options, tmp_path):

@@ -1,29 +1,45 @@
 """Speech from folders and manifests, every format, and every way it can be bad."""
 
+import gc
 import json
 import unicodedata
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 import soundfile
 
 from fused_s2lora.training.audio import read_audio
 from fused_s2lora.training.data import Speech, drop_overlong, load_speech, speakers
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.sets import _hold_out
 from tests.training.speech import TEXTS, tone, write_folder, write_lines
 
 
-def test_more_audio_than_32_bit_offsets_reach(tmp_path):
-    """Arrow's binary ends at 2 GiB a column."""
-    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
-    content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": "one.wav"}
-    hub = datasets.Dataset.from_list([{"audio": content, "text": "A."}])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=hub))
-        dataset = load_speech("someone/speech").dataset
-    assert dataset.features["audio"]["bytes"].dtype == "large_binary"
-    assert len(read_audio(dataset[0]["audio"])) == 8000
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("bad", [(), (3, 10)])
+def test_audio_of_a_data_set_stays_on_disk(tmp_path, typed, bad):
+    """A corpus of hundreds of hours takes no more memory than its transcripts."""
+    soundfile.write(tmp_path / "one.wav", tone(10.0), 16_000)
+    content = (tmp_path / "one.wav").read_bytes()
+    audio = [{"bytes": content, "path": f"{index}.wav"} for index in range(64)]
+    texts = ["" if index in bad else f"{index}." for index in range(64)]
+    saved = datasets.Dataset.from_dict({"speech": audio, "text": texts})
+    if typed:
+        saved = saved.cast_column("speech", datasets.Audio())
+    saved.save_to_disk(tmp_path / "saved")
+    del saved
+    gc.collect()
+    before = pyarrow.total_allocated_bytes()
+    speech = load_speech(tmp_path / "saved", audio_column="speech")
+    rest, held = _hold_out(speech, 0.25, seed=0)
+    rows = [*rest.dataset, *held.dataset]
+    assert pyarrow.total_allocated_bytes() - before < 2 * len(content)
+    assert len(rows) == 64 - len(bad)
+    assert [item.utterance for item in speech.skipped] == [f"{index}.wav" for index in bad]
+    assert sorted(int(row["text"][:-1]) for row in rows) == sorted({*range(64)} - {*bad})
+    assert {len(read_audio(entry)) for entry in speech.audio()} == {160_000}
 
 
 def test_audiofolder_becomes_sentence_case(tmp_path):
@@ -71,7 +87,8 @@ def test_columns_of_our_names_do_not_replace_ours(tmp_path):
         written = (row["text"], row["target"], row["utterance"], row["duration_s"])
         assert written == ("Right.", " Right.", "one.wav", 0.5)
         assert row["audio"]["path"] == str(tmp_path / "one.wav")
-    assert sorted(speech.dataset.column_names) == ["audio", "duration_s", "target", "text", "utterance"]
+    ours = ["audio", "duration_s", "length_s", "offset_s", "target", "text", "utterance"]
+    assert sorted(speech.dataset.column_names) == ours
     assert not speech.skipped
 
 
@@ -272,7 +289,7 @@ def test_hub_path_reads_a_saved_data_set(tmp_path):
     for split in ("train", "test"):
         rows = datasets.Dataset.from_list([{"audio": content, "text": f"For {split}."}])
         rows.to_parquet(str(tmp_path / "set" / f"{split}.parquet"))
-    from fused_s2lora.training.data import _read_hub
+    from fused_s2lora.training.sources import _read_hub
 
     read = _read_hub(str(tmp_path / "set"), "train", None)
     assert read[0]["text"] == "For train."

@@ -12,6 +12,7 @@ from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
 from fused_s2lora.training import decoding as decoding_module
+from fused_s2lora.training.audio import read_audio
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.data import load_speech
@@ -19,6 +20,7 @@ from fused_s2lora.training.decoding import Decoding, Heard, transcribe_speech
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
 from fused_s2lora.training.evaluation import read_sets, results_table
+from fused_s2lora.training.features import LogMel
 from fused_s2lora.training.models import load_base
 from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.transcribe import transcribe
@@ -82,14 +84,14 @@ def test_what_does_not_end_is_decoded_again(tiny_folder, tones, endless):
     audio = load_speech(tones).dataset["audio"][:]
     options = {"window": AudioWindow("trim"), "language": "en", "max_new_tokens": 4, "batch_size": 2}
     asked = endless["start"](endless["twice"])
-    heard = transcribe_speech(model, processor, audio, decoding=Decoding(beams=2), **options)
+    heard = list(transcribe_speech(model, processor, audio, decoding=Decoding(beams=2), **options))
     first, second = {"num_beams": 2}, {"num_beams": 5, "no_repeat_ngram_size": 3}
     assert asked == [(2, first), (1, second), (2, first), (1, second), (2, first)]
     assert [one.ended for one in heard] == [False, True, True, True, True, True]
     assert [one.again for one in heard] == [True, False, True, False, False, False]
     assert heard[2].text == heard[3].text  # that of the second decoding
     asked = endless["start"](endless["once"])
-    heard = transcribe_speech(model, processor, audio, decoding=Decoding(once=True), **options)
+    heard = list(transcribe_speech(model, processor, audio, decoding=Decoding(once=True), **options))
     assert [found for _, found in asked] == [{"num_beams": 1}] * 3
     assert [one.ended for one in heard] == [False, True, False, True, True, True]
     assert not any(one.again for one in heard)
@@ -158,7 +160,8 @@ def test_a_second_decoding_does_not_repeat_itself(tiny_folder, tones, monkeypatc
     found = []
     real = decoding_module._generate
     monkeypatch.setattr(decoding_module, "_generate", lambda *a, **k: found.append(real(*a, **k)) or found[-1])
-    heard = transcribe_speech(model, processor, audio, window=AudioWindow("trim"), language="en", max_new_tokens=16)
+    options = {"window": AudioWindow("trim"), "language": "en", "max_new_tokens": 16}
+    heard = list(transcribe_speech(model, processor, audio, **options))
     first, second = (
         [len(set(zip(row, row[1:], row[2:], strict=False))) for row in tokens.tolist()] for tokens in found
     )
@@ -166,6 +169,43 @@ def test_a_second_decoding_does_not_repeat_itself(tiny_folder, tones, monkeypatc
     assert second == [14, 14]
     texts = processor.tokenizer.batch_decode(found[1], skip_special_tokens=True)
     assert heard == [Heard(text.strip(), ended=False, again=True) for text in texts]
+
+
+def test_a_language_is_detected_as_transformers_does(tiny_folder, tones):
+    model, processor = load_base(str(tiny_folder))
+    (entry, *_) = load_speech(tones).audio()
+    options = {"window": AudioWindow(), "max_new_tokens": 6, "decoding": Decoding(once=True)}
+    heard = list(transcribe_speech(model, processor, [entry], language=None, **options))
+    features = processor.feature_extractor(read_audio(entry), sampling_rate=16_000, return_tensors="pt")
+    (found,) = model.detect_language(features.input_features).tolist()
+    language = processor.tokenizer.convert_ids_to_tokens(found).strip("<|>")
+    assert heard == list(transcribe_speech(model, processor, [entry], language=language, **options))
+
+
+def test_each_of_a_batch_has_its_language(tiny_folder, tones, monkeypatch):
+    model, processor = load_base(str(tiny_folder))
+    speech = load_speech(tones)
+    codes = ["de", "sw", "zh", "sw", "fr", "ka"]
+    log_mel, frames = LogMel(processor.feature_extractor), AudioWindow().mel_frames(0)
+    waveforms = [torch.from_numpy(read_audio(entry)) for entry in speech.audio()]
+    known = {log_mel(one[None], frames)[0].sum().item(): code for one, code in zip(waveforms, codes, strict=True)}
+    assert len(known) == 6
+
+    def right(features) -> list[str]:
+        return [known[row.sum().item()] for row in features]
+
+    wrong = []
+    real = decoding_module._generate
+
+    def generate(model, features, mel_frames, language, *rest, **search):
+        wrong.append(language != (right(features) if len(features) > 1 else right(features)[0]))
+        return real(model, features, mel_frames, language, *rest, **search)
+
+    monkeypatch.setattr(decoding_module, "_detected", lambda model, features, *rest: right(features))
+    monkeypatch.setattr(decoding_module, "_generate", generate)
+    options = {"window": AudioWindow(), "max_new_tokens": 2, "batch_size": 5, "decoding": Decoding(once=True)}
+    assert len(list(transcribe_speech(model, processor, speech.audio(), language=None, **options))) == 6
+    assert wrong == [False, False]
 
 
 def test_transcripts_without_an_end_are_told(tiny_folder, tones, tmp_path, monkeypatch, endless):

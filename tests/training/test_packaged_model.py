@@ -142,7 +142,7 @@ def test_training_targets_begin_as_its_own_transcripts(
     prefix = len(processor.tokenizer.prefix_tokens)
     log_mel = LogMel(processor.feature_extractor)
     cost = {"as in training": 0.0, "the other way": 0.0}
-    for audio, target in zip(speech.dataset["audio"][:], speech.dataset["target"][:], strict=True):
+    for audio, target in zip(speech.audio(), speech.dataset["target"][:], strict=True):
         features = log_mel(torch.from_numpy(read_audio(audio))[None], 3000)
         other = target[1:] if target.startswith(" ") else f" {target}"
         for name, text in zip(cost, (target, other), strict=True):

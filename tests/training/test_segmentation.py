@@ -1,6 +1,7 @@
 """Long recordings: where they are cut, and what becomes of the segments."""
 
 import contextlib
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from typer.testing import CliRunner
 
 from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training import segmentation
-from fused_s2lora.training import transcribe as transcribe_module
 from fused_s2lora.training.audio import SAMPLE_RATE, read_audio
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
@@ -179,10 +179,10 @@ def test_a_long_recording_is_heard_in_segments(recordings, counting, tmp_path, m
     # The table is one of speech to train on: its paths start where it is.
     speech = load_speech(str(table), strict=True)
     assert speech.dataset["text"][:] == [*texts, "0"]
-    assert {row["audio"]["path"] for row in speech.dataset} == {
+    assert {entry["path"] for entry in speech.audio()} == {
         str(table.parent / f"../speech/{name}") for name in ("a.flac", "b.flac")
     }
-    seconds = [len(read_audio(row["audio"])) / SAMPLE_RATE for row in speech.dataset]
+    seconds = [len(read_audio(entry)) / SAMPLE_RATE for entry in speech.audio()]
     assert seconds == pytest.approx([*(length for _, length in places), 1.0], abs=0.01)
 
 
@@ -202,25 +202,91 @@ def test_segments_are_joined_as_the_language_is_written(recordings, counting):
     assert len(transcript.segments) > 1
 
 
-def test_what_is_done_is_written_before_the_next(recordings, counting, tmp_path, monkeypatch):
-    monkeypatch.setattr(transcribe_module, "_AT_ONCE_S", 20.0)
-    table = tmp_path / "heard.tsv"
-    table.write_text("of another time\n")
-    real, calls = transcribe_speech, []
+@pytest.fixture
+def stopped(recordings, counting, tmp_path, monkeypatch):
+    """Options with which the first recording was transcribed before a Ctrl-C, its lines, and what is read from then on.
 
-    def stopped(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 2:
+    Before, there was a table of another time."""
+    options = {**counting, "output": tmp_path / "heard.tsv", "max_segment": 6, "timestamps": True}
+    options["output"].write_text("of another time\n")
+    monkeypatch.setattr(decoding_module, "_AT_ONCE_S", 20.0)
+    names: list[str] = []
+    stop = ["b.flac"]
+
+    def reading(entry):
+        names.append(Path(entry["path"]).name)
+        if names[-1:] == stop:
+            stop.clear()
             raise KeyboardInterrupt
-        return real(*arguments, **options)
+        return read_audio(entry)
 
-    monkeypatch.setattr(transcribe_module, "transcribe_speech", stopped)
+    monkeypatch.setattr(decoding_module, "read_audio", reading)
     with pytest.raises(KeyboardInterrupt):
-        transcribe([recordings], **counting, output=table)
-    assert [line.split("\t")[0] for line in table.read_text().splitlines()] == ["file", str(recordings / "a.flac")]
-    transcribe([recordings], **counting, output=table)
-    names = ["file", *(str(recordings / name) for name in ("a.flac", "b.flac", "c.flac"))]
-    assert [line.split("\t")[0] for line in table.read_text().splitlines()] == names
+        transcribe([recordings], **options)
+    names.clear()
+    return options, options["output"].read_text().splitlines(), names
+
+
+def names_in(table: Path) -> list[str]:
+    return list(dict.fromkeys(line.split("\t")[0].rpartition("/")[2] for line in table.read_text().splitlines()))
+
+
+def test_a_stopped_command_goes_on(recordings, stopped):
+    options, lines, read = stopped
+    table = options["output"]
+    assert len(lines) > 5
+    assert names_in(table) == ["file", "a.flac"]
+    soundfile.write(recordings / "0.flac", tone(1.0), SAMPLE_RATE)
+    transcripts, _ = transcribe([recordings], **options)
+    assert read == ["0.flac", "b.flac", "c.flac"]
+    assert names_in(table) == ["file", "0.flac", "a.flac", "b.flac"]  # nothing is said in c
+    assert [line for line in table.read_text().splitlines() if "a.flac" in line] == lines[1:]
+    assert [one.file.name for one in transcripts] == ["0.flac", "a.flac", "b.flac", "c.flac"]
+    assert len(transcripts[1].segments) == len(lines) - 1
+    assert [one.ended for one in transcripts] == [True, False, True, True]
+    assert sorted(file.name for file in table.parent.iterdir()) == ["heard.tsv", "speech"]
+    read.clear()
+    transcribe([recordings], **options)  # what was finished begins anew
+    assert read == ["0.flac", "a.flac", "b.flac", "c.flac"]
+
+
+@pytest.mark.parametrize("change", ["recording", "setting", "model", "torn"])
+def test_what_changed_is_heard_again(recordings, stopped, tiny_folder, change):
+    options, lines, read = stopped
+    record = options["output"].with_name("heard.tsv.unfinished")
+    if change == "recording":
+        os.utime(recordings / "a.flac", ns=(0, 0))
+    elif change == "setting":
+        options["max_segment"] = 8
+    elif change == "model":
+        os.utime(tiny_folder / "config.json", ns=(0, 0))
+    else:  # a line that was being written when the machine went down
+        record.write_text(record.read_text()[:-10])
+    transcribe([recordings], **options)
+    assert read == ["a.flac", "b.flac", "c.flac"]
+    heard = [line for line in options["output"].read_text().splitlines() if "a.flac" in line]
+    assert not {*heard} & {*lines}
+    assert len(heard) > 4
+    assert not record.exists()
+
+
+def test_a_recording_is_in_one_language(recordings, counting, monkeypatch):
+    """In what its first segment sounds like, however the others sound."""
+    first, asked = [], []
+
+    def detected(model, features, mel_frames, dtype):
+        first.append(mel_frames)
+        return ["de" if len(first) == 1 else "zh"]
+
+    real = decoding_module._generate
+    monkeypatch.setattr(decoding_module, "_detected", detected)
+    monkeypatch.setattr(decoding_module, "_generate", lambda *a, **k: asked.append(a[3]) or real(*a, **k))
+    long, short, silent = transcribe([recordings], **{**counting, "language": None, "max_segment": 6})[0]
+    places, _ = cut_at(recordings / "a.flac", 6)
+    assert first == [3000, 3000]  # of b and of a
+    assert asked == ["de", *["zh"] * len(places)]
+    assert long.text == "".join(segment.text for segment in long.segments)
+    assert (short.text, silent.text) == ("0", "")
 
 
 def test_the_command_says_what_it_heard_and_when(recordings, counting):
@@ -242,8 +308,8 @@ def test_a_test_set_may_have_long_recordings(recordings, counting):
     sets = named_sets([f"long={recordings}"], "en")
     told: list[float] = []
     options = {"window": AudioWindow("trim"), "language": "en", "decoding": Decoding(once=True), "batch_size": 1}
-    heard = transcribe_speech(
-        *load_base(counting["model"]), sets["long"].speech.dataset["audio"][:], on_batch=told.append, **options
+    heard = list(
+        transcribe_speech(*load_base(counting["model"]), sets["long"].speech.audio(), on_batch=told.append, **options)
     )
     _, texts = cut_at(recordings / "a.flac", 30)
     assert [one.text for one in heard] == [" ".join(texts), "0", ""]
