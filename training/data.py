@@ -1,9 +1,12 @@
 """Speech with transcripts from a folder, a manifest or the hub, checked once and ready for training or scoring."""
 
+import functools
+import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ _OWN_FEATURES = {
 }
 _STORED = datasets.Features({"audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")}})
 _OFFSET, _DURATION = "offset", "duration"  # of a segment in its file, in seconds, as NeMo's manifests call them
+_TAKEN_AT_ONCE = 128
 _NO_SECONDS = 1e7  # four months are no place in a file
 _TARGET = ("target", "target_language")
 _WHOLE: dict[str, Any] = {"path": None, "bytes": None, "offset_s": None, "length_s": None}  # an audio entry
@@ -120,38 +124,30 @@ def load_speech(
     further = [name for name in columns if name not in taken]
     strings = {name: datasets.Value("string") for name in (*further, "target")}
     features = datasets.Features(_OWN_FEATURES | strings)
+    path = Path(source)
+    check = functools.partial(
+        _checked, base=path if path.is_dir() else path.parent, text_column=text_column, audio_column=audio_column,
+        further=further, longest_s=longest_s,
+    )  # fmt: skip
+    bar: dict[str, Any] = {
+        "description": f"checking {path.name}",
+        "disable": not progress or len(rows) < 200,
+        "transient": True,
+    }
     checked: list[dict[str, Any]] = []  # as many as `rows`, of a bad one without anything
     entries: list[dict[str, Any]] = []
     usable: list[int] = []
     skipped: list[Skipped] = []
-    path = Path(source)
-    base = path if path.is_dir() else path.parent
-    for index, row in enumerate(
-        track(rows, description=f"checking {path.name}", disable=not progress or len(rows) < 200, transient=True)
-    ):
-        entry = _audio_entry(row.get(audio_column), base)
-        entries.append({"audio": {"path": entry["path"], "bytes": None}})
+    for index, (file, found) in enumerate(track(in_threads(check, enumerate(rows)), total=len(rows), **bar)):
+        entries.append({"audio": {"path": file, "bytes": None}})
         checked.append(dict.fromkeys(features))
-        utterance = _utterance(row.get(audio_column), base) or str(index)
-        try:
-            text = _checked_text(utterance, row, text_column)
-            if not isinstance(entry["path"], str | None) or not isinstance(entry["bytes"], bytes | None):
-                raise UserError(f"{utterance}: its audio is not the path of a file; give that")
-            if entry["bytes"] is None and row.get(_OFFSET) not in (None, ""):
-                entry |= _segment(utterance, row)
-                utterance = f"{utterance}@{entry['offset_s']:.10g}s"
-            duration = checked_duration(utterance, entry, longest_s)
-        except UserError as error:
+        if isinstance(found, Skipped):
             if strict:
-                raise
-            skipped.append(Skipped(utterance, str(error)))
-            continue
-        usable.append(index)
-        checked[-1] |= {
-            "utterance": utterance, "text": text, "duration_s": duration, "offset_s": entry["offset_s"],
-            "length_s": entry["length_s"],
-        }  # fmt: skip
-        checked[-1] |= {name: _metadatum(row.get(name)) for name in further}
+                raise UserError(found.reason)
+            skipped.append(found)
+        else:
+            checked[-1] |= found
+            usable.append(index)
     if not usable:
         raise UserError(
             f"{source}: none of its {len(rows)} utterances is usable; the first problem: {skipped[0].reason}"
@@ -165,6 +161,45 @@ def load_speech(
     audio = _undecoded(rows, audio_column, entries)
     dataset = datasets.concatenate_datasets([datasets.Dataset.from_list(checked, features), audio], axis=1)
     return Speech(dataset if not skipped else dataset.select(usable), source, skipped)
+
+
+def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """What the function makes of each, in their order, by several threads; few are taken ahead.
+
+    Decoding audio leaves Python's lock to the others.
+    """
+    left = iter(items)
+    with ThreadPoolExecutor() as pool:
+        while part := list(itertools.islice(left, _TAKEN_AT_ONCE)):
+            yield from pool.map(function, part)
+
+
+def _checked(
+    numbered: tuple[int, dict[str, Any]],
+    *,
+    base: Path,
+    text_column: str,
+    audio_column: str,
+    further: Sequence[str],
+    longest_s: float,
+) -> tuple[str | None, dict[str, Any] | Skipped]:
+    """A row's audio file, if it is one, and what a row of `Speech.dataset` has of it, but for target and audio."""
+    index, row = numbered
+    entry = _audio_entry(row.get(audio_column), base)
+    utterance = _utterance(row.get(audio_column), base) or str(index)
+    try:
+        text = _checked_text(utterance, row, text_column)
+        if not isinstance(entry["path"], str | None) or not isinstance(entry["bytes"], bytes | None):
+            raise UserError(f"{utterance}: its audio is not the path of a file; give that")
+        if entry["bytes"] is None and row.get(_OFFSET) not in (None, ""):
+            entry |= _segment(utterance, row)
+            utterance = f"{utterance}@{entry['offset_s']:.10g}s"
+        duration = checked_duration(utterance, entry, longest_s)
+    except UserError as error:
+        return None, Skipped(utterance, str(error))
+    own = {"utterance": utterance, "text": text, "duration_s": duration}
+    segment = {name: entry[name] for name in ("offset_s", "length_s")}
+    return entry["path"], own | segment | {name: _metadatum(row.get(name)) for name in further}
 
 
 def _undecoded(rows: Sequence[Any], column: str, entries: list[dict[str, Any]]) -> datasets.Dataset:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, track
 
-from .data import MAX_AUDIO_S, Skipped, checked_duration
+from .data import MAX_AUDIO_S, Skipped, checked_duration, in_threads
 from .decoding import Decoding, Segment, transcribe_speech
 from .errors import UserError
 from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
@@ -153,19 +153,27 @@ def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
 def _usable(files: Sequence[Path], strict: bool) -> tuple[list[Path], list[Skipped]]:
     """Files that can be read to their end, and the others."""
     usable, skipped = [], []
-    for file in track(files, "checking", transient=True, console=Console(stderr=True)):
-        name = str(file).encode(errors="backslashreplace").decode()
-        try:
-            check_name(file)
-            checked_duration(str(file), {"path": str(file), "bytes": None}, math.inf)
+    console = Console(stderr=True)
+    found = track(in_threads(_problem, files), "checking", total=len(files), transient=True, console=console)
+    for file, problem in zip(files, found, strict=True):
+        if problem is None:
             usable.append(file)
-        except UserError as error:
-            if strict:
-                raise
-            skipped.append(Skipped(name, str(error)))
+        elif strict:
+            raise UserError(problem)
+        else:
+            skipped.append(Skipped(str(file).encode(errors="backslashreplace").decode(), problem))
     if not usable:
         raise UserError(f"none of the {len(files)} audio files is usable; the first problem: {skipped[0].reason}")
     return usable, skipped
+
+
+def _problem(file: Path) -> str | None:
+    try:
+        check_name(file)
+        checked_duration(str(file), {"path": str(file), "bytes": None}, math.inf)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 class _Record:
