@@ -155,7 +155,10 @@ def train(
             "most of its work. New, and not yet measured. Only with the full window.",
         ),
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes that read audio.")] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that read audio for training. [dim]default: up to 4 with a GPU, else none[/dim]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     logging_steps: Annotated[int, typer.Option(help="Steps between two log lines.")] = 10,
     save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,

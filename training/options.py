@@ -66,7 +66,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     half_base: bool = False
     cuda_graphs: bool = False
-    workers: int = 0
+    workers: int | None = None  # on a GPU `GPU_WORKERS`, else none
     seed: int = 0
     logging_steps: int = 10
     save_steps: int = 100

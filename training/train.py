@@ -37,6 +37,7 @@ from .sets import scored_sets, training_speech
 from .trainer import AdaLoraCallback, SavingAsAsked, SpeechTrainer, StepTimes
 
 MAX_LABEL_TOKENS = 448
+GPU_WORKERS = 4
 GRAPH_TOKENS = 16  # CUDA graphs are recorded for transcripts of so many tokens more each; divides 448
 
 
@@ -134,6 +135,13 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _workers(options: TrainOptions) -> int:
+    """Processes that read audio: a GPU would wait for it; without one they take cores from the training itself."""
+    if options.workers is not None:
+        return options.workers
+    return min(GPU_WORKERS, (os.cpu_count() or 1) - 1) if torch.cuda.is_available() else 0
+
+
 def _check_one_gpu(options: TrainOptions) -> None:
     if not torch.cuda.is_available():
         raise UserError("--cuda-graphs needs a CUDA GPU, and torch sees none; leave it out")
@@ -222,7 +230,7 @@ def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqT
         use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="group_by_length" if options.window == "trim" else "random",
         length_column_name="duration_s",
-        dataloader_num_workers=options.workers,
+        dataloader_num_workers=_workers(options),
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=options.logging_steps,

@@ -1,6 +1,7 @@
 """Whole runs on a tiny Whisper: train, go on after a kill, keep the best, and what a run leaves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -188,6 +189,23 @@ def test_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the loss is nan at step 1; lower --lr"):
         train(options(tmp_path / "run", dev_share=0.0), console=QUIET)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "cores", "expected"),
+    [
+        (None, False, 16, 0),
+        (None, True, 16, 4),
+        (None, True, 2, 1),
+        (None, True, 1, 0),
+        (0, True, 16, 0),
+        (7, False, 2, 7),
+    ],
+)
+def test_audio_is_read_ahead_where_a_gpu_would_wait(options, tmp_path, monkeypatch, asked, gpu, cores, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert train_module._workers(options(tmp_path, workers=asked)) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1])
