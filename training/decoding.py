@@ -26,7 +26,6 @@ from .text import UNSPACED_LANGUAGES, language_code
 
 MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding; twice that if need be
 _PROMPT_TOKENS = 4
-_AT_ONCE_S = 3600.0  # of audio, held in memory
 _BEAMS_AGAIN = 5
 _TOKENS_ONCE = 3  # that may not come twice in a second decoding
 _SPELT_IN_BYTES = 1.5  # tokens a character, above which a script is written mostly in bytes
@@ -88,13 +87,14 @@ def transcribe_speech(
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     longest_s: float = MAX_AUDIO_S,
+    at_once_s: float = 3600.0,
     max_new_tokens: int | None = None,
     on_batch: Callable[[float], None] = lambda utterances: None,
 ) -> Iterator[Heard]:
-    """Transcripts of audio entries ("path" or "bytes"), in their order, an hour of audio at a time.
+    """Transcripts of audio entries ("path" or "bytes"), in their order, about `at_once_s` seconds of audio at a time.
 
     What is longer than `longest_s`, at most 30 s, is cut at its pauses (`speech_segments`) and heard in segments.
-    Those of an hour are batched by length, and each batch has the window of its longest. `language` and `task` are
+    Those read at once are batched by length, and each batch has the window of its longest. `language` and `task` are
     ignored by English-only models; None is what the model's generation configuration says, else the language is
     detected, of a recording in its first segment, and the task is to transcribe. `decoding` is greedy by default.
     `dtype` runs the model under autocast. Decoding stops at `max_new_tokens`, if given; else as `Decoding` says.
@@ -109,17 +109,17 @@ def transcribe_speech(
         _for_decoding(model, dtype), processor, window, language, task, decoding or Decoding(), batch_size, dtype,
         max_new_tokens,
     )  # fmt: skip
-    return chain.from_iterable(transcriber(part, longest_s, on_batch) for part in _in_parts(audio))
+    return chain.from_iterable(transcriber(part, longest_s, on_batch) for part in _in_parts(audio, at_once_s))
 
 
-def _in_parts(audio: Iterable[dict[str, Any]]) -> Iterator[list[np.ndarray]]:
-    """What the entries hold, in parts of about `_AT_ONCE_S` seconds."""
+def _in_parts(audio: Iterable[dict[str, Any]], at_once_s: float) -> Iterator[list[np.ndarray]]:
+    """What the entries hold, in parts of about so many seconds."""
     part: list[np.ndarray] = []
     length = 0
     for samples in map(read_audio, audio):
         part.append(samples)
         length += len(samples)
-        if length >= _AT_ONCE_S * SAMPLE_RATE:
+        if length >= at_once_s * SAMPLE_RATE:
             yield part
             part, length = [], 0
     if part:
@@ -127,7 +127,7 @@ def _in_parts(audio: Iterable[dict[str, Any]]) -> Iterator[list[np.ndarray]]:
 
 
 class _Transcriber:
-    """What `transcribe_speech` does with an hour of audio."""
+    """What `transcribe_speech` does with the audio that it reads at once."""
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ _LOOKED_AT = (
     *AUDIO_SUFFIXES, ".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".mka", ".mp2", ".mp4", ".oga", ".webm",
     ".wma", ".w64",
 )  # fmt: skip
+_WRITTEN_AFTER_S = 600.0  # of audio
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def transcribe(
     task to those of the model's generation configuration, else detected and transcription, and the window is full.
     With more than one of `beams` each transcript is the best of so many; with `decode_once` one without an end is left
     so. `output` also writes a TSV: file and text, or with `timestamps` a line for each segment, which `load_speech`
-    reads. Its paths are relative to where it is, but for absolute ones. It is written an hour of audio at a time, and
-    what was stopped goes on when called again with the same options.
+    reads. Its paths are relative to where it is, but for absolute ones. It is written ten minutes of audio at a time,
+    and what was stopped goes on when called again with the same options.
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `max_segment` not from 2 to 30,
@@ -110,6 +111,7 @@ def transcribe(
             batch_size=batch_size,
             dtype=dtype,
             longest_s=max_segment,
+            at_once_s=_WRITTEN_AFTER_S,
             on_batch=lambda utterances: bars.advance(bar, utterances),
         )
         for file, one in zip(left, heard, strict=True):

@@ -209,7 +209,7 @@ def stopped(recordings, counting, tmp_path, monkeypatch):
     Before, there was a table of another time."""
     options = {**counting, "output": tmp_path / "heard.tsv", "max_segment": 6, "timestamps": True}
     options["output"].write_text("of another time\n")
-    monkeypatch.setattr(decoding_module, "_AT_ONCE_S", 20.0)
+    monkeypatch.setattr("fused_s2lora.training.transcribe._WRITTEN_AFTER_S", 20.0)
     names: list[str] = []
     stop = ["b.flac"]
 
