@@ -11,12 +11,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from fused_s2lora import S2LoraConfig
 
 from .comparison import ZERO_SHOT, Comparison
-from .comparison_lines import Column, Line, columns_of, lines_of
+from .comparison_lines import METHOD_OPTIONS, Column, Line, columns_of, lines_of
 from .evaluation import ALL
 
 _STYLE: Any = {
@@ -102,9 +104,24 @@ def rank_map_figure(lines: list[Line]) -> Figure | None:
     return figure
 
 
-def _against_parameters(lines: list[Line], columns: list[Column]) -> Figure | None:
+_OF_SIZE = {"preset", "target_modules", "sharing"}
+
+
+def _against_size(lines: list[Line]) -> list[Line]:
+    """Those trained as the first was, with methods as the file has them but for what decides their size, and rates of
+    full fine-tuning."""
     trained = [line for line in lines if line.trainable and not line.varied]
-    return _panels(trained, columns, lambda line: line.trainable, "trainable parameters", lambda line: line.label)
+    return [
+        line for line in trained
+        if line.changed <= _OF_SIZE | ({"lr"} if line.method == "full" else set())
+        and line.unlike(trained[0]) - {*METHOD_OPTIONS} <= {"method", "rank"}
+    ]  # fmt: skip
+
+
+def _against_parameters(lines: list[Line], columns: list[Column]) -> Figure | None:
+    return _panels(
+        _against_size(lines), columns, lambda line: line.trainable, "trainable parameters", lambda line: line.label
+    )
 
 
 def _against_data(lines: list[Line], columns: list[Column]) -> Figure | None:
@@ -128,8 +145,8 @@ def _panels(
     lines = [line for line in lines if line.first["results"]]
     if len(lines) < 2 or not columns:
         return None
-    height = max(3.2, 0.16 * len({series_of(line) for line in lines}))  # of a panel, and of the names beside them
-    figure, grid = plt.subplots(1, len(columns), figsize=(4 * len(columns), height), squeeze=False)
+    height = max(3.6, 0.17 * len({series_of(line) for line in lines}))  # of a panel, and of the names beside them
+    figure, grid = plt.subplots(1, len(columns), figsize=(4 * len(columns) + 2, height), squeeze=False)
     for axes, column in zip(grid[0], columns, strict=True):
         series: dict[str, list[tuple[float, list[float]]]] = {}
         for line in lines:
@@ -153,6 +170,11 @@ def _panels(
                 label=name,
             )
         axes.set(xscale="log", xlabel=label, ylabel=f"{column}, capped, %")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        shown = [rate for points in series.values() for _, rates in points for rate in rates]
+        if min(shown, default=0) > 0 and max(shown) > 3 * min(shown):  # a language that is lost
+            _scale_by_logarithm(axes)
         positions = sorted({position(line) for line in lines})
         if all(after > 1.8 * before for before, after in itertools.pairwise(positions)) and len(positions) < 6:
             axes.set_xticks(positions, [f"{value:,}" for value in positions])
@@ -160,6 +182,16 @@ def _panels(
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
+
+
+def _scale_by_logarithm(axes: Axes) -> None:
+    """A logarithmic y axis with its numbers written out: every tick's where there are few, else those of 1, 2 and 5."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high > 4 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter() if high > 4 * low else "{x:g}")
 
 
 def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
@@ -198,9 +230,7 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
                 axes.axhline(y, color="grey", linewidth=0.8, linestyle=":", label=line.label)
         axes.set(xlabel=f"{columns[0]}, capped, %", ylabel=f"{column}, capped, %")
         if min(y for line in axes.get_lines() for y in line.get_ydata()) > 0:
-            axes.set_yscale("log")  # of a language that is lost it may be five times that of one that is kept
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+            _scale_by_logarithm(axes)  # of a language that is lost it may be five times that of one that is kept
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
@@ -212,11 +242,17 @@ def _mean_capped(line: Line, column: Column) -> float | None:
 
 
 def learning_figure(lines: list[Line]) -> Figure | None:
-    """Training cross-entropy over steps, of each line's `first` seed: the methods, and S2-LoRA's ablations."""
+    """Training cross-entropy over steps, of each line's `first` seed: the methods, and S2-LoRA's ablations.
+
+    Rows trained as long as the first, and one for those that differ in the share of the update alone; running means,
+    for batches differ by more than methods.
+    """
     panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {"methods": {}, "S2-LoRA": {}}
-    for line in lines:
+    trained = [line for line in lines if line.trainable]
+    for index, line in enumerate(trained):
         history = [entry for entry in line.first["metrics"] or [] if "loss" in entry and "step" in entry]
-        if not history or line.rank != 8 or line.varied:
+        known = any(line.unlike(other) <= {"interpolation"} for other in trained[:index])
+        if not history or line.rank != 8 or line.varied or known or "epochs" in line.unlike(trained[0]):
             continue
         curve = ([entry["step"] for entry in history], [_cross_entropy(entry) for entry in history])
         if line.method == "s2lora":
@@ -230,10 +266,11 @@ def learning_figure(lines: list[Line]) -> Figure | None:
     for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
         looks = itertools.product(("-", "--", ":"), plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
         for (label, (steps, losses)), (dashes, colour) in zip(curves.items(), looks, strict=False):
-            window = min(3, len(losses))
+            window = max(min(3, len(losses)), len(losses) // 10)
             smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
             axes.plot(steps[window - 1 :], smooth, linewidth=1, linestyle=dashes, color=colour, label=label)
-        axes.set(xlabel="step", ylabel="cross-entropy per token", yscale="log", title=title)
+        axes.set(xlabel="step", ylabel="cross-entropy per token", title=title)
+        _scale_by_logarithm(axes)
         axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
@@ -268,7 +305,7 @@ def _sparsity(lines: list[Line]) -> Figure | None:
         axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
         axes.minorticks_off()
         axes.set(xlabel="α₁", ylabel=label)
-    grid[0].set_yscale("log")
+    _scale_by_logarithm(grid[0])
     grid[1].set_ylim(0, 105)
     grid[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()

@@ -161,6 +161,7 @@ def test_figures_are_drawn_and_repeat(compared):
     assert {file.stem for file in drawn.values()} == {"rank-map", "parameters", "data", "learning", "sparsity"}
     first = {name: file.read_text() for name, file in drawn.items()}
     assert {name: file.read_text() for name, file in draw_figures(comparison).items()} == first
+    assert not [name for name, text in first.items() if "mathdefault" in text]  # what matplotlib writes a power with
     assert "AdaLoRA" in first["Ranks kept, layer by matrix"]
     by_data = first["Error against amount of data"]
     assert by_data.count(">S2-LoRA<") == 1
@@ -173,6 +174,12 @@ def test_figures_over_one_option_leave_out_rows_trained_otherwise():
     lines = lines_of(read_comparison(folder.with_suffix(".yaml"), folder))
     figure = comparison_figures._against_data(lines, columns_of(lines))
     assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["LoRA", "S2-LoRA"]
+    sizes = comparison_figures._against_parameters(lines, columns_of(lines))
+    shown = {text.get_text() for text in sizes.axes[-1].get_legend().get_texts()}
+    assert shown >= {"S2-LoRA", "LoRA", "LoRA, six kinds", "S2-LoRA, not shared", "Full fine-tuning, lr 3e-5", "IA3"}
+    assert not [name for name in shown if "kept" in name or "epochs" in name or "of the update" in name]
+    curves = comparison_figures.learning_figure(lines).axes[0].get_legend().get_texts()
+    assert not [text.get_text() for text in curves if "epochs" in text.get_text() or "update" in text.get_text()]
     magnitudes = comparison_figures._sparsity(lines).axes[0].get_lines()
     assert [list(line.get_xdata()) for line in magnitudes] == [[0, 0.05, 0.2]] * 6
     default = comparison_figures._sizes(json.loads((folder / "s2-lora-r8-seed0" / "rank_pattern.json").read_text()))
