@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import jiwer
 from .comparison import Comparison, read_comparison
 from .comparison_differences import Gap, gaps_of, told_of
 from .comparison_figures import draw_figures
-from .comparison_lines import columns_of, lines_of, names_of
+from .comparison_lines import Column, Line, columns_of, lines_of, names_of
 from .comparison_tables import record, write_tables
 from .errors import UserError
-from .evaluation import SCORED_COLUMNS, unit_of
+from .evaluation import ALL, SCORED_COLUMNS, unit_of
 from .output import read_json, writing
 from .run import run_options
 
@@ -116,9 +117,10 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         "figures": [(title, file.read_text(encoding="utf-8")) for title, file in figures.items()],
         "data": {
             "tables": [
-                {"title": "Methods: error rates, percent", "rows": rows},
+                *([_means(names, columns)] if any(len(line.cells) > 1 for line in lines) else []),
+                {"title": "Runs: error rates, percent", "rows": rows},
                 *([_differences(gaps)] if gaps else []),
-                {"title": "Runs", "rows": runs},
+                {"title": "Runs: what made them", "rows": runs},
             ],
             "maps": [
                 entry for name, line in names.items() if line.first["rank_pattern"]
@@ -129,6 +131,22 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
             ),
         },
     }  # fmt: skip
+
+
+def _means(names: dict[str, Line], columns: list[Column]) -> dict[str, Any]:
+    """One row for all seeds of a method."""
+    rows = []
+    for name, line in names.items():
+        row: dict[str, Any] = {"method": name, "rank": line.rank, "trainable": line.trainable}
+        row["seeds"] = sum(not cell["cell"]["failed"] for cell in line.cells)
+        for column in (column for column in columns if column.group == ALL):
+            rates, capped = line.rates(column), line.rates(column, "capped_rate")
+            row[str(column)] = statistics.fmean(rates) if rates else None
+            row[f"{column}, ±"] = statistics.stdev(rates) if len(rates) > 1 else None
+            row[f"{column}, capped"] = statistics.fmean(capped) if capped else None
+        rows.append(row)
+    note = "Means over seeds, ± their sample standard deviation; capped: with errors no more than an utterance is long."
+    return {"title": "Methods: error rates, percent", "note": note, "digits": 1, "rows": rows}
 
 
 def _differences(gaps: list[Gap]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import statistics
 from dataclasses import asdict
 
 import pytest
@@ -117,32 +118,47 @@ def page(browser, compared):
     assert problems == []
 
 
-def column(page, heading: str, table: str = "#tables table") -> list[str]:
-    names = page.locator(f"{table} >> nth=0 >> thead th").all_inner_texts()
+def column(page, heading: str, number: int = 0, tables: str = "#tables table") -> list[str]:
+    """Of the table with this number among these on the page."""
+    table = page.locator(tables).nth(number)
+    names = table.locator("thead th").all_inner_texts()
     index = [name.rstrip(" ↑↓") for name in names].index(heading)
-    return [row.locator("td").nth(index).inner_text() for row in page.locator(f"{table} >> nth=0 >> tbody tr").all()]
+    return [row.locator("td").nth(index).inner_text() for row in table.locator("tbody tr").all()]
 
 
 def test_the_page_sorts_and_filters(page):
     assert page.title() == "A comparison"
-    before = column(page, "seed")
-    page.locator("#tables table >> nth=0 >> th", has_text="trainable").click()
-    counts = [int(value.replace(",", "")) for value in column(page, "trainable") if value != "–"]
+    before = column(page, "seed", 1)
+    heading = page.locator("#tables table").nth(1).locator("th", has_text="trainable")
+    heading.click()
+    counts = [int(value.replace(",", "")) for value in column(page, "trainable", 1) if value != "–"]
     assert counts == sorted(counts)
-    page.locator("#tables table >> nth=0 >> th", has_text="trainable").click()
-    assert column(page, "trainable")[0] == f"{max(counts):,}"
-    page.get_by_label("filter Methods").fill("adalora")
-    assert column(page, "method") == ["AdaLoRA"]
-    page.get_by_label("filter Methods").fill("")
-    assert len(column(page, "method")) == len(before) == 10
+    heading.click()
+    assert column(page, "trainable", 1)[0] == f"{max(counts):,}"
+    page.get_by_label("filter Runs: error").fill("adalora")
+    assert column(page, "method", 1) == ["AdaLoRA"]
+    page.get_by_label("filter Runs: error").fill("")
+    assert len(column(page, "method", 1)) == len(before) == 10
+
+
+def test_the_page_has_means_over_seeds(page, compared):
+    records = json.loads((compared / "out" / "comparison.json").read_text())
+    rates = [entry["same WER rate"] for entry in records if entry["row"] == "S2-LoRA"]
+    assert len(rates) > 1
+    page.get_by_label("filter Methods").fill("s2-lora")
+    assert column(page, "method", 0)[0] == "S2-LoRA"
+    shown = [column(page, heading, 0)[0] for heading in ("seeds", "same WER", "same WER, ±")]
+    expected = (statistics.fmean(rates), statistics.stdev(rates))
+    assert int(shown[0]) == len(rates)
+    assert [float(value) for value in shown[1:]] == pytest.approx(expected, abs=0.051)
 
 
 def test_the_page_sets_rows_against_the_first(page):
     assert page.get_by_role("heading", name="Differences from S2-LoRA, points").count() == 1
     page.get_by_label("filter Differences").fill("as published")
-    row = page.locator("#tables table >> nth=1 >> tbody tr")
+    row = page.locator("#tables table >> nth=2 >> tbody tr")
     assert row.count() == 1
-    heads = page.locator("#tables table >> nth=1 >> th").all_inner_texts()
+    heads = page.locator("#tables table >> nth=2 >> th").all_inner_texts()
     values = dict(zip(heads, row.locator("td").all_inner_texts(), strict=True))
     assert (values["method"], values["seeds"], values["error"]) == ("S2-LoRA, as published", "1", "same WER")
     assert float(values["points: 95 % from"]) <= float(values["points"]) <= float(values["points: to"])
@@ -177,7 +193,7 @@ def test_the_page_shows_transcripts_with_errors_marked(page):
     assert rows.count() == 0
     page.locator("#changed").uncheck()
     page.locator("#utterances th", has_text="word errors").first.click()
-    errors = [int(value) for value in column(page, "word errors", "#utterances")]
+    errors = [int(value) for value in column(page, "word errors", tables="#utterances")]
     assert errors == sorted(errors)
     assert len(errors) == total
 
