@@ -6,25 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from fused_s2lora import S2LoraConfig
 
 from .comparison import ZERO_SHOT, Comparison
 from .comparison_lines import METHOD_OPTIONS, Column, Line, columns_of, lines_of
 from .evaluation import ALL
-
-_STYLE: Any = {
-    "svg.hashsalt": "fused_s2lora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "text.parse_math": False,
-}  # fmt: skip
+from .figures import STYLE, running_mean, scale_by_logarithm, svg_of, training_curve
+from .output import write_text
 
 
 def draw_figures(comparison: Comparison) -> dict[str, Path]:
@@ -47,12 +40,11 @@ def draw_figures(comparison: Comparison) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, (title, build) in figures.items():
-        with plt.rc_context(_STYLE):
+        with plt.rc_context(STYLE):
             figure = build()
             if figure is not None:
                 drawn[title] = folder / f"{name}.svg"
-                figure.savefig(drawn[title], metadata={"Date": None}, bbox_inches="tight")
-                plt.close(figure)
+                write_text(drawn[title], svg_of(figure))
     return drawn
 
 
@@ -174,7 +166,7 @@ def _panels(
         axes.xaxis.set_minor_formatter(NullFormatter())
         shown = [rate for points in series.values() for _, rates in points for rate in rates]
         if min(shown, default=0) > 0 and max(shown) > 3 * min(shown):  # a language that is lost
-            _scale_by_logarithm(axes)
+            scale_by_logarithm(axes)
         positions = sorted({position(line) for line in lines})
         if all(after > 1.8 * before for before, after in itertools.pairwise(positions)) and len(positions) < 6:
             axes.set_xticks(positions, [f"{value:,}" for value in positions])
@@ -182,16 +174,6 @@ def _panels(
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
-
-
-def _scale_by_logarithm(axes: Axes) -> None:
-    """A logarithmic y axis with its numbers written out: every tick's where there are few, else those of 1, 2 and 5."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if high > 4 * low:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter() if high > 4 * low else "{x:g}")
 
 
 def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
@@ -230,7 +212,7 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
                 axes.axhline(y, color="grey", linewidth=0.8, linestyle=":", label=line.label)
         axes.set(xlabel=f"{columns[0]}, capped, %", ylabel=f"{column}, capped, %")
         if min(y for line in axes.get_lines() for y in line.get_ydata()) > 0:
-            _scale_by_logarithm(axes)  # of a language that is lost it may be five times that of one that is kept
+            scale_by_logarithm(axes)  # of a language that is lost it may be five times that of one that is kept
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
@@ -250,11 +232,10 @@ def learning_figure(lines: list[Line]) -> Figure | None:
     panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {"methods": {}, "S2-LoRA": {}}
     trained = [line for line in lines if line.trainable]
     for index, line in enumerate(trained):
-        history = [entry for entry in line.first["metrics"] or [] if "loss" in entry and "step" in entry]
+        curve = training_curve(line.first["metrics"])
         known = any(line.unlike(other) <= {"interpolation"} for other in trained[:index])
-        if not history or line.rank != 8 or line.varied or known or "epochs" in line.unlike(trained[0]):
+        if not curve[0] or line.rank != 8 or line.varied or known or "epochs" in line.unlike(trained[0]):
             continue
-        curve = ([entry["step"] for entry in history], [_cross_entropy(entry) for entry in history])
         if line.method == "s2lora":
             panels["S2-LoRA"][line.label] = curve
         if line.method != "s2lora" or not line.changed:
@@ -266,18 +247,12 @@ def learning_figure(lines: list[Line]) -> Figure | None:
     for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
         looks = itertools.product(("-", "--", ":"), plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
         for (label, (steps, losses)), (dashes, colour) in zip(curves.items(), looks, strict=False):
-            window = max(min(3, len(losses)), len(losses) // 10)
-            smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-            axes.plot(steps[window - 1 :], smooth, linewidth=1, linestyle=dashes, color=colour, label=label)
+            axes.plot(*running_mean(steps, losses), linewidth=1, linestyle=dashes, color=colour, label=label)
         axes.set(xlabel="step", ylabel="cross-entropy per token", title=title)
-        _scale_by_logarithm(axes)
+        scale_by_logarithm(axes)
         axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
-
-
-def _cross_entropy(entry: dict[str, Any]) -> float:
-    return float(entry.get("cross_entropy", entry["loss"]))
 
 
 def _sparsity(lines: list[Line]) -> Figure | None:
@@ -305,7 +280,7 @@ def _sparsity(lines: list[Line]) -> Figure | None:
         axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
         axes.minorticks_off()
         axes.set(xlabel="α₁", ylabel=label)
-    _scale_by_logarithm(grid[0])
+    scale_by_logarithm(grid[0])
     grid[1].set_ylim(0, 105)
     grid[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()

@@ -18,6 +18,7 @@ from .comparison_lines import Column, Line, columns_of, lines_of, names_of
 from .comparison_tables import record, write_tables
 from .errors import UserError
 from .evaluation import ALL, SCORED_COLUMNS, unit_of
+from .figures import run_svg
 from .output import read_json, writing
 from .run import run_options
 
@@ -69,6 +70,7 @@ def _run_page(folder: Path) -> dict[str, Any]:
         for name, result in evaluation["sets"].items()
         for group, units in result["groups"].items()
     ]
+    curve = run_svg(_read(folder / "metrics.json", []))
     labels = [name for name in ("before", "after") if any((folder / name).glob("*.tsv"))]
     return {
         "title": f"{folder.name}: {config['method']}",
@@ -77,7 +79,7 @@ def _run_page(folder: Path) -> dict[str, Any]:
             **_read(folder / "summary.json", {}),
             "command": _command(folder),
         },
-        "figures": [],
+        "figures": [] if curve is None else [("Learning curve", curve)],
         "data": {
             "tables": [{"title": "Error rates, percent", "rows": rates}],
             "maps": _maps(folder.name, _read(folder / "rank_pattern.json", [])),

@@ -13,6 +13,7 @@ from fused_s2lora.training.cli import app
 from fused_s2lora.training.comparison import read_comparison
 from fused_s2lora.training.comparison_figures import draw_figures
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.figures import run_svg
 from fused_s2lora.training.report import marked, write_report
 from tests.training.comparisons import write
 from tests.training.speech import TEXTS
@@ -80,6 +81,18 @@ def test_a_damaged_file_of_a_comparison_is_named(compared, tmp_path):
     damaged.write_text(damaged.read_text()[:20])
     with pytest.raises(UserError, match=f"{re.escape(str(damaged))}: is damaged"):
         write_report(tmp_path / "out")
+
+
+def test_a_run_has_its_learning_curve(compared):
+    run = compared / "out" / "s2-lora-r8-seed0"
+    assert "<h2>Learning curve</h2>" in write_report(run).read_text()
+    metrics = json.loads((run / "metrics.json").read_text())
+    curve = run_svg(metrics)
+    assert ">cross-entropy per token<" in curve
+    assert ">development<" not in curve
+    assert ">development<" in run_svg([*metrics, {"eval_loss": 3.0, "step": 2}])
+    assert "mathdefault" not in curve
+    assert run_svg([]) is run_svg([{"loss": 1.0, "step": 1}]) is None
 
 
 def test_report_of_a_run_is_one_file_that_needs_no_network(compared):
