@@ -102,12 +102,13 @@ _OF_SIZE = {"preset", "target_modules", "sharing"}
 def _against_size(lines: list[Line]) -> list[Line]:
     """Those trained as the first was, with methods as the file has them but for what decides their size, and rates of
     full fine-tuning."""
-    trained = [line for line in lines if line.trainable and not line.varied]
-    return [
-        line for line in trained
-        if line.changed <= _OF_SIZE | ({"lr"} if line.method == "full" else set())
-        and line.unlike(trained[0]) - {*METHOD_OPTIONS} <= {"method", "rank"}
-    ]  # fmt: skip
+    shown: list[Line] = []
+    for line in (line for line in lines if line.trainable and not line.varied):
+        other = line.unlike(shown[0]) if shown else set()
+        allowed = _OF_SIZE | ({"lr"} if line.method == "full" else set())
+        if line.changed & other <= allowed and other - {*METHOD_OPTIONS} <= {"method", "rank"}:
+            shown.append(line)
+    return shown
 
 
 def _against_parameters(lines: list[Line], columns: list[Column]) -> Figure | None:

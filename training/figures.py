@@ -22,7 +22,9 @@ STYLE: Any = {
 def svg_of(figure: Figure) -> str:
     """The figure as SVG, the same for equal figures, and closed."""
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(
+        drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), bbox_inches="tight"
+    )
     plt.close(figure)
     return drawn.getvalue()
 
