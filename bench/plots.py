@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.cases import Case
 
@@ -49,10 +51,27 @@ def _save(figure: Figure | None, file: Path) -> None:
         plt.close(figure)
 
 
+def _written_out(axis: Axis) -> None:
+    """The numbers 1, 2 and 5 of each power of ten along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """By provider, as all plots and legends have them."""
+    order = [*_COLOURS]
+    return sorted(rows, key=lambda row: order.index(row["provider"]) if row["provider"] in order else len(order))
+
+
 def _roofline(device: str, rows: list[Row]) -> Figure | None:
     """Achieved rate of the work a case cannot do without, against that work's flops a byte."""
     limits = [row for row in rows if row["section"] == "device"]
-    both = [row for row in rows if row["section"] == "layer" and row["pass"] == "both"]
+    both = _in_order([row for row in rows if row["section"] == "layer" and row["pass"] == "both"])
     if not (limits and both):
         return None
     bandwidth, matrix = limits[-1]["copy_gb_per_s"] * 1e9, limits[-1]["matrix_tflops"]
@@ -69,10 +88,13 @@ def _roofline(device: str, rows: list[Row]) -> Figure | None:
         axes.scatter(x, y, s=18, label=provider, color=_colour(provider))
     span = [min(intensities) / 2, max(intensities) * 2]
     axes.plot(span, [value * bandwidth / 1e12 for value in span], color="black", linewidth=1)
-    for precision in dict.fromkeys(row["precision"] for row in both):
-        axes.axhline(matrix[precision], color="black", linewidth=1, linestyle=":")
-        axes.annotate(f"{precision} product", (span[0], matrix[precision]), va="bottom", fontsize=7)
+    for rate in {matrix[row["precision"]] for row in both}:
+        precisions = dict.fromkeys(row["precision"] for row in both if matrix[row["precision"]] == rate)
+        axes.axhline(rate, color="black", linewidth=1, linestyle=":")
+        axes.annotate(f" product in {', '.join(precisions)}", (span[0], rate), va="bottom", fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="flops / byte (least possible)", ylabel="TFLOP/s", xlim=span)
+    _written_out(axes.xaxis)
+    _written_out(axes.yaxis)
     axes.set_title(f"Linear maps, forward + backward, measured\n{device}", fontsize=9)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -84,7 +106,7 @@ def _time_by_rows(device: str, rows: list[Row]) -> Figure | None:
         row for row in rows if row["section"] == "layer" and row["pass"] == "both" and row["layer"] == "encoder-layer"
     ]
     series: dict[tuple, dict[str, dict[int, float]]] = {}
-    for row in both:
+    for row in _in_order(both):
         group = series.setdefault((row["size"], row["precision"], row["rank"]), {})
         group.setdefault(row["provider"], {})[row["rows"]] = row["p50_ms"]
     series = {key: group for key, group in series.items() if len(group.get("frozen", {})) > 1}
@@ -96,7 +118,9 @@ def _time_by_rows(device: str, rows: list[Row]) -> Figure | None:
             x = sorted(set(times) & set(group["frozen"]))
             y = [times[m] / group["frozen"][m] for m in x]
             axes.plot(x, y, marker="o", markersize=3, label=provider, color=_colour(provider))
-        axes.set(xscale="log", xlabel="rows M", ylabel="time / frozen", ylim=(0, None))
+        axes.set(xscale="log", xlabel="rows M", ylabel="time / frozen")
+        axes.set_xticks([*group["frozen"]], [f"{m:,}" for m in group["frozen"]])
+        axes.minorticks_off()
         axes.set_title(f"{size} encoder layer, {precision}, rank {rank}\n{device}", fontsize=9)
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -112,11 +136,12 @@ def _throughput(device: str, rows: list[Row]) -> Figure | None:
         window = "30 s" if row["window"] == "full" else "trimmed"
         cases.setdefault(f"{row['size']}, batch {row['batch']}, {window}", []).append(row)
     figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
-    for axes, (case, found) in zip(grid[0], cases.items(), strict=True):
+    for axes, (case, unordered) in zip(grid[0], cases.items(), strict=True):
+        found = _in_order(unordered)
         names = [row["provider"] for row in found]
         rates = [row["audio_s_per_s"] for row in found]
         bars = axes.barh(names, rates, color=[_colour(name) for name in names])
-        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axes.bar_label(bars, fmt=_rounded, padding=2, fontsize=7)
         axes.invert_yaxis()
         axes.set(xlabel="audio seconds / second")
         axes.set_title(case, fontsize=9)
@@ -134,11 +159,12 @@ def _bytes(rows: list[Row]) -> Figure | None:
     for row in layers:
         cases.setdefault(f"{row['size']}, M {row['rows']:,}, {row['precision']}", []).append(row)
     figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
-    for axes, (case, found) in zip(grid[0], cases.items(), strict=True):
+    for axes, (case, unordered) in zip(grid[0], cases.items(), strict=True):
+        found = _in_order(unordered)
         names = [row["provider"] for row in found]
         amounts = [row["counted_bytes"] / 1e9 for row in found]
         bars = axes.barh(names, amounts, color=[_colour(name) for name in names])
-        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axes.bar_label(bars, fmt=_rounded, padding=2, fontsize=7)
         axes.invert_yaxis()
         axes.set(xlabel="GB, forward + backward")
         axes.set_title(case, fontsize=9)
