@@ -80,6 +80,7 @@ def with_answers(
         return speech, len(asked)
     own = speech.dataset.remove_columns([name for name in speech.dataset.column_names if name in _OURS])
     again = own.select([answer["row"] for answer in answers]).remove_columns("target")
+    again = again.flatten_indices(keep_in_memory=True)  # `add_column` would, beside the data set's own files
     for column, name in _COLUMNS.items():
         again = again.add_column(column, [answer[name] for answer in answers])
     return Speech(datasets.concatenate_datasets([own, again]), speech.source, speech.skipped), len(asked)

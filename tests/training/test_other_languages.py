@@ -3,11 +3,13 @@
 import functools
 import json
 
+import datasets
 import pytest
 import torch
 
 from fused_s2lora.training import other_languages, trainer
 from fused_s2lora.training import train as train_module
+from fused_s2lora.training.audio import read_audio
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.collate import ANSWER_TOKENS, IGNORED, SpeechCollator
 from fused_s2lora.training.data import load_speech
@@ -108,6 +110,21 @@ def test_metadata_named_like_an_answer_is_left_out(tmp_path, heard):
     more, _ = with_answers(speech, None, None, share=0.5, languages=["de"], file=tmp_path / "answers.json")
     assert more.dataset["answer"][:6] == [None] * 6
     assert all(more.dataset["answer"][6:])
+
+
+def test_a_saved_data_set_stays_as_it_is(tmp_path, heard):
+    folder = write_folder(tmp_path / "speech")
+    audio = [{"path": file.name, "bytes": file.read_bytes()} for file in sorted(folder.glob("*.flac"))]
+    saved = datasets.Dataset.from_dict({"audio": audio, "text": TEXTS})
+    saved.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(tmp_path / "saved")
+    there = sorted((tmp_path / "saved").iterdir())
+    speech = load_speech(tmp_path / "saved")
+    more, _ = with_answers(speech, None, None, share=0.5, languages=["de"], file=tmp_path / "answers.json")
+    assert [read_audio(entry).shape for entry in more.audio()][6:] == [
+        read_audio(speech.dataset[answer["row"]]["audio"]).shape
+        for answer in json.loads((tmp_path / "answers.json").read_text())
+    ]
+    assert sorted((tmp_path / "saved").iterdir()) == there
 
 
 def test_answers_of_other_speech_are_refused(tmp_path, heard):
