@@ -135,11 +135,11 @@ def load_speech(
         "transient": True,
     }
     checked: list[dict[str, Any]] = []  # as many as `rows`, of a bad one without anything
-    entries: list[dict[str, Any]] = []
+    files: list[str | None] = []
     usable: list[int] = []
     skipped: list[Skipped] = []
     for index, (file, found) in enumerate(track(in_threads(check, enumerate(rows)), total=len(rows), **bar)):
-        entries.append({"audio": {"path": file, "bytes": None}})
+        files.append(file)
         checked.append(dict.fromkeys(features))
         if isinstance(found, Skipped):
             if strict:
@@ -158,7 +158,7 @@ def load_speech(
         text = unicodedata.normalize("NFC", row["text"])  # as Whisper writes; decomposed it has tokens of its own
         text = sentence_case(text, language) if recase else text
         row["target"] = as_written(text, language) if leading_space else text
-    audio = _undecoded(rows, audio_column, entries)
+    audio = _undecoded(rows, audio_column, files)
     dataset = datasets.concatenate_datasets([datasets.Dataset.from_list(checked, features), audio], axis=1)
     return Speech(dataset if not skipped else dataset.select(usable), source, skipped)
 
@@ -202,12 +202,12 @@ def _checked(
     return entry["path"], own | segment | {name: _metadatum(row.get(name)) for name in further}
 
 
-def _undecoded(rows: Sequence[Any], column: str, entries: list[dict[str, Any]]) -> datasets.Dataset:
-    """A column "audio" of path and bytes, as `rows` have it in a data set, which is not copied, else of `entries`."""
+def _undecoded(rows: Sequence[Any], column: str, files: list[str | None]) -> datasets.Dataset:
+    """A column "audio" of path and bytes, as `rows` have it in a data set, which is not copied, else of these files."""
     if isinstance(rows, datasets.Dataset) and _holds_audio(rows.features[column]):
         audio = rows.select_columns(column).rename_columns({column: "audio"})
     else:
-        audio = datasets.Dataset.from_list(entries, _STORED)
+        audio = datasets.Dataset.from_dict({"audio": [{"path": file, "bytes": None} for file in files]}, _STORED)
     return audio.cast_column("audio", datasets.Audio(decode=False))
 
 

@@ -80,6 +80,12 @@ def transcribe(
             raise UserError(f"--output {output}: is named as a recording; give a .tsv")
         check_writable(Path(output))
     usable, skipped = _usable(files, strict)
+    whisper, processor = load_base(model)
+    trained = remembered_speech(adapter) if adapter else {}
+    code = check_language(whisper, language or trained.get("language"))
+    chosen = window_for(trained, window, margin)
+    adapted = load_adapter(whisper, adapter) if adapter else whisper
+    to_best_device(adapted)
     record = None
     if output is not None:
         settings = {
@@ -90,12 +96,6 @@ def transcribe(
         record = _Record(Path(output), settings, usable, timestamps)
     done = {} if record is None else record.done
     left = [file for file in usable if file not in done]
-    whisper, processor = load_base(model)
-    trained = remembered_speech(adapter) if adapter else {}
-    code = check_language(whisper, language or trained.get("language"))
-    chosen = window_for(trained, window, margin)
-    adapted = load_adapter(whisper, adapter) if adapter else whisper
-    to_best_device(adapted)
     with Progress(transient=True, console=Console(stderr=True)) as bars:
         if done:
             bars.console.print(f"{output}: {len(done)} of {len(usable)} recordings are in it already", markup=False)

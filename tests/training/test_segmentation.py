@@ -270,6 +270,14 @@ def test_what_changed_is_heard_again(recordings, stopped, tiny_folder, change):
     assert not record.exists()
 
 
+def test_a_table_stays_where_the_model_is_no_good(recordings, counting, tmp_path):
+    (tmp_path / "heard.tsv").write_text("of another time\n")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no adapter_config"):
+        transcribe([recordings], **counting, adapter=str(tmp_path / "empty"), output=tmp_path / "heard.tsv")
+    assert (tmp_path / "heard.tsv").read_text() == "of another time\n"
+
+
 def test_a_recording_is_in_one_language(recordings, counting, monkeypatch):
     """In what its first segment sounds like, however the others sound."""
     first, asked = [], []
