@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 import unicodedata
 
 import datasets
@@ -11,7 +12,7 @@ import pytest
 import soundfile
 
 from fused_s2lora.training.audio import read_audio
-from fused_s2lora.training.data import Speech, drop_overlong, load_speech, speakers
+from fused_s2lora.training.data import Speech, drop_overlong, in_threads, load_speech, speakers
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.sets import _hold_out
 from tests.training.speech import TEXTS, tone, write_folder, write_lines
@@ -40,6 +41,14 @@ def test_audio_of_a_data_set_stays_on_disk(tmp_path, typed, bad):
     assert [item.utterance for item in speech.skipped] == [f"{index}.wav" for index in bad]
     assert sorted(int(row["text"][:-1]) for row in rows) == sorted({*range(64)} - {*bad})
     assert {len(read_audio(entry)) for entry in speech.audio()} == {160_000}
+
+
+def test_threads_keep_the_order_and_take_little_ahead():
+    taken = []
+    numbers = (taken.append(number) or number for number in range(10_000))
+    found = in_threads(lambda number: time.sleep(0.001 * (number % 3)) or -number, numbers)
+    assert [next(found) for _ in range(300)] == [-number for number in range(300)]
+    assert len(taken) < 500
 
 
 def test_audiofolder_becomes_sentence_case(tmp_path):
