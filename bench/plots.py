@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.cases import Case
+from fused_s2lora.training.figures import write_out
 
 Row = dict[str, Any]
 _CASE = tuple(Case.__dataclass_fields__)
@@ -51,13 +50,6 @@ def _save(figure: Figure | None, file: Path) -> None:
         plt.close(figure)
 
 
-def _written_out(axis: Axis) -> None:
-    """The numbers 1, 2 and 5 of each power of ten along a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -93,8 +85,8 @@ def _roofline(device: str, rows: list[Row]) -> Figure | None:
         axes.axhline(rate, color="black", linewidth=1, linestyle=":")
         axes.annotate(f" product in {', '.join(precisions)}", (span[0], rate), va="bottom", fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="flops / byte (least possible)", ylabel="TFLOP/s", xlim=span)
-    _written_out(axes.xaxis)
-    _written_out(axes.yaxis)
+    write_out(axes.xaxis)
+    write_out(axes.yaxis)
     axes.set_title(f"Linear maps, forward + backward, measured\n{device}", fontsize=9)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -200,7 +200,7 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
         for curve, (shape, colour) in zip(shown, looks, strict=False):
             plain = min(curve, key=lambda line: (line.varied, len(line.changed)))
             told = [line for line in curve if line.share is not None] or curve
-            points = {line.share: [_mean_capped(line, one) for one in (columns[0], column)] for line in told}
+            points = {line.share: [line.mean_rate(one, "capped_rate") for one in (columns[0], column)] for line in told}
             placed = sorted((share or 0, *point) for share, point in points.items() if None not in point)
             label = plain.label + (f", r = {plain.rank}" if plain.rank != 8 else "")
             style = {"marker": shape, "color": colour, "markersize": 4, "linewidth": 0.9}
@@ -209,7 +209,7 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
                 offset = {"xytext": (3, 3), "textcoords": "offset points"}
                 axes.annotate(f"{share:g}", (x, y), fontsize=6, color=colour, **offset)
         for line in (line for line in lines if line.method == ZERO_SHOT):
-            if (y := _mean_capped(line, column)) is not None:
+            if (y := line.mean_rate(column, "capped_rate")) is not None:
                 axes.axhline(y, color="grey", linewidth=0.8, linestyle=":", label=line.label)
         axes.set(xlabel=f"{columns[0]}, capped, %", ylabel=f"{column}, capped, %")
         if min(y for line in axes.get_lines() for y in line.get_ydata()) > 0:
@@ -217,11 +217,6 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
     grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
-
-
-def _mean_capped(line: Line, column: Column) -> float | None:
-    rates = line.rates(column, "capped_rate")
-    return statistics.fmean(rates) if rates else None
 
 
 def learning_figure(lines: list[Line]) -> Figure | None:

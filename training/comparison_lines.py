@@ -106,6 +106,11 @@ class Line:
                 found.append(groups[column.group][column.unit][kind])
         return found
 
+    def mean_rate(self, column: Column, kind: str = "rate") -> float | None:
+        """Mean of `rates`."""
+        rates = self.rates(column, kind)
+        return statistics.fmean(rates) if rates else None
+
     def mean(self, key: str) -> float | None:
         """Mean of a figure of the runs' summaries."""
         values = [cell["summary"][key] for cell in self.cells if cell["summary"] and cell["summary"][key] is not None]

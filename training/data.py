@@ -158,7 +158,7 @@ def load_speech(
         text = unicodedata.normalize("NFC", row["text"])  # as Whisper writes; decomposed it has tokens of its own
         text = sentence_case(text, language) if recase else text
         row["target"] = as_written(text, language) if leading_space else text
-    audio = _undecoded(rows, audio_column, files)
+    audio = _audio_column(rows, audio_column, files)
     dataset = datasets.concatenate_datasets([datasets.Dataset.from_list(checked, features), audio], axis=1)
     return Speech(dataset if not skipped else dataset.select(usable), source, skipped)
 
@@ -202,7 +202,7 @@ def _checked(
     return entry["path"], own | segment | {name: _metadatum(row.get(name)) for name in further}
 
 
-def _undecoded(rows: Sequence[Any], column: str, files: list[str | None]) -> datasets.Dataset:
+def _audio_column(rows: Sequence[Any], column: str, files: list[str | None]) -> datasets.Dataset:
     """A column "audio" of path and bytes, as `rows` have it in a data set, which is not copied, else of these files."""
     if isinstance(rows, datasets.Dataset) and _holds_audio(rows.features[column]):
         audio = rows.select_columns(column).rename_columns({column: "audio"})

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -34,9 +35,17 @@ def scale_by_logarithm(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high > 4 * low:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter() if high > 4 * low else "{x:g}")
+        write_out(axes.yaxis)
+    else:
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+
+
+def write_out(axis: Axis) -> None:
+    """The numbers 1, 2 and 5 of each power of ten along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def training_curve(metrics: Sequence[dict[str, Any]] | None) -> tuple[list[int], list[float]]:

@@ -142,10 +142,10 @@ def _means(names: dict[str, Line], columns: list[Column]) -> dict[str, Any]:
         row: dict[str, Any] = {"method": name, "rank": line.rank, "trainable": line.trainable}
         row["seeds"] = sum(not cell["cell"]["failed"] for cell in line.cells)
         for column in (column for column in columns if column.group == ALL):
-            rates, capped = line.rates(column), line.rates(column, "capped_rate")
-            row[str(column)] = statistics.fmean(rates) if rates else None
+            rates = line.rates(column)
+            row[str(column)] = line.mean_rate(column)
             row[f"{column}, ±"] = statistics.stdev(rates) if len(rates) > 1 else None
-            row[f"{column}, capped"] = statistics.fmean(capped) if capped else None
+            row[f"{column}, capped"] = line.mean_rate(column, "capped_rate")
         rows.append(row)
     note = "Means over seeds, ± their sample standard deviation; capped: with errors no more than an utterance is long."
     return {"title": "Methods: error rates, percent", "note": note, "digits": 1, "rows": rows}
