@@ -12,6 +12,12 @@ from .errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 Model = Annotated[str, typer.Option(help="Whisper to use: hub id, local folder, or [b]packaged-base[/b].")]
+AdaptersModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Whisper to use: hub id or local folder. [dim]default: the adapter's, without one packaged-base[/dim]"
+    ),
+]
 Adapter = Annotated[str | None, typer.Option(help="Adapter folder of a run (RUN/adapter) or hub id.")]
 Language = Annotated[str, typer.Option(help="Language of the speech: code or English name.")]
 Task = Annotated[str, typer.Option(help="transcribe, or translate into English.")]
@@ -218,7 +224,7 @@ def report(
 def evaluate(
     test: Test,
     output: Annotated[str, typer.Option(help="Folder for results.json and transcripts.")] = "runs/evaluation",
-    model: Model = "packaged-base",
+    model: AdaptersModel = None,
     adapter: Adapter = None,
     language: Annotated[
         str | None,
@@ -239,10 +245,10 @@ def evaluate(
     """Score a Whisper, with or without an adapter, on test sets."""
     from .decoding import Decoding
     from .evaluate import evaluate as run
-    from .models import configured_language, remembered_speech
+    from .models import PACKAGED, configured_language, remembered_speech
     from .sets import named_sets
 
-    of_training = remembered_speech(adapter).get("language") if adapter else configured_language(model)
+    of_training = remembered_speech(adapter).get("language") if adapter else configured_language(model or PACKAGED)
     language = language or of_training or "en"
     tests = named_sets(test, language, text_column=text_column, audio_column=audio_column, limit=limit, strict=strict)
     run(
@@ -262,7 +268,7 @@ def evaluate(
 @app.command()
 def transcribe(
     audio: Annotated[list[Path], typer.Argument(help="Audio files, or folders of them.")],
-    model: Model = "packaged-base",
+    model: AdaptersModel = None,
     adapter: Adapter = None,
     language: Annotated[
         str | None, typer.Option(help="Language. [dim]default: the adapter's, else detected[/dim]")
@@ -322,7 +328,7 @@ def transcribe(
 def merge(
     adapter: Annotated[str, typer.Argument(help="Adapter folder of a run (RUN/adapter) or hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
-    model: Model = "packaged-base",
+    model: AdaptersModel = None,
 ) -> None:
     """Fold an adapter into its Whisper and save an ordinary model."""
     from .audio_window import AudioWindow

@@ -8,7 +8,7 @@ from rich.console import Console
 from .decoding import Decoding
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
-from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
+from .models import check_language, load_adapter, load_base, model_for, remembered_speech, to_best_device, window_for
 from .output import check_writable, writing
 from .precision import autocast_dtype
 from .run import run_options
@@ -18,7 +18,7 @@ def evaluate(
     tests: dict[str, TestSet],
     output: str | Path,
     *,
-    model: str = "packaged-base",
+    model: str | None = None,
     adapter: str | None = None,
     window: str | None = None,
     margin: int | None = None,
@@ -31,8 +31,9 @@ def evaluate(
 ) -> Evaluation:
     """Scores the model on every test set, prints the table and writes results.json and transcripts into `output`.
 
-    Window, margin and task default to those the adapter was trained with, else to the full window and the task of the
-    model's generation configuration, or transcription.
+    The model defaults to the one the adapter was trained on, without an adapter to the packaged Whisper-base. Window,
+    margin and task default to those of the adapter's training, else to the full window and the task of the model's
+    generation configuration, or transcription.
 
     Raises:
         UserError: bad model, adapter, window, column or precision, or `output` not writable or a training run's, in one
@@ -44,7 +45,7 @@ def evaluate(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / "results.json")
-    whisper, processor = load_base(model)
+    whisper, processor = load_base(model_for(model, adapter))
     for test in tests.values():
         check_language(whisper, test.language)
     trained = remembered_speech(adapter) if adapter else {}

