@@ -13,6 +13,7 @@ from bench.cases import Case
 from bench.measure import RESULTS
 from bench.plots import draw
 from bench.step import StepCase
+from fused_s2lora.training.output import markdown_table
 
 Row = dict[str, Any]
 _NO_FIGURE = {"measured": "refused", "counted": "not counted"}
@@ -99,7 +100,7 @@ def _devices(rows: list[Row]) -> str:
         for row in rows
     ]
     heads = ["device", "copy GB/s", *(f"{name} TFLOP/s" for name in names)]
-    return "### Devices, measured\n\n" + _markdown(heads, lines)
+    return "### Devices, measured\n\n" + markdown_table(heads, lines)
 
 
 def _measured_layer(device: str, rows: list[Row]) -> str:
@@ -123,7 +124,7 @@ def _measured_layer(device: str, rows: list[Row]) -> str:
         "provider", "forward ms", "backward ms", "both p20 / p50 / p80 ms", "/ frozen", "/ addmm-lora", "/ peft-lora",
         "/ floor", "peak MiB", "launches c", *(["both, queued ms", "/ frozen"] if on_gpu else []),
     ]  # fmt: skip
-    return _markdown(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _measured_step(device: str, rows: list[Row]) -> str:
@@ -149,7 +150,7 @@ def _measured_step(device: str, rows: list[Row]) -> str:
         "method", "p20 / p50 / p80 ms", "/ frozen", "/ lora-six", "audio s / s", "peak MiB", "/ lora-six", "launches",
         *(["GPU ms", "/ frozen"] if on_gpu else []),
     ]  # fmt: skip
-    return _markdown(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _counted(device: str, rows: list[Row]) -> str:
@@ -174,7 +175,7 @@ def _counted(device: str, rows: list[Row]) -> str:
             ]
         )
     heads = ["provider", "launches", "GB", "launches beyond", "GB beyond", "peak MiB", *(f"{gpu} ms" for gpu in gpus)]
-    return _markdown(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _host(rows: list[Row]) -> str:
@@ -187,7 +188,7 @@ def _host(rows: list[Row]) -> str:
         found = {(row["layer"], row["pass"]): row for row in rows if row["provider"] == name}
         lines.append([name, *(_number(found[column]["p50_ms"]) if column in found else "–" for column in columns)])
     heads = ["provider", *(f"{layer}, {which}, ms" for layer, which in columns)]
-    return f"### The host's time, without a GPU · {_device(rows[0])}\n\n" + _markdown(heads, lines)
+    return f"### The host's time, without a GPU · {_device(rows[0])}\n\n" + markdown_table(heads, lines)
 
 
 def _static(rows: list[Row]) -> str:
@@ -208,7 +209,7 @@ def _static(rows: list[Row]) -> str:
     legend = (
         "registers a thread · spilled bytes · shared KiB · blocks a multiprocessor (occupancy) · matrix instructions"
     )
-    return f"### Kernels compiled ahead of time, static\n\nEach cell: {legend}.\n\n" + _markdown(heads, lines)
+    return f"### Kernels compiled ahead of time, static\n\nEach cell: {legend}.\n\n" + markdown_table(heads, lines)
 
 
 def _resources(row: Row) -> str:
@@ -228,11 +229,6 @@ def _gpu_time(row: Row, frozen: Row | None, key: str) -> list[str]:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _markdown(heads: list[str], lines: list[list[str]]) -> str:
-    rule = ["---" if index == 0 else "--:" for index in range(len(heads))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *lines])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from .comparison_differences import Gap, gaps_of, told_of
 from .comparison_lines import Column, Line, columns_of, lines_of, names_of
 from .evaluation import ALL
 from .metrics import Difference
-from .output import replacing, write_json, write_text
+from .output import markdown_table, replacing, write_json, write_text
 
 
 def write_tables(comparison: Comparison, gaps: list[Gap] | None = None) -> str:
@@ -135,7 +135,7 @@ def _methods(title: str, lines: list[Line], columns: list[Column], *, beside_pap
                 *(["–"] * (len(published.SETS) - len(rates))),
             ][: len(heads)]
         )
-    return f"## {title}\n\n" + _table(heads, rows)
+    return f"## {title}\n\n" + markdown_table(heads, rows)
 
 
 def _rate(line: Line, column: Column) -> str:
@@ -168,7 +168,7 @@ def _sweep(lines: list[Line], columns: list[Column]) -> str | None:
         ]
         theirs = published.RANK_SWEEP.get(paper[label] or "", ())
         rows.append([label, *rates, *([" / ".join(f"{value:.2f}" for value in values) for values in theirs] or "––")])
-    return "## Ranks (the paper's Table 1)\n\n" + _table(heads, rows)
+    return "## Ranks (the paper's Table 1)\n\n" + markdown_table(heads, rows)
 
 
 def _differences(gaps: list[Gap]) -> str:
@@ -184,7 +184,7 @@ def _differences(gaps: list[Gap]) -> str:
         shown = [_points(one) for both in gaps_shown for one in both]
         rows.append([name, *shown, str(max(gap.seeds for gap in found.values()))])
     told = f"{told_of(gaps)} Bold where it does not hold 0."
-    return f"## Differences from {gaps[0].against}\n\n{told}\n\n" + _table(heads, rows)
+    return f"## Differences from {gaps[0].against}\n\n{told}\n\n" + markdown_table(heads, rows)
 
 
 def _points(found: Difference | None) -> str:
@@ -201,10 +201,6 @@ def _runs(records: list[dict[str, Any]]) -> str:
          f"`{entry['command']}`", entry["device"], entry["precision"]]
         for entry in records
     ]  # fmt: skip
-    return "## Runs\n\n" + _table(["row", "folder", "seed", "date", "commit", "command", "device", "precision"], rows)
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rule = ["---" if index == 0 else "--:" for index in range(len(heads))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *escaped])
+    return "## Runs\n\n" + markdown_table(
+        ["row", "folder", "seed", "date", "commit", "command", "device", "precision"], rows
+    )

@@ -10,6 +10,7 @@ from fused_s2lora.interpolation import scale_update
 
 from .errors import UserError
 from .methods import METHODS
+from .model_card import write_model_card
 from .models import load_adapter, load_base, remember_speech, remembered_speech, window_for
 from .output import check_empty, read_json, write_json, writing
 from .rank_maps import write_rank_maps
@@ -75,6 +76,7 @@ def interpolate_run(run: Path, share: float, output: Path, *, model: str | None 
         adapted.save_pretrained(str(output))
         language, task = trained.get("language"), trained.get("task", "transcribe")
         remember_speech(output, window_for(trained, None, None), language, task)
+        write_model_card(output, options, read_json(run / "summary.json") | {"interpolation": share})
     return adapted
 
 

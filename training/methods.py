@@ -132,6 +132,7 @@ class Method:
     `reads` are the options it takes of those that not every method does.
     """
 
+    title: str
     config: Callable[[TrainOptions, int], PeftConfig] | None = None
     learning_rate: float = _PAPER_LEARNING_RATE
     trains: Callable[[str], bool] = lambda name: True
@@ -139,17 +140,23 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "s2lora": Method(_s2lora, reads=_S2LORA),
-    "lora": Method(_lora, reads=_SCALED),
-    "glora": Method(_glora, reads=_RANKED),
-    "adalora": Method(_adalora(orthogonality=True, allocation=True), reads=_SCALED),
-    "adalora-without-orthogonality": Method(_adalora(orthogonality=False, allocation=True), reads=_SCALED),
-    "adalora-without-allocation": Method(_adalora(orthogonality=True, allocation=False), reads=_SCALED),
-    "adalora-without-both": Method(_adalora(orthogonality=False, allocation=False), reads=_SCALED),
-    "alpha-lora": Method(_alpha_lora, reads=_SCALED),
-    "ia3": Method(_ia3, reads=_TARGETED),
-    "bitfit": Method(trains=lambda name: name.endswith(".bias")),
-    "full": Method(learning_rate=1e-4),
+    "s2lora": Method("S2-LoRA", _s2lora, reads=_S2LORA),
+    "lora": Method("LoRA", _lora, reads=_SCALED),
+    "glora": Method("GLoRA", _glora, reads=_RANKED),
+    "adalora": Method("AdaLoRA", _adalora(orthogonality=True, allocation=True), reads=_SCALED),
+    "adalora-without-orthogonality": Method(
+        "AdaLoRA without orthogonality", _adalora(orthogonality=False, allocation=True), reads=_SCALED
+    ),
+    "adalora-without-allocation": Method(
+        "AdaLoRA without allocation", _adalora(orthogonality=True, allocation=False), reads=_SCALED
+    ),
+    "adalora-without-both": Method(
+        "AdaLoRA without orthogonality and allocation", _adalora(orthogonality=False, allocation=False), reads=_SCALED
+    ),
+    "alpha-lora": Method("α-LoRA", _alpha_lora, reads=_SCALED),
+    "ia3": Method("IA3", _ia3, reads=_TARGETED),
+    "bitfit": Method("BitFit", trains=lambda name: name.endswith(".bias")),
+    "full": Method("full fine-tuning", learning_rate=1e-4),
 }
 
 

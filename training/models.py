@@ -198,6 +198,11 @@ def model_for(model: str | None, adapter: str | Path | None) -> str:
     return model or PACKAGED
 
 
+def on_hub(source: str) -> bool:
+    """Whether the model or data set `source`, which was just read, is the hub's: no file or folder, nor packaged."""
+    return source != PACKAGED and not Path(source).exists()
+
+
 def _adapter_config(adapter: str | Path) -> dict[str, Any]:
     """The adapter_config.json of a folder or hub id; nothing where there is none."""
     file = Path(adapter) / "adapter_config.json"

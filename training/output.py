@@ -85,3 +85,10 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: is damaged ({error}); restore it, or delete the folder of the run") from error
+
+
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, the first column to the left, the others to the right."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rule = ["---" if index == 0 else "--:" for index in range(len(heads))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *escaped])

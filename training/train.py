@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,17 @@ from .data import Skipped, Speech, drop_overlong
 from .errors import DivergedError, UserError
 from .evaluation import Evaluation, check_sets, evaluate_sets, results_table
 from .methods import adapt, check, interpolation, learning_rate
-from .models import check_language, load_adapter, load_base, remember_speech, save_processor, set_speech, to_best_device
+from .model_card import write_model_card
+from .models import (
+    check_language,
+    load_adapter,
+    load_base,
+    on_hub,
+    remember_speech,
+    save_processor,
+    set_speech,
+    to_best_device,
+)
 from .options import TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
 from .output import read_json, write_json
@@ -125,6 +136,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         write_json(run.path / "results.json", [evaluation.to_dict() for evaluation in evaluations])
         console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
     summary = read_json(run.path / "summary.json")
+    results = [evaluation.to_dict() for evaluation in evaluations] if tests else []
+    write_model_card(run.trained, asdict(options), summary, results)
     trainable, total = summary["trainable_parameters"], summary["parameters"]
     console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)", markup=False)
     return evaluations
@@ -334,6 +347,7 @@ def _train(
             "precision": resolved(options.precision),
             "learning_rate": learning_rate(options),
             "interpolation": share,
+            "from_hub": [source for source in (options.model, *options.data) if on_hub(source)],
             # A run may be scored later and elsewhere than it was trained.
             **{name: value for name, value in versions().items() if name in ("commit", "device", "utc")},
         }
