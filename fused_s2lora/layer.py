@@ -13,6 +13,7 @@ from .kernels.arguments import MAX_RANK
 from .kernels.s2_linear import Backend, s2_linear, s2_linear_group
 from .kernels.shared import GradientSink, SharedPair, gelu_input, known_z
 from .projection_group import ProjectionGroup, live_operands, ranks_computed
+from .quantized import backend_for, frozen_weights, is_quantized
 from .sharing import AdapterParameters, FactorPair, initial_coefficients, initial_factors
 
 
@@ -56,7 +57,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         self._frozen_ranks.pop(adapter_name, None)
         linear = self.base_linear
-        start = initial_coefficients(config, torch.empty(0, device=adapter_device(linear), dtype=linear.weight.dtype))
+        start = initial_coefficients(config, torch.empty(0, device=adapter_device(linear), dtype=adapter_dtype(linear)))
         self.s2lora_coefficients[adapter_name] = nn.Parameter(start)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -104,14 +105,16 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
     def fusable(self, names: list[str]) -> bool:
         """Whether one operation computes frozen map and adapters: no dropout, W and b neither trained nor offloaded.
 
-        A map with a forward of its own or with hooks is called, and not passed over.
+        A map with a forward of its own or with hooks is called, and not passed over; a quantised one is in inference.
         """
         dropped = self.training and any(self.configs[name].dropout > 0 for name in names)
         linear = self.base_linear
         trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
-        plain = (
-            type(linear).forward is nn.Linear.forward and not linear._forward_hooks and not linear._forward_pre_hooks
-        )
+        if is_quantized(linear):
+            known = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        else:
+            known = type(linear).forward is nn.Linear.forward
+        plain = known and not linear._forward_hooks and not linear._forward_pre_hooks
         return plain and not dropped and not trained and not _offloaded(linear)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -138,10 +141,11 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             sink = None
         if len(down) > MAX_RANK:
             return self._separate_paths(x, updating)
-        backend: Any = self.configs[names[0]].backend
+        backend: Any = backend_for(base, self.configs[names[0]].backend)
+        weights, remake = frozen_weights([base], x)
         (y,) = s2_linear_group(
-            x, [base.weight], base.bias, down, up, [coefficients], z=known_z(x, down), made_from=gelu_input(x),
-            sink=sink, backend=backend,
+            x, weights, base.bias, down, up, [coefficients], z=known_z(x, down), made_from=gelu_input(x), sink=sink,
+            remake=remake, backend=backend,
         )  # fmt: skip
         return y
 
@@ -190,8 +194,10 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         """Adds ΔW of the adapters (default: the active ones) to the weight.
 
         Raises:
-            ValueError: `safe_merge` and the result is not finite; the weight is then left as it was.
+            ValueError: the weight is quantised; or `safe_merge` and the result is not finite: it is left as it was.
         """
+        if is_quantized(self.base_linear):
+            raise ValueError("S2-LoRA is not merged into quantised weights: merge it on the model as it was before")
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.s2lora_coefficients:
                 continue
@@ -217,6 +223,11 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
 def adapter_device(linear: nn.Linear) -> torch.device:
     """Where an adapter of `linear` has its parameters: beside the weight, on the CPU where that is offloaded."""
     return torch.device("cpu") if _offloaded(linear) else linear.weight.device
+
+
+def adapter_dtype(linear: nn.Linear) -> torch.dtype:
+    """What an adapter of `linear` has its parameters in: the weight's own, float32 where that is quantised."""
+    return torch.float32 if is_quantized(linear) else linear.weight.dtype
 
 
 def _offloaded(linear: nn.Linear) -> bool:

@@ -15,7 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .config import S2LoraConfig
 from .kernels import device
 from .kernels.shared import SharedPair
-from .layer import S2LoraLinear, adapter_device
+from .layer import S2LoraLinear, adapter_device, adapter_dtype
+from .quantized import is_quantized
 from .sharing import FactorPair, SharedFactors, place_of
 from .whisper_fusion import unfuse_whisper
 
@@ -100,13 +101,14 @@ class S2LoraModel(BaseTuner):
                 f"target {current_key} has an adapter of {type(target).__module__} already, which S2-LoRA would put "
                 "out of use: call merge_and_unload() on it first"
             )
-        if not base.weight.is_floating_point() or base.weight.element_size() < 2:
+        stored = base.weight
+        if not is_quantized(base) and (not stored.is_floating_point() or stored.element_size() < 2):
             raise ValueError(
-                f"target {current_key} is quantised ({base.weight.dtype}); S2-LoRA needs floating-point weights: load "
-                "the model without quantization_config, in bfloat16 if memory is short"
+                f"target {current_key} is quantised ({stored.dtype}) in a way that S2-LoRA does not know: quantise by "
+                "bitsandbytes or torchao, or load the model without quantization_config"
             )
         place = place_of(current_key, base.out_features, base.in_features, peft_config)
-        like = torch.empty(0, device=adapter_device(base), dtype=base.weight.dtype)
+        like = torch.empty(0, device=adapter_device(base), dtype=adapter_dtype(base))
         pair = self.s2lora_factors.pair(place, adapter_name, peft_config, like)
         if isinstance(target, S2LoraLinear):
             if not target.configs:  # all its adapters were deleted

@@ -13,6 +13,7 @@ from .kernels import device
 from .kernels.configs import rank_block
 from .kernels.s2_linear import s2_linear_group
 from .kernels.shared import GradientSink, Sources, known_z, lasts, write_count
+from .quantized import backend_for, frozen_weights
 
 if TYPE_CHECKING:
     from .layer import S2LoraLinear
@@ -99,10 +100,11 @@ class ProjectionGroup:
             return None
         first = layers[0]
         down, up, coefficients, sink = live_operands(layers, name)
-        backend: Any = first.configs[name].backend
+        backend: Any = backend_for(first.base_linear, first.configs[name].backend)
+        weights, remake = frozen_weights([one.base_linear for one in layers], x)
         outputs = s2_linear_group(
-            x, [one.base_linear.weight for one in layers], self._stacked_bias(layers), down, up, coefficients,
-            z=known_z(x, down), sink=sink, backend=backend,
+            x, weights, self._stacked_bias(layers), down, up, coefficients,
+            z=known_z(x, down), sink=sink, remake=remake, backend=backend,
         )  # fmt: skip
         parameters = [one.s2lora_coefficients[name] for one in layers]
         made_from = [x, *parameters, first.s2lora_up[name], first.s2lora_down[name]]

@@ -24,6 +24,7 @@ from .layer import S2LoraLinear
 from .output_projection import OutputProjection, let_cast_always, let_cast_once
 from .projecting import ProjectingGelu, ProjectingLayerNorm, let_norm_be, let_norm_project
 from .projection_group import ProjectionGroup
+from .quantized import is_quantized
 
 _HANDLE = "_s2lora_fusion_handle"
 _ATTENTION = "sdpa_in_blocks"  # the name under which transformers knows `_attention_forward`
@@ -137,8 +138,8 @@ def _grouped(*projections: nn.Module) -> list[ProjectionGroup]:
     """One group of those projections that are adapted and share a pair; none where fewer than two do."""
     adapted = [projection for projection in projections if isinstance(projection, S2LoraLinear)]
     together = [layer for layer in adapted if layer.s2lora_up is adapted[0].s2lora_up]
-    shapes = {layer.base_linear.weight.shape for layer in together}
-    if len(together) < 2 or len(shapes) > 1:
+    kinds = {(layer.out_features, layer.in_features, is_quantized(layer.base_linear)) for layer in together}
+    if len(together) < 2 or len(kinds) > 1:
         return []
     group = ProjectionGroup(together)
     for layer in together:

@@ -5,7 +5,7 @@ their arguments, choose a strategy (`choice.py`) and call `S2LinearFunction`, wh
 (`strategies.py`) and whose gradients of A, B and e are one pass over each dy and one over x (`adapter_gradients.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,10 +24,11 @@ from .strategy_timing import candidates_of
 
 Backend = Literal["auto", "merged", "split", "fused", "augmented", "reference"]
 BACKENDS = ("auto", *STRATEGIES, REFERENCE)
+Remake = Sequence[Callable[[], Tensor]]
 
 
 _BY_VARIABLE = f"the environment variable {VARIABLE}=fused", f"unset it or use {VARIABLE}=auto"
-_FIXED = 10  # arguments of `S2LinearFunction` before the weights
+_FIXED = 11  # arguments of `S2LinearFunction` before the weights
 _NO_SEED = torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
@@ -38,7 +39,7 @@ class S2LinearFunction(torch.autograd.Function):
     `made_from` [M, K], if given, is u of x = GELU(u), and is kept for dA in place of x.
 
     Gradients flow to x, down, up and the coefficients, each computed only if asked for; with a `sink` those of down and
-    up go there, with a `shared` input that of x goes there.
+    up go there, with a `shared` input that of x goes there. With `remake` the weights are not kept, but made again.
     """
 
     @staticmethod
@@ -53,6 +54,7 @@ class S2LinearFunction(torch.autograd.Function):
         seed: Tensor,
         sink: GradientSink | None,
         shared: SharedInput | None,
+        remake: Remake | None,
         *others: Any,
     ) -> tuple[Tensor, ...]:
         # `made_from` has no name of its own: as many parameters as arguments, and torch.compile takes `ctx` for one.
@@ -68,11 +70,11 @@ class S2LinearFunction(torch.autograd.Function):
         if needs_z and z is None and (made_from is not None or not needs_down):
             z = project(x, down)  # x itself will not be at hand
         kept = x if made_from is None else made_from
-        ctx.save_for_backward(
-            kept if needs_down and shared is None else None, z, result.dense, down, up, stacked, *weights
-        )
+        kept = kept if needs_down and shared is None else None
+        of_weights = (result.dense, *weights) if remake is None else ()
+        ctx.save_for_backward(kept, z, down, up, stacked, *of_weights)
         dtypes = [e.dtype for e in coefficients]
-        ctx.call = strategy, seed, sink, shared, made_from is not None, dtypes, needs_z
+        ctx.call = strategy, seed, sink, shared, remake, made_from is not None, dtypes, needs_z
         return tuple(result.ys)
 
     @staticmethod
@@ -84,11 +86,16 @@ class S2LinearFunction(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dys: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    x, z, dense, down, up, stacked, *weights = ctx.saved_tensors
-    name, seed, sink, shared, of_gelu, dtypes, needs_z = ctx.call
-    strategy, size = STRATEGIES[name], len(weights)
-    group = Group(weights, None, down, up, stacked, seed)
+    x, z, down, up, stacked, *of_weights = ctx.saved_tensors
+    name, seed, sink, shared, remake, of_gelu, dtypes, needs_z = ctx.call
+    strategy, size = STRATEGIES[name], len(stacked)
     needs_x, _, _, needs_down, needs_up = ctx.needs_input_grad[:5]
+    if remake is None:
+        dense, *weights = of_weights
+    else:
+        reads_weights = needs_x if shared is None else shared.wants_dx
+        dense, weights = None, [make() for make in remake] if reads_weights else []
+    group = Group(weights, None, down, up, stacked, seed)
     needs_coefficients = any(ctx.needs_input_grad[_FIXED + size :])
 
     if needs_z and z is None:
@@ -178,6 +185,7 @@ def s2_linear_group(
     z: Tensor | None = None,
     made_from: Tensor | None = None,
     sink: GradientSink | None = None,
+    remake: Remake | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, ...]:
     """G = 1 to 3 maps of one input as one operation: y_i = x W_iᵀ + b_i + ((x Aᵀ) ⊙ e_i) Bᵀ.
@@ -193,6 +201,8 @@ def s2_linear_group(
         made_from: u of x = GELU(u), of x's shape and dtype, where u is kept for the GELU's backward anyway. It is kept
             for dA in place of x, and x computed again there.
         sink: takes the gradients of down and up in place of autograd, see `shared.py`.
+        remake: one function a weight that makes it again, for weights that are not to be kept until the backward pass,
+            as those that are stored quantised. Not for backend "reference", which keeps them.
 
     Returns:
         G tensors [..., N]; of a group possibly views of one tensor, which PyTorch lets nobody write to in place.
@@ -231,7 +241,7 @@ def s2_linear_group(
             z = shared.z
         if made_from is not None:
             made_from = made_from.detach().reshape(rows.shape)
-        ys = _apply(strategy, *operands, z=z, sink=sink, shared=shared, made_from=made_from)
+        ys = _apply(strategy, *operands, z=z, sink=sink, shared=shared, remake=remake, made_from=made_from)
     return tuple(y.view(*leading, y.shape[-1]) for y in ys)
 
 
@@ -247,6 +257,7 @@ def _apply(
     z: Tensor | None = None,
     sink: GradientSink | None = None,
     shared: SharedInput | None = None,
+    remake: Remake | None = None,
     made_from: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The operation by a strategy of `STRATEGIES`, for x [M, K] in the dtype of the products."""
@@ -254,7 +265,7 @@ def _apply(
     drawn = strategy == "merged" and weights[0].dtype.itemsize == 2 and torch.is_grad_enabled()
     seed = torch.randint(2**31, (1,), device="cpu") if drawn else _NO_SEED
     return S2LinearFunction.apply(
-        x, z, bias, down, up, strategy, seed, sink, shared, made_from, *weights, *coefficients
+        x, z, bias, down, up, strategy, seed, sink, shared, remake, made_from, *weights, *coefficients
     )
 
 

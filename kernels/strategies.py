@@ -105,7 +105,7 @@ def _dense(x: Tensor, group: Group) -> Tensor:
         return merge_weights(weights, down, up, coefficients, x.dtype, group.seed)
     down, up = down.to(stored), up.to(stored)
     size = len(up)
-    dense = x.new_empty(len(weights) * size, x.shape[1])
+    dense = x.new_empty(len(weights) * size, down.shape[1])
     for index, (weight, e) in enumerate(zip(weights, coefficients.to(stored), strict=True)):
         dense[index * size : (index + 1) * size].copy_(torch.addmm(weight, up * e, down))  # cast as it is stacked
     return dense
