@@ -68,6 +68,7 @@ def cuda() -> Plan:
         StepCase("turbo", 16, tokens=32),
         StepCase("medium", 16, tokens=32),
         StepCase("large-v3", 1, tokens=32),
+        StepCase("large-v3", 4, tokens=32, quantize="nf4"),
         StepCase("tiny", 32, tokens=32),
     ]
     order = ("device", "layer", "step", "sweep", "counted", "static")

@@ -126,6 +126,7 @@ def _throughput(device: str, rows: list[Row]) -> Figure | None:
     cases: dict[str, list[Row]] = {}
     for row in steps:
         window = "30 s" if row["window"] == "full" else "trimmed"
+        window += f", {row['quantize']}" if row.get("quantize") else ""
         cases.setdefault(f"{row['size']}, batch {row['batch']}, {window}", []).append(row)
     figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
     for axes, (case, unordered) in zip(grid[0], cases.items(), strict=True):

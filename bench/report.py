@@ -84,7 +84,7 @@ def case_of(row: Row) -> str:
     """What a row of a layer or a step is about."""
     if row["section"] == "layer":
         return str(Case(**{name: row[name] for name in _CASE}))
-    return str(StepCase(**{name: row[name] for name in _STEP_CASE}))
+    return str(StepCase(**{name: row[name] for name in _STEP_CASE if name in row}))
 
 
 def _device(row: Row) -> str:

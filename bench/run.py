@@ -22,6 +22,7 @@ from bench.cases import LAYERS, PRECISIONS, SIZES
 from bench.counted import count_layer, count_step
 from bench.measure import RESULTS, record
 from bench.roofline import Device, measure_device
+from fused_s2lora.training.options import QUANTIZATIONS
 
 SECTIONS = ("device", "step", "layer", "counted", "static")
 Many = list[str] | None
@@ -40,6 +41,7 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes of a step. Repeat.")] = None,
     window: Annotated[Many, typer.Option(help="Of a step: full, trim. Repeat.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step's transcripts. Repeat.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Of a step: int8, nf4: adapted maps stored so.")] = None,
     method: Annotated[Many, typer.Option(help=f"Of a step: {', '.join(step.METHODS)}. Repeat.")] = None,
     target: Annotated[Many, typer.Option(help=f"Of static: {', '.join(static.TARGETS)}. Repeat.")] = None,
     rounds: Annotated[
@@ -53,6 +55,7 @@ def main(
         "--section": (section, SECTIONS), "--layer": (layer, LAYERS), "--size": (size, SIZES),
         "--precision": (precision, PRECISIONS), "--method": (method, step.METHODS),
         "--window": (window, ("full", "trim")), "--target": (target, static.TARGETS),
+        "--quantize": (quantize and [quantize], QUANTIZATIONS),
     }  # fmt: skip
     for option, (given, allowed) in known.items():
         for value in given or ():
@@ -63,9 +66,9 @@ def main(
         defaults = (layer or ["encoder-layer"], size or ["base"], rows or [1040], rank or [8], precision or ["bf16"])
         cases = plan.layer_cases(*defaults)
         chosen = replace(chosen, layers=cases, sweep=[], counted_layers=cases)
-    if batch or window or tokens or (size and section and "step" in section):
+    if batch or window or tokens or quantize or (size and section and "step" in section):
         steps = plan.step_cases(size or ["base"], batch or [4], window or ["full"], tokens or [16], rank or [8])
-        chosen = replace(chosen, steps=steps, counted_steps=steps)
+        chosen = replace(chosen, counted_steps=steps, steps=[replace(one, quantize=quantize) for one in steps])
     # Builds of every rank take several minutes more, so that they have to be asked for.
     static_ranks = rank or ([] if section and "static" in section else [8])
     methods = method or list(step.METHODS)

@@ -43,6 +43,8 @@ METHODS: dict[str, Callable[[int], Any]] = {
     TORCH_ATTENTION: lambda rank: S2LoraConfig(r=rank),
     "s2lora-unshared": lambda rank: S2LoraConfig.unshared(r=rank),
 }
+# What goes with weights that bitsandbytes stores in 8 bits or 4, each by its own way.
+QUANTIZABLE = ("frozen", "lora-qv", "lora-six", "adalora-six", "s2lora", TORCH_ATTENTION, "s2lora-unshared")
 # On a CUDA GPU these are also measured with forward and backward replayed as a CUDA graph.
 GRAPHED = ("frozen", ADDMM_LORA, "lora-six", "s2lora")
 LEARNING_RATE = 1e-3
@@ -50,7 +52,10 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class StepCase:
-    """A Whisper's training step: the 30 s window, or `trim` to utterances of `audio_s` seconds."""
+    """A Whisper's training step: the 30 s window, or `trim` to utterances of `audio_s` seconds.
+
+    With `quantize` ("int8" or "nf4") the adapted maps are stored so by bitsandbytes.
+    """
 
     size: str
     batch: int
@@ -58,6 +63,7 @@ class StepCase:
     audio_s: float = 3.9
     tokens: int = 16
     rank: int = 8
+    quantize: str | None = None
 
     @property
     def mel_frames(self) -> int:
@@ -71,7 +77,9 @@ class StepCase:
 
     def __str__(self) -> str:
         window = "30 s" if self.window == "full" else f"trimmed to {self.audio_s} s"
-        return f"{self.size} step, batch {self.batch}, {window}, {self.tokens} tokens, rank {self.rank}, bf16 autocast"
+        stored = f"{self.quantize} maps, " if self.quantize else ""
+        of = f"batch {self.batch}, {window}, {self.tokens} tokens, rank {self.rank}"
+        return f"{self.size} step, {of}, {stored}bf16 autocast"
 
 
 def whisper(size: str, device: str = "cpu", *, initialised: bool = True) -> WhisperForConditionalGeneration:
@@ -119,6 +127,21 @@ def _with_addmm_lora(model: nn.Module, rank: int) -> None:
             model.set_submodule(name, AddmmLora(module, rank))  # type: ignore[arg-type]
 
 
+def quantize_maps(model: nn.Module, kind: str) -> None:
+    """Gives every adapted map a weight that bitsandbytes stores in 8 bits, "int8", or in 4, "nf4"."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] in SIX and isinstance(module, nn.Linear):
+            sizes = module.in_features, module.out_features, module.bias is not None
+            if kind == "int8":
+                stored = Linear8bitLt(*sizes, has_fp16_weights=False)
+            else:
+                stored = Linear4bit(*sizes, torch.bfloat16, quant_type=kind)
+            stored.load_state_dict(module.state_dict())
+            model.set_submodule(name, stored.to(module.weight.device))
+
+
 class Step:
     """One training step of `method`, by calling the object."""
 
@@ -129,6 +152,10 @@ class Step:
             "input_features": torch.randn(case.batch, model.config.num_mel_bins, case.mel_frames, device=device),
             "labels": torch.randint(0, 50257, (case.batch, case.tokens), device=device),
         }
+        if case.quantize:
+            if method not in QUANTIZABLE:
+                raise ValueError(f"{method} does not go with quantised maps; measure {', '.join(QUANTIZABLE)}")
+            quantize_maps(model, case.quantize)
         configuration = METHODS[method](case.rank)
         self.optimizer: torch.optim.Optimizer | None = None
         if method == "frozen":
@@ -198,7 +225,7 @@ def measure(
     models might not fit, each is built, measured and let go in turn; those of `GRAPHED` also with a CUDA graph, in a
     row of their own.
     """
-    methods = list(methods)
+    methods = [method for method in methods if not case.quantize or method in QUANTIZABLE]
     if torch.cuda.is_available():
         methods = on_a_gpu(methods)
         for method in methods:

@@ -16,7 +16,7 @@ from .config import S2LoraConfig
 from .kernels import device
 from .kernels.shared import SharedPair
 from .layer import S2LoraLinear, adapter_device, adapter_dtype
-from .quantized import is_quantized
+from .quantized import is_quantized, keep_layout
 from .sharing import FactorPair, SharedFactors, place_of
 from .whisper_fusion import unfuse_whisper
 
@@ -107,6 +107,7 @@ class S2LoraModel(BaseTuner):
                 f"target {current_key} is quantised ({stored.dtype}) in a way that S2-LoRA does not know: quantise by "
                 "bitsandbytes or torchao, or load the model without quantization_config"
             )
+        keep_layout(base)
         place = place_of(current_key, base.out_features, base.in_features, peft_config)
         like = torch.empty(0, device=adapter_device(base), dtype=adapter_dtype(base))
         pair = self.s2lora_factors.pair(place, adapter_name, peft_config, like)

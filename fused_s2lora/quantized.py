@@ -37,6 +37,33 @@ def dequantized(linear: nn.Linear, dtype: torch.dtype | None = None) -> Tensor:
     return found if dtype is None else found.to(dtype)
 
 
+def keep_layout(linear: nn.Linear) -> None:
+    """Keeps bitsandbytes from laying a weight of 4 bits out anew, and rounding its scales, for inference on a CPU.
+
+    Raises:
+        ValueError: it has done so already.
+    """
+    if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes has laid the weights out for inference on this CPU: load the model anew and add the adapter "
+            "before it is first called"
+        )
+    if hasattr(linear, "support_avx512bf16_for_cpu"):
+        setattr(linear, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
+def dequantize_maps(model: nn.Module) -> None:
+    """Puts an ordinary map with the same weight in the place of every quantised one."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and is_quantized(child):
+                plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+                plain.weight = nn.Parameter(dequantized(child), requires_grad=False)
+                if child.bias is not None:  # which bitsandbytes may have cast
+                    plain.bias = nn.Parameter(child.bias.detach().to(plain.weight.dtype), requires_grad=False)
+                setattr(module, name, plain.train(child.training))
+
+
 def frozen_weights(linears: Sequence[nn.Linear], x: Tensor) -> tuple[list[Tensor], Remake | None]:
     """The weights of maps of x, all quantised or none, and for quantised ones how to make them again."""
     if not is_quantized(linears[0]):

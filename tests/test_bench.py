@@ -229,6 +229,21 @@ def test_adapted_steps_train_and_the_frozen_one_does_not():
         assert (losses[-1] < losses[0]) == (method != "frozen"), method
 
 
+def test_steps_of_quantised_maps():
+    pytest.importorskip("bitsandbytes")
+    case = StepCase("base", 2, "trim", audio_s=1.0, tokens=5, rank=4, quantize="nf4")
+    assert "nf4 maps" in str(case)
+    losses = {method: step.build_step(method, case)() for method in ("frozen", "lora-six", "s2lora")}
+    plain = step.build_step("frozen", replace(case, quantize=None))
+    with torch.no_grad():
+        whole = plain.loss().item()
+    for method, loss in losses.items():  # the adapters do nothing yet; 4 bits make a difference, and bfloat16 little
+        assert abs(loss - losses["frozen"]) <= 0.02 * loss, method
+    assert losses["frozen"] != whole
+    with pytest.raises(ValueError, match="addmm-lora-six does not go with quantised maps"):
+        step.build_step(step.ADDMM_LORA, case)
+
+
 def test_s2lora_is_timed_with_and_without_its_attention():
     case = StepCase("tiny", 1, "trim", audio_s=1.0, tokens=3)
     attention = {name: step.build_step(name, case).model.config._attn_implementation for name in step.METHODS}

@@ -153,6 +153,12 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
     ] = False,
     half_base: Annotated[bool, typer.Option("--half-base", help="Store the frozen weights in half precision.")] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Store the frozen maps in 8 bits, int8, or in 4, nf4, by bitsandbytes, where memory is short."
+        ),
+    ] = None,
     cuda_graphs: Annotated[
         bool,
         typer.Option(

@@ -15,6 +15,9 @@ from torch import nn
 from transformers import WhisperProcessor
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
+from fused_s2lora import S2LoraModel
+from fused_s2lora.quantized import dequantize_maps, is_quantized
+
 from .audio import SAMPLE_RATE, read_audio
 from .audio_window import AudioWindow, window_of
 from .data import MAX_AUDIO_S
@@ -266,12 +269,18 @@ def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy with the adapter merged and every linear map in `dtype`, to be run under autocast to that dtype.
 
     It computes what the model computes under autocast, but does not add the update and cast every weight again at every
-    token. In float32 (None) only the adapter is merged.
+    token. In float32 (None) only the adapter is merged. Quantised maps are made ordinary ones for as long; with an
+    adapter of PEFT's own, which would round the sum to 4 bits again, they stay and are not merged.
     """
     whole = dtype is None or dtype == torch.float32
-    if whole and not isinstance(model, PeftModel):
+    quantized = any(isinstance(module, nn.Linear) and is_quantized(module) for module in model.modules())
+    if quantized and isinstance(model, PeftModel) and not isinstance(model.base_model, S2LoraModel):
+        return model
+    if whole and not quantized and not isinstance(model, PeftModel):
         return model
     decoder: Any = copy.deepcopy(model)
+    if quantized:
+        dequantize_maps(decoder)
     if isinstance(decoder, PeftModel):
         decoder = decoder.merge_and_unload()
     if whole:

@@ -118,7 +118,7 @@ def _adalora(orthogonality: bool, allocation: bool) -> Callable[[TrainOptions, i
 # The options of one method and not of another; a frozen base can be stored in half precision, trained weights cannot.
 _TARGETED = ("target_modules", "half_base")
 _RANKED = (*_TARGETED, "rank")
-_SCALED = (*_RANKED, "interpolation")
+_SCALED = (*_RANKED, "quantize", "interpolation")
 _S2LORA = (
     *_SCALED, "preset", "exclude_modules", "sharing", "sparsity_weight", "norm_weight", "penalty", "freeze_factors",
     "coefficient_lr_ratio",
@@ -154,7 +154,7 @@ METHODS: dict[str, Method] = {
         "AdaLoRA without orthogonality and allocation", _adalora(orthogonality=False, allocation=False), reads=_SCALED
     ),
     "alpha-lora": Method("α-LoRA", _alpha_lora, reads=_SCALED),
-    "ia3": Method("IA3", _ia3, reads=_TARGETED),
+    "ia3": Method("IA3", _ia3, reads=(*_TARGETED, "quantize")),
     "bitfit": Method("BitFit", trains=lambda name: name.endswith(".bias")),
     "full": Method("full fine-tuning", learning_rate=1e-4),
 }

@@ -93,6 +93,7 @@ def _training(options: dict[str, Any], summary: dict[str, Any]) -> str:
         "steps": f"{summary['steps']:,} of {options['batch_size'] * options['accumulation']} utterances",
         "learning rate": summary.get("learning_rate"),
         "precision": summary.get("precision"),
+        "frozen weights": options.get("quantize"),
         "task": options["task"],
         "seed": options["seed"],
     }

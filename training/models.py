@@ -1,11 +1,13 @@
 """Loading Whisper and adapters from the hub, a folder or the packaged Whisper-base, with errors one can act on."""
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, get_peft_model_state_dict
@@ -13,7 +15,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
 
 from fused_s2lora import S2LoraModel, fuse_whisper
 
@@ -27,13 +35,19 @@ PACKAGED = "packaged-base"
 
 
 def load_base(
-    model: str, *, dtype: torch.dtype = torch.float32
+    model: str, *, dtype: torch.dtype = torch.float32, quantization: BitsAndBytesConfig | None = None
 ) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
     """Whisper and its processor. `model` is a hub id, a local folder, or "packaged-base".
+
+    With a `quantization` (see `quantization_of`) its maps are stored so, on the device where they are to be used.
 
     Raises:
         UserError: there is no such model, it is not a Whisper, or its files are damaged.
     """
+    stored: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        place = PartialState(cpu=not torch.cuda.is_available()).device
+        stored |= {"quantization_config": quantization, "device_map": {"": place}}
     source = str(packaged_whisper_base()) if model == PACKAGED else model
     try:
         config = AutoConfig.from_pretrained(source)
@@ -41,7 +55,7 @@ def load_base(
             raise UserError(f"{model}: a {config.model_type} model; give a Whisper, such as openai/whisper-small")
         processor = WhisperProcessor.from_pretrained(source)
         loading: Any = WhisperForConditionalGeneration  # its types know of no second value
-        whisper, loaded = loading.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        whisper, loaded = loading.from_pretrained(source, **stored, output_loading_info=True)
         if loaded["missing_keys"]:
             raise UserError(
                 f"{model}: its weights lack {min(loaded['missing_keys'])}; give the folder of a whole Whisper model"
@@ -129,9 +143,29 @@ def _check_complete(adapted: PeftModel, prefix: str, adapter: str | Path) -> Non
             )
 
 
+def quantization_of(name: str | None, products: torch.dtype | None) -> BitsAndBytesConfig | None:
+    """How bitsandbytes is to store the maps: in 8 bits ("int8") or in 4 ("nf4", scales quantised too); None for None.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if name is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f'--quantize {name} needs bitsandbytes; run: pip install "fused-s2lora[quantized]"')
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=name,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=products or torch.float32,
+    )
+
+
 def to_best_device(model: nn.Module) -> None:
-    """Moves the model to the GPU, if there is one."""
-    if torch.cuda.is_available():
+    """Moves the model to the GPU, if there is one; a quantised one was loaded there."""
+    if torch.cuda.is_available() and not getattr(model, "is_quantized", False):
         model.cuda()
 
 

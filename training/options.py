@@ -9,6 +9,8 @@ from .errors import UserError
 from .precision import check_precision
 from .text import language_code
 
+QUANTIZATIONS = ("int8", "nf4")
+
 
 @dataclass
 class TrainOptions:
@@ -65,6 +67,7 @@ class TrainOptions:
     precision: str = "auto"
     gradient_checkpointing: bool = False
     half_base: bool = False
+    quantize: str | None = None  # of `QUANTIZATIONS`
     cuda_graphs: bool = False
     workers: int | None = None  # on a GPU `GPU_WORKERS`, else none
     seed: int = 0
@@ -117,6 +120,10 @@ class TrainOptions:
             raise UserError("--dev and --dev-share exclude each other; give one of them")
         if self.early_stopping and self.dev is None and not self.dev_share:
             raise UserError("--early-stopping needs a development set; give --dev or --dev-share")
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise UserError(f"--quantize {self.quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if self.quantize is not None and self.half_base:
+            raise UserError("--half-base and --quantize exclude each other; give one of them")
         if self.cuda_graphs:
             self._check_cuda_graphs()
         if self.lr is not None and not self.lr > 0:
@@ -131,6 +138,7 @@ class TrainOptions:
             "--accumulation": self.accumulation > 1,
             "--gradient-checkpointing": self.gradient_checkpointing,
             "--half-base": self.half_base,
+            "--quantize": self.quantize is not None,
             "--spec-augment": self.spec_augment,
             "--precision fp16": self.precision == "fp16",
         }

@@ -33,6 +33,7 @@ from .models import (
     load_adapter,
     load_base,
     on_hub,
+    quantization_of,
     remember_speech,
     save_processor,
     set_speech,
@@ -69,7 +70,8 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     speech, dev = training_speech(options)
     tests = scored_sets(options)
     check_sets(tests, options.group_by)
-    model, processor = load_base(options.model, dtype=base_dtype(options))
+    quantization = quantization_of(options.quantize, autocast_dtype(options.precision))
+    model, processor = load_base(options.model, dtype=base_dtype(options), quantization=quantization)
     language = check_language(model, options.language)
     for further in (*options.keep_languages, *(test.language for test in tests.values())):
         check_language(model, further)
@@ -170,9 +172,12 @@ def base_dtype(options: TrainOptions) -> torch.dtype:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Trainable parameters and all, each shared one once."""
-    counts = {id(parameter): (parameter.numel(), parameter.requires_grad) for parameter in model.parameters()}
-    return sum(size for size, trainable in counts.values() if trainable), sum(size for size, _ in counts.values())
+    """Trainable parameters and all, each shared one once, and each of a byte that holds two."""
+    counts = [
+        (parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1), parameter.requires_grad)
+        for parameter in model.parameters()
+    ]
+    return sum(size for size, trainable in counts if trainable), sum(size for size, _ in counts)
 
 
 def _keeping_languages(

@@ -176,6 +176,31 @@ def test_saving_generating_and_a_second_adapter(tiny_whisper, tmp_path):
     assert {parameter.dtype for name, parameter in model.named_parameters() if "s2lora_" in name} == {torch.float32}
 
 
+def test_training_after_inference(tiny_whisper):
+    """For which bitsandbytes lays weights of 4 bits out anew on some CPUs, in their own place."""
+    model, like = adapted_pair(tiny_whisper, "nf4")
+    with torch.no_grad():
+        model.eval()(**batch())
+        with model.disable_adapter():
+            model(**batch())
+    got, expected = step(model.train(), torch.float32), step(like, torch.float32)
+    for name, value in expected.items():
+        assert (got[name] - value).abs().max() <= 2e-4 * value.abs().max() + 1e-7, name
+    linear = quantize(nn.Linear(64, 96), "nf4")
+    linear.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="load the model anew and add the adapter before it is first called"):
+        get_peft_model(nn.Sequential(linear), S2LoraConfig(target_modules=["0"]))
+
+
+def test_maps_are_made_ordinary(tiny_whisper):
+    model, like = adapted_pair(tiny_whisper, "nf4")
+    quantized_module.dequantize_maps(model)
+    assert not any(isinstance(module, nn.Linear) and is_quantized(module) for module in model.modules())
+    merged = [one.eval().merge_and_unload() for one in (model, like)]
+    with torch.no_grad():
+        torch.testing.assert_close(*(one(**batch()).logits for one in merged))
+
+
 def test_a_named_strategy_is_taken(tiny_whisper):
     expected = None
     for backend in ("auto", "split", "fused", "reference"):

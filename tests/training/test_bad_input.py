@@ -38,7 +38,9 @@ def s2lora(*arguments, **environment) -> subprocess.CompletedProcess:
 def test_bad_input_is_one_sentence_and_status_2(tmp_path):
     result = s2lora("train", "--data", tmp_path / "nowhere", "--output", tmp_path / "run")
     assert result.returncode == 2
-    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
+    # bitsandbytes tells some CPUs that it lacks a kernel, as soon as PEFT is imported.
+    told = (line for line in result.stderr.splitlines() if "kernels-community" not in line)
+    (line,) = [line for line in told if line.strip()]
     assert line.startswith(f"error: {tmp_path}/nowhere: no such folder or file")
     assert "Traceback" not in result.stdout + result.stderr
 
@@ -90,6 +92,10 @@ def test_every_option_has_help(command):
         ({"method": "full", "target_modules": ["fc1"]}, "--target-modules goes with --method .*, ia3, not full"),
         ({"method": "full", "half_base": True}, "--half-base goes with --method s2lora, .*, not full"),
         ({"method": "bitfit", "half_base": True}, "--half-base goes with --method s2lora, .*, not bitfit"),
+        ({"method": "full", "quantize": "nf4"}, "--quantize goes with --method s2lora, .*, not full"),
+        ({"method": "glora", "quantize": "int8"}, "--quantize goes with --method s2lora, .*, not glora"),
+        ({"quantize": "int4"}, "--quantize 'int4' is not one of int8, nf4"),
+        ({"quantize": "nf4", "half_base": True}, "--half-base and --quantize exclude each other"),
         ({"precision": "fp32", "half_base": True}, "--half-base with --precision fp32 has no half precision"),
         ({"method": "adalora", "dev_share": 0.5}, "--method adalora has its ranks at the end only"),
         ({"method": "adalora", "dev": "SPEECH"}, "leave out --dev and --dev-share"),

@@ -26,8 +26,8 @@ def test_a_row_is_the_papers_only_with_every_option_of_the_method_at_its_default
         "data", "output", "model", "test", "dev", "dev_share", "language", "task", "text_column", "audio_column",
         "keep_case", "leading_space", "limit", "strict", "method", "rank", "epochs", "max_steps", "batch_size",
         "accumulation", "warmup", "weight_decay", "spec_augment", "early_stopping", "window", "margin", "full_share",
-        "precision", "gradient_checkpointing", "half_base", "cuda_graphs", "workers", "seed", "logging_steps",
-        "save_steps", "before", "beams", "decode_once", "group_by", "eval_batch_size",
+        "precision", "gradient_checkpointing", "half_base", "quantize", "cuda_graphs", "workers", "seed",
+        "logging_steps", "save_steps", "before", "beams", "decode_once", "group_by", "eval_batch_size",
     }  # fmt: skip
     options = {option.name for option in fields(TrainOptions)}
     assert of_every_method <= options

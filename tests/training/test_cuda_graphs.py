@@ -180,6 +180,7 @@ def test_a_run_learns_the_same(options, tmp_path, method):
         ({"accumulation": 2}, "--accumulation"),
         ({"gradient_checkpointing": True}, "--gradient-checkpointing"),
         ({"half_base": True}, "--half-base"),
+        ({"quantize": "nf4"}, "--quantize"),
         ({"spec_augment": True}, "--spec-augment"),
         ({"precision": "fp16"}, "--precision fp16"),
     ],
