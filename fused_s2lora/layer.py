@@ -111,7 +111,8 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         linear = self.base_linear
         trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
         if is_quantized(linear):
-            known = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            # In training also without gradients, as a reentrant checkpoint runs what it computes again with them.
+            known = (self.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling()
         else:
             known = type(linear).forward is nn.Linear.forward
         plain = known and not linear._forward_hooks and not linear._forward_pre_hooks
