@@ -172,7 +172,7 @@ def base_dtype(options: TrainOptions) -> torch.dtype:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Trainable parameters and all, each shared one once, and each of a byte that holds two."""
+    """Trainable parameters and all, each shared one once; of 4 bits there are two in a byte."""
     counts = [
         (parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1), parameter.requires_grad)
         for parameter in model.parameters()

@@ -177,9 +177,10 @@ def test_saving_generating_and_a_second_adapter(tiny_whisper, tmp_path):
     assert {parameter.dtype for name, parameter in model.named_parameters() if "s2lora_" in name} == {torch.float32}
 
 
-def test_training_after_inference(tiny_whisper):
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_training_after_inference(tiny_whisper, kind):
     """For which bitsandbytes lays weights of 4 bits out anew on some CPUs, in their own place."""
-    model, like = adapted_pair(tiny_whisper, "nf4")
+    model, like = adapted_pair(tiny_whisper, kind)
     with torch.no_grad():
         model.eval()(**batch())
         with model.disable_adapter():
