@@ -71,7 +71,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     tests = scored_sets(options)
     check_sets(tests, options.group_by)
     quantization = quantization_of(options.quantize, autocast_dtype(options.precision))
-    model, processor = load_base(options.model, dtype=base_dtype(options), quantization=quantization)
+    model, processor = load_base(options.model, dtype=base_dtype(options))
     language = check_language(model, options.language)
     for further in (*options.keep_languages, *(test.language for test in tests.values())):
         check_language(model, further)
@@ -123,11 +123,17 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
                 f"on in those too, to keep them: {run.other_languages}",
                 markup=False,
             )
+        if quantization is not None:
+            model, _ = load_base(options.model, quantization=quantization)  # in the place of the one that was heard
         set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
         adapted = adapt(model, options, steps=_steps(options, len(speech)))
         if not isinstance(adapted, PeftModel):
             set_speech(adapted, language, options.task)
         _train(options, run, adapted, processor, speech, dev, utterances)
+        if quantization is not None and tests:  # an adapter is used, and so scored, with the model as it was
+            del model, adapted
+            adapted = _trained(load_base(options.model, dtype=base_dtype(options))[0], run)
+            to_best_device(adapted)
     if tests:
         after = run.path / "after"
         evaluations.append(
@@ -167,8 +173,9 @@ def _check_one_gpu(options: TrainOptions) -> None:
 
 
 def base_dtype(options: TrainOptions) -> torch.dtype:
-    """The dtype the frozen weights are stored in: float32, or with `half_base` that of the products."""
-    return (autocast_dtype(options.precision) or torch.float32) if options.half_base else torch.float32
+    """What weights are stored in: float32; as products with `half_base`, and before and after quantised training."""
+    halved = options.half_base or options.quantize is not None
+    return (autocast_dtype(options.precision) or torch.float32) if halved else torch.float32
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
