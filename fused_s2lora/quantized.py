@@ -29,6 +29,7 @@ def is_quantized(linear: nn.Linear) -> bool:
 
 def dequantized(linear: nn.Linear, dtype: torch.dtype | None = None) -> Tensor:
     """W [out_features, in_features] of a map that `is_quantized`, in `dtype`, by default as it was quantised from."""
+    # PEFT's `dequantize_module_weight` would put a new parameter into the map at every call on a CPU.
     weight: Any = linear.weight
     if type(weight).__name__ in _BITSANDBYTES:
         found = dequantize_bnb_weight(weight, state=getattr(linear, "state", None))

@@ -134,6 +134,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
             del model, adapted
             adapted = _trained(load_base(options.model, dtype=base_dtype(options))[0], run)
             to_best_device(adapted)
+    results: list[dict[str, Any]] = []
     if tests:
         after = run.path / "after"
         evaluations.append(
@@ -141,10 +142,10 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
                 adapted, processor, tests, label=options.method, window=options.audio_window(), folder=after, **scoring
             )
         )
-        write_json(run.path / "results.json", [evaluation.to_dict() for evaluation in evaluations])
+        results = [evaluation.to_dict() for evaluation in evaluations]
+        write_json(run.path / "results.json", results)
         console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
     summary = read_json(run.path / "summary.json")
-    results = [evaluation.to_dict() for evaluation in evaluations] if tests else []
     write_model_card(run.trained, asdict(options), summary, results)
     trainable, total = summary["trainable_parameters"], summary["parameters"]
     console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)", markup=False)

@@ -61,8 +61,8 @@ def transcribe(
     A file of more than `max_segment` seconds is cut at its pauses into segments of no more, each heard by itself.
 
     The model defaults to the one the adapter was trained on, without an adapter to the packaged Whisper-base. Language,
-    task, window and its margin default to those of the adapter's training; without an adapter language and
-    task to those of the model's generation configuration, else detected and transcription, and the window is full.
+    task, window and its margin default to those of the adapter's training; without an adapter language and task to
+    those of the model's generation configuration, else detected and transcription, and the window is full.
     With more than one of `beams` each transcript is the best of so many; with `decode_once` one without an end is left
     so. `output` also writes a TSV: file and text, or with `timestamps` a line for each segment, which `load_speech`
     reads. Its paths are relative to where it is, but for absolute ones. It is written ten minutes of audio at a time,

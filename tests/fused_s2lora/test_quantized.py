@@ -11,7 +11,7 @@ from torch import nn
 
 from fused_s2lora import S2LoraConfig, fuse_whisper, s2_linear_reference
 from fused_s2lora import quantized as quantized_module
-from fused_s2lora.quantized import dequantized, is_quantized
+from fused_s2lora.quantized import dequantize_maps, dequantized, is_quantized
 from tests.fused_s2lora.adapters import awaken, batch, step
 from tests.oracle import FLOOR, check_close
 
@@ -44,25 +44,19 @@ def quantize_maps(model: nn.Module, kind: str) -> None:
                 setattr(module, name, quantize(child, kind))
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """A copy in which every quantised map is an ordinary one with the same weight."""
-    copied = copy.deepcopy(model)
-    for module in list(copied.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and is_quantized(child):
-                linear = nn.Linear(child.in_features, child.out_features, child.bias is not None)
-                linear.weight.data = dequantized(child, torch.float32).clone()
-                if child.bias is not None:
-                    linear.bias.data = child.bias.data.clone()
-                setattr(module, name, linear.requires_grad_(False))
-    return copied
+def assert_near(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Loss and gradients of two float32 steps that are to be one computation."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (got[name] - value).abs().max() <= 2e-4 * value.abs().max() + 1e-7, name
 
 
 def adapted_pair(tiny_whisper, kind: str, **config) -> tuple[nn.Module, nn.Module]:
     """A quantised Whisper with an adapter that is awake, and an ordinary one with the same weights and adapter."""
     model = tiny_whisper(d_model=64, encoder_ffn_dim=128, decoder_ffn_dim=128)
     quantize_maps(model, kind)
-    like = plain(model)
+    like = copy.deepcopy(model)
+    dequantize_maps(like)
     models = []
     for one in (model, like):
         torch.manual_seed(0)
@@ -114,9 +108,7 @@ def test_a_quantised_whisper_trains_as_one_with_its_weights(tiny_whisper, kind, 
     if fused:
         fuse_whisper(model)
     got, expected = step(model, torch.float32), step(like, torch.float32)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (got[name] - value).abs().max() <= 2e-4 * value.abs().max() + 1e-7, name
+    assert_near(got, expected)
 
 
 def test_a_weight_that_is_off_shows(tiny_whisper, monkeypatch):
@@ -157,10 +149,8 @@ def test_no_weight_is_kept_until_the_backward_pass(tiny_whisper, monkeypatch, ch
     assert not any(weight() is not None for weight in made)
     loss.backward()
     assert len(made) > forward
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            value = expected[name]
-            assert (parameter.grad - value).abs().max() <= 2e-4 * value.abs().max() + 1e-7, name
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert_near({"loss": loss.detach(), **gradients}, expected)
 
 
 def test_saving_generating_and_a_second_adapter(tiny_whisper, tmp_path):
@@ -186,8 +176,7 @@ def test_training_after_inference(tiny_whisper, kind):
         with model.disable_adapter():
             model(**batch())
     got, expected = step(model.train(), torch.float32), step(like, torch.float32)
-    for name, value in expected.items():
-        assert (got[name] - value).abs().max() <= 2e-4 * value.abs().max() + 1e-7, name
+    assert_near(got, expected)
     linear = quantize(nn.Linear(64, 96), "nf4")
     linear.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="load the model anew and add the adapter before it is first called"):
@@ -196,7 +185,7 @@ def test_training_after_inference(tiny_whisper, kind):
 
 def test_maps_are_made_ordinary(tiny_whisper):
     model, like = adapted_pair(tiny_whisper, "nf4")
-    quantized_module.dequantize_maps(model)
+    dequantize_maps(model)
     assert not any(isinstance(module, nn.Linear) and is_quantized(module) for module in model.modules())
     merged = [one.eval().merge_and_unload() for one in (model, like)]
     with torch.no_grad():
@@ -209,8 +198,7 @@ def test_a_named_strategy_is_taken(tiny_whisper):
         model, _ = adapted_pair(tiny_whisper, "nf4", backend=backend)
         got = step(model, torch.float32)
         expected = expected or got
-        for name, value in expected.items():
-            assert (got[name] - value).abs().max() <= 2e-4 * value.abs().max() + 1e-7, name
+        assert_near(got, expected)
 
 
 def test_lora_of_peft_gives_the_same_update(tiny_whisper):
