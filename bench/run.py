@@ -53,7 +53,7 @@ def main(
     """Measures, counts and compiles; each result is on disk before the next is begun."""
     known = {
         "--section": (section, SECTIONS), "--layer": (layer, LAYERS), "--size": (size, SIZES),
-        "--precision": (precision, PRECISIONS), "--method": (method, step.METHODS),
+        "--precision": (precision, PRECISIONS), "--method": (method, step.QUANTIZABLE if quantize else step.METHODS),
         "--window": (window, ("full", "trim")), "--target": (target, static.TARGETS),
         "--quantize": (quantize and [quantize], QUANTIZATIONS),
     }  # fmt: skip

@@ -352,6 +352,7 @@ def test_figures_of_equal_rows_are_equal(one_run):
         (["--layer", "fc3"], "'fc3' is not one of"),
         (["--section", "all"], "'all' is not one of"),
         (["--size", "huge"], "'huge'"),
+        (["--quantize", "nf4", "--method", "full"], "'full' is not one of"),
     ],
 )
 def test_a_selection_that_does_not_exist_is_refused(arguments, message):
