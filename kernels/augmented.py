@@ -77,23 +77,15 @@ class AugmentedWeight:
     """[W | B diag(e) | 0] of one frozen weight, or of a group of up to 3 that read one x, stacked along its rows.
 
     `buffer` [G N, K + R] holds a copy of the weights, made once; `update` writes the R = `rank_block(rank)` columns
-    behind them and nothing else. `bias` [G N] is the group's, zero where a member has none, or None.
+    behind them and nothing else.
 
     Args:
         weights: G weights [N, K].
         rank: r, 1 to 256.
-        biases: their biases [N] or None; without it none has one.
-        dtype: of `buffer` and `bias`, by default the weights'. A narrower one rounds the copy once, as autocast would
-            at every use.
+        dtype: of `buffer`, by default the weights'. A narrower one rounds the copy once, as autocast would each time.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        rank: int,
-        biases: Sequence[Tensor | None] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, weights: Sequence[Tensor], rank: int, dtype: torch.dtype | None = None) -> None:
         self.group, self.rank = len(weights), rank
         self.outputs, self.inputs = weights[0].shape
         dtype = weights[0].dtype if dtype is None else dtype
@@ -102,19 +94,10 @@ class AugmentedWeight:
             stacked = torch.cat(list(weights)).to(dtype)
             # Zeros behind W until the first update: nothing uninitialised is ever multiplied.
             self.buffer = F.pad(stacked, (0, rank_block(rank)))
-            self.bias = self._stacked_bias(biases, dtype)
-        self.version = 0
         self._sources = Sources(weights)
 
-    def _stacked_bias(self, biases: Sequence[Tensor | None] | None, dtype: torch.dtype) -> Tensor | None:
-        if biases is None or all(bias is None for bias in biases):
-            return None
-        zero = self.buffer.new_zeros(self.outputs)
-        return torch.cat([zero if bias is None else bias.to(dtype) for bias in biases])
-
     def update(self, up: Tensor, coefficients: Tensor) -> None:
-        """Writes B diag(e_g), up [N, r] and coefficients [G, r] or [r], behind each weight; counts `version` up."""
-        self.version += 1
+        """Writes B diag(e_g), up [N, r] and coefficients [G, r] or [r], behind each weight."""
         up, coefficients = up.detach(), coefficients.detach().view(self.group, self.rank)
         if device.runs_triton(self.buffer):
             write_spare_columns_(self.buffer[:, self.inputs :], up, coefficients)
@@ -163,27 +146,22 @@ def augmented_forward(h_buffer: Tensor, augmented: AugmentedWeight, bias: Tensor
     return F.linear(h_buffer, augmented.buffer, bias)
 
 
-def augmented_input_gradient(
-    dy: Tensor | Sequence[Tensor], augmented: AugmentedWeight, down: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dx [M, K], the gradient of the whole map, and ge = Σ_g g_g ⊙ e_g [M, R], zero beyond r; views of one [M, K + R].
+def augmented_input_gradient(dys: Sequence[Tensor], augmented: AugmentedWeight, down: Tensor) -> Tensor:
+    """dx [M, K], the gradient of the whole map; a view of [dx | ge | 0] [M, K + R] with ge = Σ_g g_g ⊙ e_g.
 
-    dy is [M, G N], or G of [M, N]: these are multiplied one after the other into one result, which saves concatenating
-    them. ge A is added in place by one launch that reads and writes dx once more, 2 · M · K elements.
+    The G of dys [M, N] are multiplied one after the other into one result, which saves concatenating them. ge A is
+    added in place by one launch that reads and writes dx once more, 2 · M · K elements.
     """
-    if isinstance(dy, Tensor):
-        d_buffer = dy @ augmented.buffer
-    else:
-        first, *others = zip(dy, augmented.buffer.split(augmented.outputs), strict=True)
-        d_buffer = first[0] @ first[1]
-        for dy_of_one, weight in others:
-            d_buffer.addmm_(dy_of_one, weight)
+    first, *others = zip(dys, augmented.buffer.split(augmented.outputs), strict=True)
+    d_buffer = first[0] @ first[1]
+    for dy, weight in others:
+        d_buffer.addmm_(dy, weight)
     if device.runs_triton(d_buffer):
         add_low_rank_(d_buffer, down)
     else:
         dx, ge = split_spare(d_buffer, down)
         dx.addmm_(ge, down.to(dx.dtype))
-    return d_buffer[:, : augmented.inputs], d_buffer[:, augmented.inputs :]
+    return d_buffer[:, : augmented.inputs]
 
 
 def variants(target: str) -> list[Variant]:

@@ -196,7 +196,7 @@ def _augmented(group: Group, dtype: torch.dtype) -> AugmentedWeight:
     found = _augmented_weights.get(group.weights[0])
     fits = found is not None and found.rank == len(group.down) and found.buffer.dtype == dtype
     if found is None or not fits or not found.is_copy_of(group.weights):
-        found = _augmented_weights[group.weights[0]] = AugmentedWeight(group.weights, len(group.down), dtype=dtype)
+        found = _augmented_weights[group.weights[0]] = AugmentedWeight(group.weights, len(group.down), dtype)
     found.update(group.up, group.coefficients)
     return found
 
@@ -213,7 +213,7 @@ def _augmented_input_gradient(
     dys: Sequence[Tensor], group: Group, g: Tensor | None, dense: Tensor | None, dx: Tensor | None
 ) -> Tensor:
     # The spare columns are written anew: another use of these weights may have changed them since.
-    own, _ = augmented_input_gradient(dys, _augmented(group, dys[0].dtype), group.down)
+    own = augmented_input_gradient(dys, _augmented(group, dys[0].dtype), group.down)
     return own if dx is None else dx.add_(own)
 
 

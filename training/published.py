@@ -23,7 +23,3 @@ RANK_SWEEP: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "adalora-without-both": ((8.64, 8.64, 8.76), (12.52, 12.52, 13.41)),
     "alpha-lora": ((8.86, 8.77, 8.47), (13.75, 13.68, 12.70)),
 }
-# Trainable parameters on Whisper-medium at r = 8.
-PARAMETERS = {
-    "lora": 2_359_296, "adalora": 3_540_672, "bitfit": 593_920, "ia3": 196_608, "s2lora": 134_144,
-}  # fmt: skip
