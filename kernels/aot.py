@@ -33,7 +33,6 @@ from .configs import SHARED_MEMORY
 from .variants import Variant
 
 MODULES = (fused, fused_persistent, merge, project, adapter_gradients, row_sums, layer_norm, activation, augmented)
-_AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
 TENSOR_MEMORY = 512  # columns of it that one program may hold on Blackwell; a build that needs more is an empty kernel
 _MATRIX_INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -95,7 +94,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
         {(names.index(name),): value for name, value in variant.constants.items()},
         {(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    stages = min(variant.num_stages, _AMD_STAGES) if amd else variant.num_stages
+    stages = min(variant.num_stages, device.AMD_STAGES) if amd else variant.num_stages
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target), 32)
     compiled = triton.compile(source, target=gpu, options={"num_warps": variant.num_warps, "num_stages": stages})
     assembly = compiled.asm["amdgcn" if amd else "ptx"]

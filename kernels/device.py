@@ -13,6 +13,7 @@ from .configs import SHARED_MEMORY
 
 # As Triton does, which replaces its compiler by the interpreter where a kernel is decorated.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+AMD_STAGES = 2  # AMD's pipeliner keeps one stage in registers; deeper ones do not fit 64 KiB of LDS
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED_MULTIPROCESSORS = 3  # few, so that a persistent program meets several tiles
 

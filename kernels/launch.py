@@ -8,12 +8,15 @@ by these; `tests/kernels/test_launch.py` holds both ways to the same build and a
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from . import device
 
 _ALIGNED = 16  # bytes
+# Depth of the pipeline that a launch may ask for: None where any.
+_most_stages = device.AMD_STAGES if torch.version.hip else None
 _MOST = 8192  # builds remembered; lengths of audio are many
 _known: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[str, ...]]] = {}
 
@@ -24,6 +27,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, any_value: int | None
     The first argument is a tensor on the current GPU. `any_value` is the index of an argument whose value the kernel
     is not specialised for (`do_not_specialize`).
     """
+    if _most_stages is not None and constants.get("num_stages", 0) > _most_stages:
+        constants["num_stages"] = _most_stages
     if device.INTERPRETING:
         kernel[grid](*args, **constants)
         return

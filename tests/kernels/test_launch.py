@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from fused_s2lora.kernels import launch
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -70,6 +74,23 @@ def both_ways(fault: str = "") -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
+
+
+class Kernel:
+    """Stands for one of Triton's; keeps what it is launched with."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: vars(self).update(constants)
+
+
+@pytest.mark.parametrize(("most", "asked", "launched"), [(None, 4, 4), (2, 4, 2), (2, 1, 1)])
+def test_pipelines_are_as_deep_as_the_device_has_room_for(monkeypatch, most, asked, launched):
+    """On AMD no deeper than they are compiled ahead of time (`aot`), where all are found to fit."""
+    monkeypatch.setattr(launch, "_most_stages", most)
+    monkeypatch.setattr(launch.device, "INTERPRETING", True)
+    kernel = Kernel()
+    launch.launch(kernel, (1,), torch.zeros(1), num_warps=4, num_stages=asked)
+    assert vars(kernel) == {"num_warps": 4, "num_stages": launched}
 
 
 def test_a_build_that_is_looked_up_is_the_one_triton_finds():
