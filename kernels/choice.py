@@ -24,7 +24,16 @@ import torch
 from torch._guards import detect_fake_mode
 
 from .device import multiplies_as_tf32
-from .strategy_record import REFERENCE, Record, Shape, StrategyFile, committed_table, record_from, section_of
+from .strategy_record import (
+    OUT_OF_MEMORY,
+    REFERENCE,
+    Record,
+    Shape,
+    StrategyFile,
+    committed_table,
+    record_from,
+    section_of,
+)
 from .strategy_timing import THREAD, Candidate, time_candidates
 
 VARIABLE = "S2LORA_BACKEND"
@@ -112,7 +121,12 @@ class Chooser:
         if name is None:
             raise ValueError(f"{device} is no CUDA GPU of this machine; strategies are timed on a GPU only")
         with self._lock:
-            record = Record.of(*self._timer(shape, device, candidates))
+            ms, errors = self._timer(shape, device, candidates)
+            for strategy, reason in errors.items():
+                if not reason.startswith(OUT_OF_MEMORY):
+                    message = f"on {name} the strategy {strategy} failed, and is left out: {reason}"
+                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+            record = Record.of(ms, errors)
             if record is not None:
                 self.file.add(section_of(name), _key(shape), record)
                 self._remember(shape, device, candidates, record.best_of(candidates))

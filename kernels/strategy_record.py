@@ -1,18 +1,19 @@
 """What was timed for a shape, and the file that remembers it between runs.
 
-    {"NVIDIA H100 80GB HBM3 | torch 2.13.0 | triton 3.9.0 | fused-s2lora 0.1.0": {
+    {"NVIDIA H100 80GB HBM3 | torch 2.13.0 | triton 3.9.0 | kernels 0123abcd": {
         "rows<=2048 768->3072 rank 8 x1 bfloat16 weights float32 forward+backward": {
             "strategy": "merged",
             "ms": {"reference": 0.41, "merged": 0.22, "frozen": 0.19},
             "errors": {"fused": "RuntimeError: ..."}}}}
 
-(The numbers are made up.) Another version of torch, triton or this package is another section, so it times anew.
+(The numbers are made up.) Another version of torch or triton, or a change of the kernels, is another section, so it
+times anew.
 Processes that share the file, ranks of a distributed run among them, decide each for themselves and add to it.
 """
 
 import contextlib
 import functools
-import importlib.metadata
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 REFERENCE = "reference"
 FROZEN = "frozen"  # the maps without an adapter: timed for comparison, never a choice
@@ -114,8 +116,10 @@ class Record:
 
     @property
     def lasting(self) -> bool:
-        """False where memory ran out: another time there may be more."""
-        return not any(error.startswith(OUT_OF_MEMORY) for error in self.errors.values())
+        """False where another time may be otherwise: memory ran out, or all failed but reference (no compiler)."""
+        if any(error.startswith(OUT_OF_MEMORY) for error in self.errors.values()):
+            return False
+        return not self.errors or bool(self.ms.keys() - {REFERENCE, FROZEN})
 
 
 def _fastest(ms: Mapping[str, float], names: Iterable[str]) -> str | None:
@@ -143,18 +147,18 @@ def committed_table() -> dict[str, Any]:
 
 
 def section_of(device_name: str) -> str:
-    """Device and versions, under which the file keeps records."""
-    parts = [f"{name} {_version(name)}" for name in ("torch", "triton", "fused-s2lora")]
-    return " | ".join([device_name, *parts])
+    """Device, versions and the state of the kernels, under which the file keeps records."""
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "kernels": _state_of_kernels()}
+    return " | ".join([device_name, *(f"{name} {version}" for name, version in versions.items())])
 
 
-def _version(package: str) -> str:
-    if package == "torch":
-        return str(torch.__version__)
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+@functools.cache
+def _state_of_kernels() -> str:
+    """Eight digits that are others when a module beside this one is."""
+    state = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        state.update(file.read_bytes())
+    return state.hexdigest()[:8]
 
 
 def strategies_path() -> Path:

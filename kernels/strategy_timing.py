@@ -1,7 +1,7 @@
 """Time of every strategy for one shape, on random operands: forward, or forward and backward.
 
 It runs in a thread of its own, where nothing of the caller is in force: autocast, no_grad, the hooks of gradient
-checkpointing. Operands come from a generator of their own, so the caller's random state stays as it is.
+checkpointing. Operands come from a generator of their own, and the caller's random state stays as it is.
 """
 
 import contextlib
@@ -102,7 +102,8 @@ def time_candidates(
     By default it takes the median of a burst, each call between two CUDA events after a write over the L2 cache, with
     no wait between them: where the host gets ahead of the GPU, as in a large model, only the GPU's time counts.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix=THREAD) as pool:
+    # Strategies that round at random draw their seed from PyTorch's generator on the CPU.
+    with torch.random.fork_rng(devices=[]), ThreadPoolExecutor(1, thread_name_prefix=THREAD) as pool:
         return pool.submit(_time, shape, device, candidates, clock).result()
 
 

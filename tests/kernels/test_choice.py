@@ -138,7 +138,8 @@ def test_threads_time_a_shape_once(make):
 def test_a_failed_candidate_is_left_out_and_its_error_kept(make, path):
     ms = {name: value for name, value in MS.items() if name != "fused"}
     timer = Timer(ms, {"fused": "RuntimeError: no kernel"})
-    assert make(timer).pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+    with pytest.warns(RuntimeWarning, match="on GPU A the strategy fused failed, and is left out: RuntimeError: no k"):
+        assert make(timer).pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
     assert make(forbidden).pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
     assert "RuntimeError: no kernel" in path.read_text()
 
@@ -150,6 +151,15 @@ def test_a_lack_of_memory_is_not_remembered_for_the_next_process(make, path):
     assert len(timer.asked) == 1
     chooser.pick("auto", FEW_ROWS, GPU, CANDIDATES)
     assert not path.exists()
+
+
+def test_where_all_failed_but_reference_the_next_process_tries_again(make, path):
+    """As without a C compiler, which is soon installed."""
+    timer = Timer({"reference": 1.0, FROZEN: 0.5}, dict.fromkeys(NAMES[1:], "RuntimeError: no C compiler"))
+    with pytest.warns(RuntimeWarning, match="no C compiler") as caught:
+        assert make(timer).pick("auto", SHAPE, GPU, CANDIDATES) == "reference"
+    assert len(caught) == len(NAMES) - 1
+    assert make(Timer()).pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
 
 
 def test_a_timer_that_fails_never_stops_training(make):
@@ -164,7 +174,8 @@ def test_a_timer_that_fails_never_stops_training(make):
         assert [chooser.pick("auto", SHAPE, GPU, CANDIDATES) for _ in range(3)] == ["merged"] * 3
     assert (len(asked), len(caught)) == (1, 1)
     none_ran = make(Timer({}, dict.fromkeys(NAMES, "RuntimeError: no kernel")))
-    assert none_ran.pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
+    with pytest.warns(RuntimeWarning, match="the strategy reference failed"):
+        assert none_ran.pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
 
 
 def test_default_rule():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_s2lora.kernels import choice
+from fused_s2lora.kernels import strategy_record
 from fused_s2lora.kernels.choice import Chooser
 from fused_s2lora.kernels.strategy_record import (
     FROZEN,
@@ -65,11 +65,13 @@ def test_remembered_on_disk_and_read_by_the_next_process(make, path):
     assert sorted(file.name for file in path.parent.iterdir()) == ["strategies.json", "strategies.lock"]
 
 
-@pytest.mark.parametrize("package", ["torch", "triton", "fused-s2lora"])
-def test_another_version_times_anew_and_keeps_the_old(make, path, monkeypatch, package):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("torch.__version__", "99"), ("triton.__version__", "99"), ("_state_of_kernels", lambda: "89abcdef")],
+)
+def test_another_version_times_anew_and_keeps_the_old(make, path, monkeypatch, name, value):
     make().pick("auto", SHAPE, GPU, CANDIDATES)
-    real = choice.section_of.__globals__["_version"]
-    monkeypatch.setitem(choice.section_of.__globals__, "_version", lambda name: "99" if name == package else real(name))
+    monkeypatch.setattr(f"fused_s2lora.kernels.strategy_record.{name}", value)
     timer = Timer()
     make(timer).pick("auto", SHAPE, GPU, CANDIDATES)
     assert timer.asked == [SHAPE]
@@ -185,3 +187,16 @@ def test_where_the_file_is(monkeypatch, tmp_path):
     assert strategies_path() == tmp_path / ".cache" / "fused_s2lora" / "strategies.json"
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert strategies_path().name == "strategies.json"
+
+
+def test_the_state_of_kernels_is_that_of_their_source(tmp_path, monkeypatch):
+    """A record is of the kernels it timed: any change of one asks for new times."""
+    monkeypatch.setattr(strategy_record, "__file__", str(tmp_path / "strategy_record.py"))
+    kernel = tmp_path / "merge.py"
+    states = []
+    for source in ("a = 1", "a = 2", "a = 1"):
+        kernel.write_text(source)
+        strategy_record._state_of_kernels.cache_clear()
+        states.append(strategy_record._state_of_kernels())
+    strategy_record._state_of_kernels.cache_clear()
+    assert states[0] == states[2] != states[1]

@@ -155,6 +155,11 @@ def test_the_callers_state_does_not_reach_the_timing_nor_the_other_way_round(few
         _, errors = time_candidates(SMALL, CPU, {"reference": candidate}, FakeClock())
     assert (errors, saved, seen) == ({}, [], {"grad": True, "autocast": False})
     assert torch.equal(torch.rand(3), expected)
+    # What rounds at random draws a seed.
+    half = Shape(64, 48, 64, 8, 1, torch.bfloat16, torch.bfloat16, True)
+    torch.manual_seed(3)
+    time_candidates(half, CPU, candidates_of(s2_linear_group, ["reference", "merged"]), FakeClock())
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_candidate_that_asks_for_a_choice_does_not_wait_for_itself(make, few_rounds):
