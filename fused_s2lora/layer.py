@@ -247,7 +247,10 @@ class S2Linear(nn.Module):
         super().__init__()
         self.linear = linear.requires_grad_(False)
         self.backend: Backend = backend
-        up, down = initial_factors(linear.out_features, linear.in_features, S2LoraConfig(r=r), linear.weight)
+        weight = linear.weight
+        # At least float32: in half precision the steps of an optimizer are lost.
+        like = torch.empty(0, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        up, down = initial_factors(linear.out_features, linear.in_features, S2LoraConfig(r=r), like)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.coefficients = nn.Parameter(torch.zeros(r, device=up.device, dtype=up.dtype))
 

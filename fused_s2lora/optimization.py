@@ -45,17 +45,22 @@ def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) 
     return result
 
 
+def was_skipped(optimizer: Any) -> bool:
+    """Whether the gradients of fp16 overflowed, so that accelerate's optimizer left out its last step."""
+    return bool(getattr(optimizer, "step_was_skipped", False))
+
+
 class S2LoraCallback(TrainerCallback):
     """Runs `S2LoraModel.proximal_step` after each optimizer step of a Hugging Face Trainer.
 
-    Only needed for penalty "proximal"; without effect otherwise.
+    Only needed for penalty "proximal"; without effect otherwise, and where mixed precision skipped the step.
     """
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         tuner = tuner_of(kwargs["model"])
-        if tuner is not None:
+        if tuner is not None and not was_skipped(kwargs["optimizer"]):
             groups = kwargs["optimizer"].param_groups
             lr = next((group["lr"] for group in groups if group.get("name") == COEFFICIENTS), groups[0]["lr"])
             tuner.proximal_step(lr)

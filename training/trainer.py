@@ -15,6 +15,7 @@ from transformers import TrainingArguments as Arguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fused_s2lora import S2LoraModel, parameter_groups
+from fused_s2lora.optimization import was_skipped
 
 from .audio_window import window_of
 from .collate import IGNORED
@@ -209,12 +210,13 @@ class SeededSampler(Sampler[int]):
 class AdaLoraCallback(TrainerCallback):
     """Runs AdaLoRA's budget allocation after each optimizer step, which the Trainer does not do by itself.
 
-    Without effect on other methods, and where no rank is to be given up.
+    Without effect on other methods, where no rank is to be given up, and where mixed precision skipped the step: its
+    gradients are not finite, and importances are means over all steps.
     """
 
     def on_optimizer_step(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         tuner = getattr(kwargs["model"], "base_model", None)
-        if not isinstance(tuner, AdaLoraModel):
+        if not isinstance(tuner, AdaLoraModel) or was_skipped(kwargs["optimizer"]):
             return
         config: Any = tuner.peft_config[tuner.trainable_adapter_name]
         if config.target_r < config.init_r:

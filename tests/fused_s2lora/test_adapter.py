@@ -338,6 +338,14 @@ def test_a_quantised_weight_is_refused():
         get_peft_model(nn.Sequential(linear), S2LoraConfig(target_modules=["0"]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_plain_layer_trains_in_no_less_than_float32(dtype):
+    layer = S2Linear(nn.Linear(12, 9, dtype=dtype), r=4)
+    trained = torch.promote_types(dtype, torch.float32)
+    assert {parameter.dtype for parameter in (layer.down, layer.up, layer.coefficients)} == {trained}
+    assert layer(torch.ones(2, 12, dtype=dtype)).dtype == layer.linear.weight.dtype == dtype
+
+
 def test_plain_layer_learns_and_merges():
     linear = nn.Linear(12, 9)
     target = nn.Linear(12, 9)

@@ -142,6 +142,21 @@ def test_callback_finds_the_adapter_in_a_wrapped_model(tiny_whisper, tmp_path):
     assert not any(value.any() for name, value in trained(model).items() if "s2lora_coefficients" in name)
 
 
+def test_a_step_that_overflowed_in_fp16_takes_no_proximal_one(tiny_whisper, tmp_path):
+    """Accelerate's optimizer left out its own; with that the coefficients are to stay as they were."""
+    model = adapted(tiny_whisper, penalty="proximal", sparsity_weight=1e3)
+    before = trained(model)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    optimizer: Any = torch.optim.SGD(parameter_groups(model, LR))
+    for skipped in (True, False):
+        optimizer.step_was_skipped = skipped
+        S2LoraCallback().on_optimizer_step(
+            arguments, TrainerState(), TrainerControl(), model=model, optimizer=optimizer
+        )
+        after = trained(model)
+        assert all(torch.equal(after[name], before[name]) for name in before) == skipped
+
+
 def test_proximal_penalty_leaves_exact_zeros_and_soft_does_not(tiny_whisper, tmp_path):
     zeros = {}
     for penalty in ("soft", "proximal"):

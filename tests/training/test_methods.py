@@ -2,11 +2,18 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from peft import AdaLoraModel, PeftModel
+from transformers import (
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from fused_s2lora import S2LoraLinear
 from fused_s2lora.training import published
@@ -16,7 +23,7 @@ from fused_s2lora.training.models import load_base
 from fused_s2lora.training.rank_maps import rank_maps
 from fused_s2lora.training.sets import training_speech
 from fused_s2lora.training.train import parameter_counts, train
-from fused_s2lora.training.trainer import _orthogonality
+from fused_s2lora.training.trainer import AdaLoraCallback, _orthogonality
 from tests.fused_s2lora.adapters import batch
 from tests.training.comparisons import QUIET, UNSCORED, options
 
@@ -234,3 +241,16 @@ def test_utterances_are_drawn_by_seed(quick):
     assert len(chosen[0]) == 3
     with pytest.raises(UserError, match="--utterances is 999, but there are"):
         training_speech(options(**quick, utterances=999))
+
+
+def test_a_step_that_overflowed_in_fp16_allocates_no_ranks(tiny_whisper, tmp_path, monkeypatch):
+    """Its gradients are not finite, and would be in the importances for good."""
+    steps = []
+    monkeypatch.setattr(AdaLoraModel, "update_and_allocate", lambda model, step: steps.append(step))
+    model = adapt(tiny_whisper(), options(method="adalora", rank=2), steps=10)
+    state, control = TrainerState(global_step=4), TrainerControl()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    for skipped in (True, False):
+        optimizer = SimpleNamespace(step_was_skipped=skipped)
+        AdaLoraCallback().on_optimizer_step(arguments, state, control, model=model, optimizer=optimizer)
+    assert steps == [5]
