@@ -18,7 +18,8 @@ def check_precision(precision: str) -> None:
 def resolved(precision: str) -> str:
     """`precision` itself, or what "auto" is on the device in hand: the fastest safe one.
 
-    On a GPU bf16, or fp16 where it has no bf16; on a CPU bf16 if it multiplies bf16 in hardware, else fp32.
+    On a GPU bf16, or fp16 where that has no bf16 and PyTorch would emulate it; on a CPU bf16 if it multiplies bf16 in
+    hardware, else fp32.
 
     Raises:
         UserError: no such precision.
@@ -27,7 +28,7 @@ def resolved(precision: str) -> str:
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
