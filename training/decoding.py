@@ -303,7 +303,7 @@ def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _configured(model: Any, pad: int) -> Iterator[Any]:
+def as_trained(model: Any, pad: int) -> Iterator[Any]:
     """The model's generation configuration, for now without what would give another prompt than in training, return
     something else, or hide where a transcript ends."""
     found = model.generation_config
@@ -341,7 +341,7 @@ def _generate(
     **search: int,
 ) -> torch.Tensor:
     weight_dtype = next(model.parameters()).dtype
-    with _configured(model, pad) as configured, window_of(model, mel_frames), autocast(features.device, dtype):
+    with as_trained(model, pad) as configured, window_of(model, mel_frames), autocast(features.device, dtype):
         task = task or getattr(configured, "task", None) or "transcribe"
         prompt = {"language": language, "task": task} if configured.is_multilingual else {}
         return model.generate(

@@ -23,6 +23,7 @@ from .audio import read_audio
 from .audio_window import AudioWindow
 from .collate import ANSWER_TOKENS, prefix_in
 from .data import Speech, audio_entry
+from .decoding import as_trained
 from .errors import UserError
 from .features import LogMel
 from .output import read_json, write_json
@@ -152,14 +153,15 @@ def _answers(
 
 def _begun(model: Any, tokenizer: WhisperTokenizer, encoded: BaseModelOutput, language: str) -> list[list[int]]:
     """The first `ANSWER_TOKENS` tokens of each greedy answer, fewer and the end where it is over before."""
-    written = model.generate(
-        encoder_outputs=encoded,
-        language=language,
-        task="transcribe",
-        num_beams=1,
-        do_sample=False,
-        max_new_tokens=ANSWER_TOKENS,
-    )
+    with as_trained(model, tokenizer.pad_token_id):
+        written = model.generate(
+            encoder_outputs=encoded,
+            language=language,
+            task="transcribe",
+            num_beams=1,
+            do_sample=False,
+            max_new_tokens=ANSWER_TOKENS,
+        )
     end = tokenizer.eos_token_id
     answers = []
     for ids in written.tolist():

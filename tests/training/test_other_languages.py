@@ -185,6 +185,18 @@ def test_answers_are_what_the_model_transcribes(base, tmp_path):
         ]  # the first may be suppressed
 
 
+def test_answers_are_begun_without_timestamps_whatever_the_model_is_saved_with(base, tmp_path, monkeypatch):
+    speech = load_speech(write_folder(tmp_path / "speech"))
+    answers = []
+    for name, saved in {"plain": {}, "other": {"return_timestamps": True, "return_dict_in_generate": True}}.items():
+        with monkeypatch.context() as patch:
+            for option, value in saved.items():
+                patch.setattr(base[0].generation_config, option, value)
+            with_answers(speech, *base, share=0.5, languages=["de"], file=tmp_path / name)
+        answers.append(json.loads((tmp_path / name).read_text()))
+    assert answers[0] == answers[1] != []
+
+
 @pytest.fixture
 def answered(base, tmp_path, monkeypatch):
     """Six utterances, and two of them again with a long and a short answer in other languages."""
