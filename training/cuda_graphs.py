@@ -80,7 +80,10 @@ class GraphedBackward:
     def _record(self, batch: dict[str, Any], tensors: dict[str, Tensor]) -> _Recorded:
         inputs = {name: value.clone() for name, value in tensors.items()}
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):  # gives cached memory back first
+        # Gives cached memory back first. What other threads ask of CUDA meanwhile, as the one that pins batches for the
+        # DataLoader, is no part of the graph and must not end its capture.
+        capture = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **capture):
             losses = self._forward_and_backward(batch | inputs)
         return _Recorded(graph, inputs, losses, [parameter.grad for parameter in self._parameters])
 
