@@ -25,7 +25,10 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class RankPattern:
-    """Live ranks (|s| ≥ threshold) and mean |s| of one stack, layers by matrices; None where not adapted."""
+    """Live ranks (|s| ≥ threshold) and mean |s| of one stack, layers by matrices; None where not adapted.
+
+    s is that of the adapter as it is: where a share of the update was kept, this share of what was learnt.
+    """
 
     stack: str
     layers: list[str]
