@@ -1,5 +1,6 @@
 """The operation as the paper writes it, in plain PyTorch."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,10 +13,13 @@ def s2_linear_reference(
     """y = x Wᵀ + b + ((x Aᵀ) ⊙ e) Bᵀ;  x [..., K] -> y [..., N].
 
     weight W [N, K], bias b [N] or None, down A [r, K], up B [N, r], coefficients e [r]. Any floating dtype, float64
-    included; differentiable any number of times. Mixed dtypes follow PyTorch's promotion in the low-rank path, and the
+    included; differentiable any number of times. The low-rank path is computed in the widest dtype of A, B and e, and the
     result has the dtype of x Wᵀ.
     """
     base = F.linear(x, weight, bias)
+    if not down.dtype == up.dtype == coefficients.dtype:
+        wide = torch.promote_types(torch.promote_types(down.dtype, up.dtype), coefficients.dtype)
+        down, up, coefficients = down.to(wide), up.to(wide), coefficients.to(wide)
     # Autocast takes x as it is; a cast to float32 would be taken back at once.
     narrow = device.autocast_dtype(x) is not None
     low_rank = F.linear(F.linear(x if narrow else x.to(down.dtype), down) * coefficients, up)

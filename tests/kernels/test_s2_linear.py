@@ -1,5 +1,6 @@
 """The operation in every strategy, precision and shape, against float64."""
 
+import functools
 import weakref
 
 import pytest
@@ -54,6 +55,16 @@ def test_output_and_gradients_in_pytorch(shape, dtype, name):
     # PyTorch's own bfloat16 product on CPU lets NaN beyond the end of a row into the result: 0 · NaN in its padding.
     padding = 0.0 if dtype == torch.bfloat16 and not ON_GPU else torch.nan
     check(make_problem(*shape, dtype, factor_dtype=factors, padding=padding), OPERATIONS[name])
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "fused"])
+@pytest.mark.parametrize("narrow", [("coefficients",), ("down",), ("up",), ("down", "up"), ("up", "coefficients")])
+def test_factors_of_unlike_dtypes(backend, narrow):
+    """Whichever strategy serves: which one that is depends on the number of rows."""
+    problem = make_problem(40, 48, 33, 8, torch.bfloat16, padding=0.0)
+    for name in narrow:
+        problem.operands[name] = problem.operands[name].detach().bfloat16().requires_grad_()
+    check(problem, functools.partial(s2_linear, backend=backend))
 
 
 @pytest.mark.skipif(ON_GPU, reason="oneDNN multiplies on a CPU")
