@@ -13,7 +13,7 @@ def s2_linear_reference(
     """y = x Wᵀ + b + ((x Aᵀ) ⊙ e) Bᵀ;  x [..., K] -> y [..., N].
 
     weight W [N, K], bias b [N] or None, down A [r, K], up B [N, r], coefficients e [r]. Any floating dtype, float64
-    included; differentiable any number of times. The low-rank path is computed in the widest dtype of A, B and e, and the
+    included; differentiable any number of times. The low-rank path is computed in the widest dtype of A, B and e; the
     result has the dtype of x Wᵀ.
     """
     base = F.linear(x, weight, bias)

@@ -134,7 +134,9 @@ def train(
         bool,
         typer.Option(help="Train on the language's token of the prompt too, which decoding is given and never writes."),
     ] = True,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data. [dim]default: one, or as many as make 250 steps[/dim]")
+    ] = None,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1 for --epochs.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Utterances a batch.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Batches an optimizer step.")] = 1,
@@ -373,7 +375,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Folder of the demonstration.")] = "demo-run",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in --output and start anew.")] = False,
 ) -> None:
-    """Adapt Whisper-base to child-like speech in five to ten minutes on two cores, and show what changed."""
+    """Adapt Whisper-base to child-like speech in a few minutes on two cores, and show what changed."""
     from .demo import demo as run
 
     run(data=data, test=test, output=output, fresh=fresh)

@@ -82,7 +82,7 @@ class GraphedBackward:
         graph = torch.cuda.CUDAGraph()
         # Gives cached memory back first. What other threads ask of CUDA meanwhile, as the one that pins batches for the
         # DataLoader, is no part of the graph and must not end its capture.
-        capture = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        capture: dict[str, Any] = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, **capture):
             losses = self._forward_and_backward(batch | inputs)
         return _Recorded(graph, inputs, losses, [parameter.grad for parameter in self._parameters])

@@ -10,6 +10,7 @@ from .precision import check_precision
 from .text import language_code
 
 QUANTIZATIONS = ("int8", "nf4")
+LEAST_STEPS = 250  # by default; so many are what little speech is trained for, in as many epochs as that takes
 
 
 @dataclass
@@ -53,7 +54,7 @@ class TrainOptions:
     keep_languages: list[str] = field(default_factory=list)  # none: `LARGEST_LANGUAGES`
     learn_language: bool = True
 
-    epochs: float = 1.0
+    epochs: float | None = None  # none: one, or as many as make `LEAST_STEPS`
     max_steps: int = -1
     batch_size: int = 4
     accumulation: int = 1
@@ -103,7 +104,7 @@ class TrainOptions:
             raise UserError(f"--seed is {self.seed}; give a number below 2**32")
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"--max-steps is {self.max_steps}; give at least 1, or -1 for --epochs")
-        if not self.epochs > 0 and self.max_steps < 1:
+        if self.epochs is not None and not self.epochs > 0 and self.max_steps < 1:
             raise UserError(f"--epochs is {self.epochs}; give a positive number, or --max-steps")
         if self.utterances is not None and self.utterances < 1:
             raise UserError(f"--utterances is {self.utterances}; give at least 1")

@@ -1,5 +1,6 @@
 """Adapting Whisper to speech: `train` reads the data, scores before, trains, saves the adapter and scores after."""
 
+import gc
 import math
 import os
 import time
@@ -39,7 +40,7 @@ from .models import (
     set_speech,
     to_best_device,
 )
-from .options import TrainOptions
+from .options import LEAST_STEPS, TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
 from .output import read_json, write_json
 from .precision import autocast_dtype, resolved
@@ -71,7 +72,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     tests = scored_sets(options)
     check_sets(tests, options.group_by)
     quantization = quantization_of(options.quantize, autocast_dtype(options.precision))
-    model, processor = load_base(options.model, dtype=base_dtype(options))
+    model, processor = load_base(options.model)
     language = check_language(model, options.language)
     for further in (*options.keep_languages, *(test.language for test in tests.values())):
         check_language(model, further)
@@ -94,7 +95,6 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     run = RunFolder(options, fresh=fresh)
     everything = [speech, *([] if dev is None else [dev]), *(test.speech for test in tests.values())]
     _report_skipped(run, [item for part in everything for item in part.skipped], console)
-    to_best_device(model)
 
     evaluations = []
     scoring: dict[str, Any] = {
@@ -105,6 +105,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         "group_by": options.group_by,
     }
     if tests and options.before:
+        to_best_device(model)
         evaluations.append(
             evaluate_sets(
                 model, processor, tests, label="before", window=AudioWindow(), folder=run.path / "before", **scoring
@@ -123,19 +124,30 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
                 f"on in those too, to keep them: {run.other_languages}",
                 markup=False,
             )
-        if quantization is not None:
-            model, _ = load_base(options.model, quantization=quantization)  # in the place of the one that was heard
+        # Weights that are stored otherwise are for training alone: an adapter is used, and so scored, with the model as
+        # it was, into whose float32 it is merged without loss.
+        stored: dict[str, Any] = {"dtype": base_dtype(options), "quantization": quantization}
+        otherwise = stored != {"dtype": torch.float32, "quantization": None}
+        if otherwise:
+            del model
+            _free_memory()
+            model, _ = load_base(options.model, **stored)
+        to_best_device(model)
         set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
-        adapted = adapt(model, options, steps=_steps(options, len(speech)))
+        steps = _steps(options, len(speech))
+        epochs = steps / _steps_an_epoch(options, len(speech))
+        console.print(f"{steps} steps, {epochs:.3g} passes over {len(speech)} utterances", markup=False)
+        adapted = adapt(model, options, steps=steps)
         if not isinstance(adapted, PeftModel):
             set_speech(adapted, language, options.task)
         _train(options, run, adapted, processor, speech, dev, utterances)
-        if quantization is not None and tests:  # an adapter is used, and so scored, with the model as it was
+        if otherwise and tests:
             del model, adapted
-            adapted = _trained(load_base(options.model, dtype=base_dtype(options))[0], run)
-            to_best_device(adapted)
+            _free_memory()
+            adapted = _trained(load_base(options.model)[0], run)
     results: list[dict[str, Any]] = []
     if tests:
+        to_best_device(adapted)
         after = run.path / "after"
         evaluations.append(
             evaluate_sets(
@@ -174,9 +186,15 @@ def _check_one_gpu(options: TrainOptions) -> None:
 
 
 def base_dtype(options: TrainOptions) -> torch.dtype:
-    """What weights are stored in: float32; as products with `half_base`, and before and after quantised training."""
-    halved = options.half_base or options.quantize is not None
-    return (autocast_dtype(options.precision) or torch.float32) if halved else torch.float32
+    """What weights are stored in while it trains: float32, or with `half_base` what products are computed in."""
+    return (autocast_dtype(options.precision) or torch.float32) if options.half_base else torch.float32
+
+
+def _free_memory() -> None:
+    """Gives back what models hold that nothing names any more: parts of one name each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -199,6 +217,7 @@ def _keeping_languages(
     """The speech with answers in other languages, and how many were asked for."""
     if not options.keep_share:
         return speech, 0
+    to_best_device(model)
     wanted = [check_language(model, name) for name in options.keep_languages or LARGEST_LANGUAGES]
     return with_answers(
         speech,
@@ -217,8 +236,19 @@ def _steps(options: TrainOptions, utterances: int) -> int:
     """Optimizer steps of the whole run, as the Trainer counts them, under torchrun too."""
     if options.max_steps > 0:
         return options.max_steps
+    return math.ceil(_epochs(options, utterances) * _steps_an_epoch(options, utterances))
+
+
+def _steps_an_epoch(options: TrainOptions, utterances: int) -> int:
     batches = math.ceil(math.ceil(utterances / options.batch_size) / _processes())  # of each process
-    return math.ceil(options.epochs * math.ceil(batches / options.accumulation))
+    return math.ceil(batches / options.accumulation)
+
+
+def _epochs(options: TrainOptions, utterances: int) -> float:
+    """Passes over the data: as many as asked for, or as make `LEAST_STEPS`, at least one."""
+    if options.epochs is not None:
+        return options.epochs
+    return max(1, math.ceil(LEAST_STEPS / _steps_an_epoch(options, utterances)))
 
 
 def _check_steps(run: RunFolder, checkpoint: Path, steps: int) -> None:
@@ -238,14 +268,14 @@ def _trained(model: WhisperForConditionalGeneration, run: RunFolder) -> nn.Modul
     return model
 
 
-def _arguments(options: TrainOptions, run: RunFolder, has_dev: bool) -> Seq2SeqTrainingArguments:
+def _arguments(options: TrainOptions, run: RunFolder, epochs: float, has_dev: bool) -> Seq2SeqTrainingArguments:
     dtype = autocast_dtype(options.precision)
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(run.checkpoints),
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.eval_batch_size,
         gradient_accumulation_steps=options.accumulation,
-        num_train_epochs=options.epochs,
+        num_train_epochs=epochs,
         max_steps=options.max_steps,
         learning_rate=learning_rate(options),
         lr_scheduler_type="linear",
@@ -305,7 +335,7 @@ def _train(
         callbacks.append(EarlyStoppingCallback(options.early_stopping))
     trainer = SpeechTrainer(
         model=model,
-        args=_arguments(options, run, dev is not None),
+        args=_arguments(options, run, _epochs(options, len(speech)), dev is not None),
         train_dataset=speech.dataset,
         eval_dataset=None if dev is None else dev.dataset,
         data_collator=SpeechCollator(
@@ -349,6 +379,7 @@ def _train(
         trainable, total = parameter_counts(model)
         summary = {
             "steps": trainer.state.global_step,
+            "epochs": round(trainer.state.epoch or 0, 3),
             "resumed_at_step": first_step,
             "train_s": round(seconds, 1),
             "step_s": step_times.median_s(),

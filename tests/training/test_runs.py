@@ -21,6 +21,7 @@ from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import DivergedError, UserError
 from fused_s2lora.training.methods import PRESETS
 from fused_s2lora.training.models import remembered_speech
+from fused_s2lora.training.options import LEAST_STEPS
 from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
@@ -286,6 +287,42 @@ def test_options_that_reach_the_model(options, tmp_path):
     config = S2LoraConfig.from_pretrained(run / "adapter")
     assert (config.sharing, config.r, config.norm_weight, config.init) == ("all", 4, 0.3, "normal")
     assert json.loads((run / "summary.json").read_text())["utterances"] == 4
+
+
+def test_weights_of_half_precision_are_for_training_alone(options, tones, tmp_path, short_decoding, monkeypatch):
+    """An adapter is used with the model in float32; merged into fewer bits a part of it would be lost."""
+    dtypes = []
+    evaluate, trained = train_module.evaluate_sets, train_module._train
+    monkeypatch.setattr(
+        train_module, "evaluate_sets", lambda model, *a, **k: dtypes.append(model.dtype) or evaluate(model, *a, **k)
+    )
+    monkeypatch.setattr(
+        train_module,
+        "_train",
+        lambda options, run, model, *a: dtypes.append(model.dtype) or trained(options, run, model, *a),
+    )
+    run = tmp_path / "run"
+    asked = options(run, test=[f"same={tones}"], max_steps=1, half_base=True, precision="bf16")
+    evaluations = train(asked, console=QUIET)
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    assert [evaluation.label for evaluation in evaluations] == ["before", "s2lora"]
+
+
+def test_little_speech_is_passed_over_until_there_are_steps_enough(options, tmp_path, monkeypatch):
+    """At least one epoch, and in whole ones, unless --epochs says how many."""
+    monkeypatch.setattr(train_module, "LEAST_STEPS", 5)
+    found = {}
+    for epochs, batch_size in ((None, 2), (None, 1), (1.0, 2)):
+        run = tmp_path / f"{epochs}-{batch_size}"
+        train(options(run, epochs=epochs, batch_size=batch_size), console=QUIET)
+        summary = json.loads((run / "summary.json").read_text())
+        found[epochs, batch_size] = summary["steps"], summary["epochs"]
+    assert found == {(None, 2): (6, 2), (None, 1): (6, 1), (1.0, 2): (3, 1)}
+
+
+def test_the_command_says_how_many_steps_are_enough():
+    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"})
+    assert f"as many as make {LEAST_STEPS} steps" in result.output
 
 
 def test_masking_is_of_the_run_that_asks_for_it(options, tiny_folder, tmp_path, monkeypatch):
