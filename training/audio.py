@@ -3,9 +3,10 @@
 import contextlib
 import io
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -19,6 +20,9 @@ _ROUNDING_S = 0.05  # by how much a segment may be said to end after its file
 # Where libsndfile finds the very sample; in Vorbis it ends some beside, in GSM 6.10 and ADPCM it cannot.
 _SOUGHT_IN = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
 _SOUGHT = ("FLOAT", "DOUBLE", "ULAW", "ALAW", "OPUS", "MPEG_LAYER_III")
+_CHUNKS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}  # WAV, AIFF
+_MISCOUNTED_BYTES = 4096  # by which headers may be wrong, 0.1 s
+_UNKNOWN_BYTES = 0x7FFF_0000  # and more: written to a pipe
 _UNKNOWN_FRAMES = 2**62  # and more: a FLAC written to a pipe, which has no length in its header
 
 
@@ -97,9 +101,11 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
     bytes are such, but for segments, nor is what is longer than `longest_s` by its header or as a segment.
 
     Raises:
-        UserError: as `read_audio`.
+        UserError: as `read_audio`, or a WAV or AIFF that was cut short.
     """
     with _opened(entry) as file:
+        if entry.get("offset_s") is None:
+            _check_whole(entry)
         header_s = file.frames / file.samplerate
         plain = file.format != "FLAC" and file.subtype.startswith("PCM_")
         if entry.get("offset_s") is not None:
@@ -108,6 +114,20 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
         elif plain or (header_s > longest_s and file.frames < _UNKNOWN_FRAMES):
             return header_s
         return sum(len(samples) for samples in _blocks(file, entry)) / file.samplerate
+
+
+def _check_whole(entry: dict[str, Any]) -> None:
+    """Raises UserError where a WAV or AIFF lacks what its header tells of: libsndfile takes the rest for all of it."""
+    if (content := entry.get("bytes")) is None:
+        with open(entry["path"], "rb") as stream:
+            head, size = stream.read(8), os.fstat(stream.fileno()).st_size
+    else:
+        head, size = content[:8], len(content)
+    if (order := _CHUNKS.get(head[:4])) is None:
+        return
+    told = 8 + int.from_bytes(head[4:], order)
+    if size + _MISCOUNTED_BYTES < told < _UNKNOWN_BYTES:
+        raise UserError(f"{_name(entry)}: was cut short, for its header tells of {told} bytes and there are {size}")
 
 
 def unreadable(entry: dict[str, Any], error: Exception) -> str:

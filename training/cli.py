@@ -298,7 +298,10 @@ def transcribe(
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Also write a TSV of file and text; a stopped command goes on from it.")
+        Path | None,
+        typer.Option(
+            help="Also write a TSV of file and text, ten minutes of audio at a time; a stopped command goes on from it."
+        ),
     ] = None,
 ) -> None:
     """Turn audio files into text."""
@@ -444,7 +447,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != _STOPPED:
             raise
-        goes_on = bool({"train", "compare", "demo"} & set(sys.argv[1:2]))
+        goes_on = bool({"train", "compare", "demo", "evaluate"} & set(sys.argv[1:2]))
         goes_on |= sys.argv[1:2] == ["transcribe"] and any(word.startswith("--output") for word in sys.argv)
         typer.secho("stopped" + "; run the same command again to go on" * goes_on, err=True)
         sys.exit(_STOPPED)

@@ -17,7 +17,7 @@ from rich.progress import track
 from .audio import duration_s
 from .errors import UserError
 from .sources import AUDIO_COLUMNS, FAULT, read_source
-from .text import as_written, is_unpunctuated_capitals, sentence_case
+from .text import as_written, in_capitals, sentence_case
 
 MAX_AUDIO_S = 30.0
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
@@ -62,6 +62,12 @@ class Speech:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def recased(self) -> int:
+        """How many transcripts are published in capitals and to be written in sentence case."""
+        pairs = zip(self.dataset["text"][:], self.dataset["target"][:], strict=True)
+        return sum(target.strip() != unicodedata.normalize("NFC", text) for text, target in pairs)
+
     def audio(self) -> Iterator[dict[str, Any]]:
         """What `read_audio` takes, of each utterance."""
         return map(audio_entry, self.dataset.select_columns(["audio", "offset_s", "length_s"]))
@@ -97,7 +103,7 @@ def load_speech(
         split: of a hub id that names none, or of a folder with several.
         text_column, audio_column: default the first of the usual names that is there.
         limit: only the first so many utterances.
-        keep_case: leave transcripts in capitals without punctuation as they are, instead of sentence case.
+        keep_case: leave transcripts as they are where they are published in capitals, instead of sentence case.
         leading_space: begin targets with a space, as Whisper's transcripts do in languages with spaces between words.
         language: of the transcripts, as Whisper's code.
         longest_s: an utterance that is longer is bad; Whisper hears 30 s at once.
@@ -153,8 +159,8 @@ def load_speech(
             f"{source}: none of its {len(rows)} utterances is usable; the first problem: {skipped[0].reason}"
         )
     kept = [checked[index] for index in usable]
-    recase = not keep_case and is_unpunctuated_capitals([row["text"] for row in kept])
-    for row in kept:
+    recased = [False] * len(kept) if keep_case else in_capitals([row["text"] for row in kept])
+    for row, recase in zip(kept, recased, strict=True):
         text = unicodedata.normalize("NFC", row["text"])  # as Whisper writes; decomposed it has tokens of its own
         text = sentence_case(text, language) if recase else text
         row["target"] = as_written(text, language) if leading_space else text

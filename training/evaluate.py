@@ -1,17 +1,28 @@
 """Scoring a Whisper, with or without an adapter, on named test sets."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from .decoding import Decoding
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
-from .models import check_language, load_adapter, load_base, model_for, remembered_speech, to_best_device, window_for
-from .output import check_writable, writing
-from .precision import autocast_dtype
-from .run import run_options
+from .models import (
+    as_it_is,
+    check_language,
+    load_adapter,
+    load_base,
+    model_for,
+    remembered_speech,
+    to_best_device,
+    window_for,
+)
+from .output import check_writable, read_json, write_json, writing
+from .precision import autocast_dtype, resolved
+from .run import called_as, report_skipped, run_options, versions
 
 
 def evaluate(
@@ -31,6 +42,9 @@ def evaluate(
 ) -> Evaluation:
     """Scores the model on every test set, prints the table and writes results.json and transcripts into `output`.
 
+    Each set is written as it is done, and `evaluation.json` says of what model and how; what was stopped goes on when
+    called again with the same options. Utterances left out are counted, and listed in `skipped.tsv`.
+
     The model defaults to the one the adapter was trained on, without an adapter to the packaged Whisper-base. Window,
     margin and task default to those of the adapter's training, else to the full window and the task of the model's
     generation configuration, or transcription.
@@ -45,25 +59,44 @@ def evaluate(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / "results.json")
-    whisper, processor = load_base(model_for(model, adapter))
+    model = model_for(model, adapter)
+    whisper, processor = load_base(model)
     for test in tests.values():
         check_language(whisper, test.language)
     trained = remembered_speech(adapter) if adapter else {}
     chosen = window_for(trained, window, margin)
     adapted = load_adapter(whisper, adapter) if adapter else whisper
     to_best_device(adapted)
-    evaluation = evaluate_sets(
-        adapted,
-        processor,
-        tests,
-        label="adapted" if adapter else "zero-shot",
-        window=chosen,
-        task=task or trained.get("task"),
-        decoding=decoding,
-        batch_size=batch_size,
-        dtype=dtype,
-        group_by=group_by,
-    )
-    evaluation.write(folder)
-    (console or Console()).print(results_table([evaluation], title=f"error rates in percent, {chosen.mode} window"))
+    console, decoding = console or Console(), decoding or Decoding()
+    task = task or trained.get("task")
+    made = {
+        "model": as_it_is(model), "adapter": as_it_is(adapter), "window": asdict(chosen), "task": task,
+        "decoding": asdict(decoding), "precision": resolved(precision),
+    }  # fmt: skip
+    with writing(folder):
+        _note(folder, made)
+        report_skipped(folder, [item for test in tests.values() for item in test.speech.skipped], console)
+        evaluation = evaluate_sets(
+            adapted,
+            processor,
+            tests,
+            label="adapted" if adapter else "zero-shot",
+            window=chosen,
+            task=task,
+            decoding=decoding,
+            batch_size=batch_size,
+            dtype=dtype,
+            group_by=group_by,
+            folder=folder,
+        )
+    console.print(results_table([evaluation], title=f"error rates in percent, {chosen.mode} window"))
     return evaluation
+
+
+def _note(folder: Path, made: dict[str, Any]) -> None:
+    """Writes evaluation.json; what the folder has of another model, or decoded otherwise, is not gone on with."""
+    file = folder / "evaluation.json"
+    found = read_json(file) if file.is_file() else {}
+    if made != {name: found.get(name) for name in made}:
+        (folder / "results.json").unlink(missing_ok=True)
+    write_json(file, {**made, "command": called_as(), "versions": versions()})

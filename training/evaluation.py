@@ -188,10 +188,8 @@ def check_sets(sets: Mapping[str, TestSet], group_by: Sequence[str]) -> None:
         if not any(normalize(text).strip() for text in test.speech.dataset["text"][:]):
             raise UserError(f"test set {name} ({test.speech.source}): no transcript has a word left once normalised")
     for column in group_by:
-        if not any(column in test.speech.dataset.column_names for test in sets.values()):
-            known = sorted(
-                {name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS}
-            )
+        known = sorted({name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS})
+        if column not in known:
             raise UserError(f"no test set has a column {column!r} to group by; there is {', '.join(known)}")
 
 

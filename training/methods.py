@@ -195,15 +195,20 @@ def check(options: TrainOptions) -> None:
 
 def _check_targets(model: WhisperForConditionalGeneration, options: TrainOptions) -> None:
     """As PEFT finds them: by the whole name, or by its end after a dot; what is left out by the whole name."""
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    embedding = model.get_input_embeddings().weight
+    linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found: set[str] = set()
     for target in options.target_modules or WHISPER_LINEAR_MAPS:
         meant = {name for name in linear if name == target or name.endswith(f".{target}")}
         if not meant and options.target_modules:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear if linear[name] is not embedding}))
             raise UserError(f"--target-modules: the model has no linear map {target!r}; there are {known}")
+        if shared := [name for name in meant if linear[name] is embedding]:
+            raise UserError(f"--target-modules: {shared[0]} has the weight of the token embedding; leave it out")
         found |= meant
     excluded = options.exclude_modules
+    if excluded is not None and all(re.fullmatch(excluded, name) for name in found):
+        raise UserError(f"--exclude-modules {excluded!r} leaves out all that would be adapted; name less")
     if excluded is not None and not any(re.fullmatch(excluded, name) for name in found):
         raise UserError(
             f"--exclude-modules {excluded!r} leaves out nothing that would be adapted; the whole name has to match, "

@@ -49,6 +49,8 @@ def load_base(
         place = PartialState(cpu=not torch.cuda.is_available()).device
         stored |= {"quantization_config": quantization, "device_map": {"": place}}
     source = str(packaged_whisper_base()) if model == PACKAGED else model
+    if Path(source).is_dir():
+        source = str(Path(source).absolute())  # so an adapter of it says where it is, wherever that is asked
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "whisper":
@@ -223,13 +225,22 @@ def model_for(model: str | None, adapter: str | Path | None) -> str:
     """The model asked for; where that is None the one that the adapter was trained on, else the packaged Whisper-base.
 
     Raises:
-        UserError: adapter_config.json is not readable.
+        UserError: adapter_config.json is not readable, or names a folder that is not there.
     """
     if model is None and adapter is not None:
         model = _adapter_config(adapter).get("base_model_name_or_path")
         if model is not None and Path(model).name == FOLDER:  # whose place is another on each machine
             model = PACKAGED
+        elif model is not None and Path(model).is_absolute() and not Path(model).exists():
+            raise UserError(f"{adapter}: was trained on {model}, which is not there; say by --model where it is now")
     return model or PACKAGED
+
+
+def as_it_is(model: str | None) -> list[Any]:
+    """A model's or adapter's name and, of a folder, when its files were last modified."""
+    folder = Path(model or "")
+    there = sorted(folder.iterdir()) if model and folder.is_dir() else []
+    return [model, [file.stat().st_mtime_ns for file in there]]
 
 
 def on_hub(source: str) -> bool:

@@ -9,14 +9,20 @@ from typing import Any
 
 from .errors import UserError
 
+_NOT_WRITTEN = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
+
 
 @contextlib.contextmanager
 def writing(path: Path, argument: str = "--output") -> Iterator[None]:
-    """An `OSError` within becomes the `UserError` that `path`, given by `argument`, cannot be written."""
+    """An error of writing within becomes the `UserError` that `path`, given by `argument`, cannot be written."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another {argument}") from error
+    except Exception as error:  # of several kinds, by those who write tensors and tokenizers
+        if not any(words in str(error) for words in _NOT_WRITTEN):
+            raise
+        raise UserError(f"{path}: cannot be written (is the disk full?); give another {argument}") from error
 
 
 def check_writable(file: Path) -> None:

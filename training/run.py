@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import gc
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -13,19 +14,20 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import Skipped
+from .data import Skipped, Speech
 from .errors import UserError
 from .options import TrainOptions
-from .output import check_name, write_json, write_text, writing
+from .output import check_name, read_json, write_json, write_text, writing
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
 # Options that may differ when a run is resumed: they change what is shown, not what is learned (see `changed_option`).
@@ -39,7 +41,7 @@ class RunFolder:
 
     `config.json` options, `command.txt`, `versions.json`, `checkpoints/`, `adapter/` or `model/`, `before/` and
     `after/` with results.json and transcripts, `results.json` of both, `summary.json` times and memory, `skipped.tsv`,
-    `other_languages.json` what the unadapted model heard in them.
+    `speech.json` a fingerprint of what is trained on, `other_languages.json` what the unadapted model heard in them.
 
     Raises:
         UserError: the folder cannot be written, or holds a run with other options.
@@ -94,10 +96,34 @@ class RunFolder:
                 shutil.rmtree(newest)
         return None
 
-    def write_skipped(self, skipped: list[Skipped]) -> None:
-        """One line for each utterance that was left out, with the reason."""
-        lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
-        write_text(self.path / "skipped.tsv", "\n".join(lines) + "\n")
+    def check_speech(self, *parts: Speech | None) -> None:
+        """Notes what is trained on, or finds it to be what it was when the run was begun.
+
+        Raises:
+            UserError: it is other speech, or has other transcripts.
+        """
+        state = hashlib.sha256()
+        for part in parts:
+            for column in ("utterance", "target", "duration_s"):
+                state.update(json.dumps([] if part is None else part.dataset[column][:]).encode())
+        file, found = self.path / "speech.json", {"sha256": state.hexdigest()}
+        if not file.is_file():
+            with writing(self.path):
+                write_json(file, found)
+        elif read_json(file) != found:
+            raise UserError(
+                f"{self.path}: was begun with other utterances or transcripts; restore them, give another --output, or "
+                "--fresh to delete it and start anew"
+            )
+
+
+def report_skipped(folder: Path, skipped: Sequence[Skipped], console: Console) -> None:
+    """Writes skipped.tsv into the folder, a line with the reason for each utterance left out, and says how many."""
+    lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
+    write_text(folder / "skipped.tsv", "\n".join(lines) + "\n")
+    if skipped:
+        console.print(f"skipped {len(skipped)} utterances, listed in {folder}/skipped.tsv; the first:", markup=False)
+        console.print(skipped[0].reason, markup=False)
 
 
 def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:

@@ -3,7 +3,7 @@
 import functools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
@@ -12,6 +12,7 @@ from .errors import UserError
 
 # Languages written without spaces between words, where the character error rate is the figure to read.
 UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "bo", "km"})
+_MOST_OF_A_CORPUS = 0.9
 _FIRST_PERSON = re.compile(r"\bi\b(?!-)")
 _DOTTED_I_LANGUAGES = frozenset({"tr", "az"})
 _DOTTED_I = str.maketrans({"I": "ı", "İ": "i"})
@@ -35,16 +36,27 @@ def language_code(language: str | None) -> str | None:
     raise UserError(f"language {language!r} is not one Whisper knows; give a code such as en, zh or sw")
 
 
-def is_unpunctuated_capitals(texts: list[str]) -> bool:
-    """Whether the transcripts as a whole are capitals without sentence punctuation, as many corpora are published.
+def in_capitals(texts: Sequence[str]) -> list[bool]:
+    """Which transcripts are sentences in capitals, of a corpus that is published in capitals without punctuation.
 
-    Not where any of them is in a script without capitals, whose only capitals are foreign names.
+    It is if nine in ten of its transcripts with letters are: a few marks, commas or small letters change nothing.
+    Not those in a script without capitals, whose only capitals are foreign names, nor those in small letters.
     """
-    joined = " ".join(texts)
-    if any(unicodedata.category(character) == "Lo" and not character.islower() for character in set(joined)):
+    lettered = [text for text in texts if any(unicodedata.category(character)[0] == "L" for character in text)]
+    if sum(map(_is_bare_capitals, lettered)) < _MOST_OF_A_CORPUS * max(1, len(lettered)):
+        return [False] * len(texts)
+    return [_is_mostly_capitals(text) for text in texts]
+
+
+def _is_bare_capitals(text: str) -> bool:
+    return _is_mostly_capitals(text) and text == text.upper() and not re.search(r"[.,?!;]", text)
+
+
+def _is_mostly_capitals(text: str) -> bool:
+    if any(unicodedata.category(character) == "Lo" and not character.islower() for character in text):
         return False
-    cased = [character for character in joined if character.lower() != character.upper()]
-    return bool(cased) and all(character.isupper() for character in cased) and not re.search(r"[.,?!;]", joined)
+    cased = [character.isupper() for character in text if character.lower() != character.upper()]
+    return 2 * sum(cased) >= len(cased)
 
 
 def sentence_case(text: str, language: str | None = "en") -> str:

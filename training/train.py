@@ -24,7 +24,7 @@ from fused_s2lora import S2LoraCallback, interpolate
 
 from .audio_window import AudioWindow
 from .collate import SpeechCollator
-from .data import Skipped, Speech, drop_overlong
+from .data import Speech, drop_overlong
 from .errors import DivergedError, UserError
 from .evaluation import Evaluation, check_sets, evaluate_sets, results_table
 from .methods import adapt, check, interpolation, learning_rate
@@ -42,10 +42,10 @@ from .models import (
 )
 from .options import LEAST_STEPS, TrainOptions
 from .other_languages import LARGEST_LANGUAGES, with_answers
-from .output import read_json, write_json
+from .output import read_json, write_json, writing
 from .precision import autocast_dtype, resolved
 from .rank_maps import write_rank_maps
-from .run import RunFolder, check_folder, peak_memory_mib, reset_peak_memory, versions
+from .run import RunFolder, check_folder, peak_memory_mib, report_skipped, reset_peak_memory, versions
 from .sets import scored_sets, training_speech
 from .trainer import AdaLoraCallback, SavingAsAsked, SpeechTrainer, StepTimes
 
@@ -94,7 +94,11 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         adapt(WhisperForConditionalGeneration(model.config), options, steps=_steps(options, utterances))
     run = RunFolder(options, fresh=fresh)
     everything = [speech, *([] if dev is None else [dev]), *(test.speech for test in tests.values())]
-    _report_skipped(run, [item for part in everything for item in part.skipped], console)
+    run.check_speech(speech, dev)
+    if recased := speech.recased:
+        told = f"{recased} of {len(speech)} transcripts in capitals are trained on in sentence case"
+        console.print(f"{told}; --keep-case leaves them", markup=False)
+    report_skipped(run.path, [item for part in everything for item in part.skipped], console)
 
     evaluations = []
     scoring: dict[str, Any] = {
@@ -358,7 +362,8 @@ def _train(
     reset_peak_memory()
     start = time.perf_counter()
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with writing(run.path):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
     # Every loss was finite, each of them before its step.
     if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
@@ -397,10 +402,3 @@ def _train(
         }
         write_json(run.path / "summary.json", summary)
     trainer.accelerator.wait_for_everyone()
-
-
-def _report_skipped(run: RunFolder, skipped: list[Skipped], console: Console) -> None:
-    run.write_skipped(skipped)
-    if skipped:
-        console.print(f"skipped {len(skipped)} utterances, listed in {run.path}/skipped.tsv; the first:", markup=False)
-        console.print(skipped[0].reason, markup=False)

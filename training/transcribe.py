@@ -14,7 +14,16 @@ from rich.progress import Progress, track
 from .data import MAX_AUDIO_S, Skipped, checked_duration, in_threads
 from .decoding import Decoding, Segment, transcribe_speech
 from .errors import UserError
-from .models import check_language, load_adapter, load_base, model_for, remembered_speech, to_best_device, window_for
+from .models import (
+    as_it_is,
+    check_language,
+    load_adapter,
+    load_base,
+    model_for,
+    remembered_speech,
+    to_best_device,
+    window_for,
+)
 from .output import check_name, check_writable, write_text, writing
 from .precision import autocast_dtype
 from .segmentation import SHORTEST_S
@@ -66,11 +75,11 @@ def transcribe(
     With more than one of `beams` each transcript is the best of so many; with `decode_once` one without an end is left
     so. `output` also writes a TSV: file and text, or with `timestamps` a line for each segment, which `load_speech`
     reads. Its paths are relative to where it is, but for absolute ones. It is written ten minutes of audio at a time,
-    and what was stopped goes on when called again with the same options.
+    and what was stopped goes on when called again with the same options. A table that is there already stays as it is.
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `max_segment` not from 2 to 30,
-            `output` not writable.
+            `output` not writable, or there already and not of a transcription that was stopped.
     """
     dtype, decoding = autocast_dtype(precision), Decoding(beams, decode_once)
     if not SHORTEST_S <= max_segment <= MAX_AUDIO_S:
@@ -79,6 +88,7 @@ def transcribe(
     if output is not None:
         if Path(output).suffix.lower() in _LOOKED_AT:
             raise UserError(f"--output {output}: is named as a recording; give a .tsv")
+        _check_unfinished(Path(output))
         check_writable(Path(output))
     usable, skipped = _usable(files, strict)
     model = model_for(model, adapter)
@@ -91,7 +101,7 @@ def transcribe(
     record = None
     if output is not None:
         settings = {
-            "model": _as_it_is(model), "adapter": _as_it_is(adapter), "language": language, "task": task,
+            "model": as_it_is(model), "adapter": as_it_is(adapter), "language": language, "task": task,
             "window": window, "margin": margin, "max_segment": max_segment, "beams": beams, "decode_once": decode_once,
             "precision": precision,
         }  # fmt: skip
@@ -180,6 +190,16 @@ def _problem(file: Path) -> str | None:
     return None
 
 
+def _unfinished(table: Path) -> Path:
+    return table.with_name(f"{table.name}.unfinished")
+
+
+def _check_unfinished(table: Path) -> None:
+    """Raises UserError where a table is there that is no stopped transcription's: somebody may have corrected it."""
+    if table.is_file() and table.stat().st_size and not _unfinished(table).is_file():
+        raise UserError(f"{table}: exists already, and was finished; give another --output, or delete it")
+
+
 class _Record:
     """The table of what was heard and, until all of it is, a file beside it from which a stopped run goes on.
 
@@ -189,7 +209,7 @@ class _Record:
 
     def __init__(self, table: Path, settings: dict[str, Any], files: Sequence[Path], timestamps: bool) -> None:
         self.table, self.timestamps = table, timestamps
-        self.file = table.with_name(f"{table.name}.unfinished")
+        self.file = _unfinished(table)
         self.modified = {file: file.stat().st_mtime_ns for file in files}
         heading = json.dumps(settings)
         found = self.file.read_text(encoding="utf-8").split("\n")[:-1] if self.file.is_file() else []
@@ -233,13 +253,6 @@ def _from_line(line: str) -> tuple[Transcript, int]:
 def _append(file: Path, lines: Iterable[str]) -> None:
     with file.open("a", encoding="utf-8") as stream:
         stream.writelines(f"{line}\n" for line in lines)
-
-
-def _as_it_is(model: str | None) -> tuple[str | None, list[int]]:
-    """A model's name and, of a folder, when its files were last modified."""
-    folder = Path(model or "")
-    there = sorted(folder.iterdir()) if model and folder.is_dir() else []
-    return model, [file.stat().st_mtime_ns for file in there]
 
 
 def _seen_from(folder: Path, file: Path) -> Path:

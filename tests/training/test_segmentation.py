@@ -204,11 +204,8 @@ def test_segments_are_joined_as_the_language_is_written(recordings, counting):
 
 @pytest.fixture
 def stopped(recordings, counting, tmp_path, monkeypatch):
-    """Options with which the first recording was transcribed before a Ctrl-C, its lines, and what is read from then on.
-
-    Before, there was a table of another time."""
+    """Options with which the first recording was transcribed before a Ctrl-C, its lines, and what is read from then on."""
     options = {**counting, "output": tmp_path / "heard.tsv", "max_segment": 6, "timestamps": True}
-    options["output"].write_text("of another time\n")
     monkeypatch.setattr("fused_s2lora.training.transcribe._WRITTEN_AFTER_S", 20.0)
     names: list[str] = []
     stop = ["b.flac"]
@@ -246,8 +243,10 @@ def test_a_stopped_command_goes_on(recordings, stopped):
     assert [one.ended for one in transcripts] == [True, False, True, True]
     assert sorted(file.name for file in table.parent.iterdir()) == ["heard.tsv", "speech"]
     read.clear()
-    transcribe([recordings], **options)  # what was finished begins anew
-    assert read == ["0.flac", "a.flac", "b.flac", "c.flac"]
+    table.write_text("corrected since\n")
+    with pytest.raises(UserError, match=r"heard\.tsv: exists already, and was finished; give another --output"):
+        transcribe([recordings], **options)
+    assert (read, table.read_text()) == ([], "corrected since\n")
 
 
 @pytest.mark.parametrize("change", ["recording", "setting", "model", "torn"])
@@ -270,12 +269,12 @@ def test_what_changed_is_heard_again(recordings, stopped, tiny_folder, change):
     assert not record.exists()
 
 
-def test_a_table_stays_where_the_model_is_no_good(recordings, counting, tmp_path):
-    (tmp_path / "heard.tsv").write_text("of another time\n")
+def test_there_is_no_table_where_the_model_is_no_good(recordings, counting, tmp_path):
+    """It would be in the way of the next."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no adapter_config"):
         transcribe([recordings], **counting, adapter=str(tmp_path / "empty"), output=tmp_path / "heard.tsv")
-    assert (tmp_path / "heard.tsv").read_text() == "of another time\n"
+    assert not (tmp_path / "heard.tsv").exists()
 
 
 def test_a_recording_is_in_one_language(recordings, counting, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.text import (
     as_written,
-    is_unpunctuated_capitals,
+    in_capitals,
     language_code,
     normalizer,
     sentence_case,
@@ -39,20 +39,32 @@ def test_a_space_before_the_first_word_where_words_have_spaces():
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        (["WE CALL IT BEAR", "GO HOME"], True),
-        (["WE CALL IT BEAR", "Go home"], False),
-        (["WE CALL IT BEAR.", "GO HOME"], False),
-        (["今天天气很好"], False),
-        (["IT'S 9"], True),
-        (["我想要一个DVD", "今天天气很好"], False),
-        (["यह NATO है"], False),
-        (["هذا DVD"], False),
-        (["1ª VEZ"], True),
-        ([], False),
+        (["WE CALL IT BEAR", "GO HOME"], [True, True]),
+        (["WE CALL IT BEAR", "Go home"], [False, False]),
+        (["WE CALL IT BEAR.", "GO HOME"], [False, False]),
+        (["今天天气很好"], [False]),
+        (["IT'S 9"], [True]),
+        (["我想要一个DVD", "今天天气很好"], [False, False]),
+        (["DVD", "今天天气很好", "9"], [False, False, False]),
+        (["यह NATO है"], [False]),
+        (["هذا DVD"], [False]),
+        (["1ª VEZ"], [True]),
+        ([], []),
+        # A few that are otherwise change nothing for the rest.
+        ([*9 * ["GO HOME"], "Go home"], [*9 * [True], False]),
+        ([*9 * ["GO HOME"], "<unk> THREE TWO"], 10 * [True]),
+        ([*9 * ["GO HOME"], "YES, PLEASE."], 10 * [True]),
+        ([*8 * ["GO HOME"], "Go home", "We call it bear"], 10 * [False]),
+        ([*9 * ["Go home."], "OK"], 10 * [False]),
     ],
 )
 def test_capitals_are_recognised(texts, expected):
-    assert is_unpunctuated_capitals(texts) is expected
+    assert in_capitals(texts) == expected
+
+
+def test_what_is_not_quite_in_capitals_becomes_a_sentence():
+    assert sentence_case("<unk> THREE TWO") == "<unk> three two."
+    assert sentence_case("YES, PLEASE.") == "Yes, please."
 
 
 def test_normalizers():
