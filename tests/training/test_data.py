@@ -333,6 +333,7 @@ def test_splits_and_configurations_of_the_hub(tmp_path, monkeypatch, source, nam
 
 def test_bad_utterances_are_skipped_and_counted_or_stop(tmp_path):
     folder = write_folder(tmp_path)
+    soundfile.write(folder / "u0.flac", tone(30.0), 16_000)  # the longest that is no longer
     (folder / "u1.flac").write_bytes(b"this is not audio")
     (folder / "u2.flac").unlink()
     soundfile.write(folder / "u3.flac", tone(30.5), 16_000)

@@ -26,6 +26,7 @@ from fused_s2lora.training.train import parameter_counts, train
 from fused_s2lora.training.trainer import AdaLoraCallback, _orthogonality
 from tests.fused_s2lora.adapters import batch
 from tests.training.comparisons import QUIET, UNSCORED, options
+from tests.training.speech import TEXTS, write_folder
 
 ADALORA = [name for name in METHODS if name.startswith("adalora")]
 
@@ -231,6 +232,23 @@ def test_targets_are_in_the_letters_of_their_language(quick):
 
     assert last(language="Turkish") == " It ıs red."
     assert last(language="tr", task="translate") == " It is red."
+
+
+def test_transcripts_are_read_as_asked(quick, tones, tmp_path):
+    """Also of several sources, whose bad utterances are all told."""
+    other = write_folder(tmp_path, TEXTS[:2])
+    (other / "u1.flac").unlink()
+    given = {**quick, "data": [str(tones), str(other)], "keep_case": True, "leading_space": False}
+    speech, _ = training_speech(options(**given))
+    assert speech.dataset["target"][:] == [*TEXTS, TEXTS[0]]
+    assert [item.utterance for item in speech.skipped] == ["u1.flac"]
+
+
+def test_whole_speakers_are_held_out_by_seed(quick):
+    held = [training_speech(options(**quick, dev_share=0.34, seed=seed))[1] for seed in range(6)]
+    speakers = [dev.dataset["speaker"][:] for dev in held]
+    assert all(first == second for first, second in speakers)
+    assert len({first for first, _ in speakers}) > 1
 
 
 def test_utterances_are_drawn_by_seed(quick):
