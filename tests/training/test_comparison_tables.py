@@ -5,16 +5,18 @@ import json
 import math
 import shutil
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import pytest
 
-from fused_s2lora.training import comparison_figures
+from fused_s2lora.training import comparison_figures, comparison_tables
 from fused_s2lora.training.comparison import read_comparison, run_comparison
 from fused_s2lora.training.comparison_differences import gaps_of
 from fused_s2lora.training.comparison_figures import draw_figures
 from fused_s2lora.training.comparison_lines import METHOD_OPTIONS, columns_of, lines_of, names_of
 from fused_s2lora.training.comparison_tables import write_tables
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.metrics import Difference
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.report import write_report
 from fused_s2lora.training.utterance_errors import read_errors
@@ -66,6 +68,14 @@ def test_tables_hold_our_figures_and_the_published_ones(compared):
         assert entry["command"]
         results = json.loads((compared / "out" / entry["cell"] / "results.json").read_text())[-1]
         assert entry["same WER rate"] == results["sets"]["same"]["groups"]["all"]["wer"]["rate"]
+
+
+def test_how_a_cell_is_written():
+    rates = {"rate": [130.0, 150.0], "capped_rate": [90.0, 92.0]}
+    line = SimpleNamespace(rates=lambda column, kind="rate": rates[kind])
+    assert comparison_tables._rate(line, None) == "140.0 ± 14.1 (91.0)"
+    assert comparison_tables._points(Difference(-2, -3, -1)) == "**−2.0** [−3.0, −1.0]"
+    assert comparison_tables._points(Difference(0.5, -0.5, 1.5)) == "+0.5 [−0.5, +1.5]"
 
 
 def test_tables_have_the_sets_of_every_row(compared, tmp_path, quick, tones):

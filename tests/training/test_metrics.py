@@ -43,17 +43,24 @@ def test_summary_and_cap():
     assert (rate.length, rate.utterances) == (6, 2)
     assert rate.low <= rate.rate <= rate.high
     assert summarize(errors) == rate
+    half = summarize([UtteranceErrors("", "", k, k, 0, 0) for k in (1, 20, 4)])  # of every utterance is wrong
+    assert (half.low, half.rate, half.high) == (50, 50, 50)
 
 
 def test_interval_covers_as_often_as_it_says():
-    """Over many draws of 60 utterances with 20 % errors, about 95 % of the intervals hold the true rate."""
+    """Over many draws of 60 utterances with 20 % errors, about 95 % of the intervals hold the true rate.
+
+    They are as wide as those by the standard error, for all utterances are as long.
+    """
     rng = np.random.default_rng(0)
-    held = 0
+    held, widths = 0, []
     for seed in range(200):
         wrong = rng.binomial(5, 0.2, size=60)
         rate = summarize([UtteranceErrors("", "", 5 - k, k, 0, 0) for k in map(int, wrong)], seed=seed, resamples=300)
         held += rate.low <= 20 <= rate.high
+        widths.append(rate.high - rate.low)
     assert 180 <= held <= 199
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 100 * np.sqrt(0.2 * 0.8 / (60 * 5)), rel=0.05)
 
 
 def test_differences_made_by_hand():
@@ -62,6 +69,7 @@ def test_differences_made_by_hand():
     assert (same.points, same.low, same.high, same.sure) == (0, 0, 0, False)
     shifted = difference([[2, 3, 5]], [[0, 0, 0]], [4, 6, 10])  # half of every utterance is wrong
     assert (shifted.points, shifted.low, shifted.high, shifted.sure) == (50, 50, 50, True)
+    assert difference([[0, 0, 0]], [[2, 3, 5]], lengths).sure
     mean = difference([[1, 0, 2], [3, 0, 2]], [[1, 1, 1]], lengths)
     assert mean.points == pytest.approx(100 * (2 + 0 + 2 - 3) / 20)
     assert difference([[1, 1, 1]], [[1, 0, 2], [3, 0, 2]], lengths).points == pytest.approx(-mean.points)
