@@ -204,7 +204,7 @@ def test_segments_are_joined_as_the_language_is_written(recordings, counting):
 
 @pytest.fixture
 def stopped(recordings, counting, tmp_path, monkeypatch):
-    """Options with which the first recording was transcribed before a Ctrl-C, its lines, and what is read from then on."""
+    """Options with which the first recording was transcribed before a Ctrl-C, its lines, and what is read since."""
     options = {**counting, "output": tmp_path / "heard.tsv", "max_segment": 6, "timestamps": True}
     monkeypatch.setattr("fused_s2lora.training.transcribe._WRITTEN_AFTER_S", 20.0)
     names: list[str] = []
