@@ -53,7 +53,7 @@ def test_what_is_from_the_hub_is_named(told, finished, tones):
     scored = results[0]["sets"]["same"]
     results[0]["sets"] = {"own": scored, "child": scored | {"source": "org/speech:zh:test", "scoring_language": "zh"}}
     options = {"model": "openai/whisper-small", "data": ["org/speech:zh:train", str(tones)], "language": "chinese"}
-    card = told(options, {"from_hub": ["openai/whisper-small", "org/speech:zh:train"]}, results)
+    card = told(options | {"accumulation": 3}, {"from_hub": ["openai/whisper-small", "org/speech:zh:train"]}, results)
     assert card.data.base_model == "openai/whisper-small"
     assert card.data.datasets == ["org/speech"]
     assert card.data.language == "zh"
@@ -64,6 +64,7 @@ def test_what_is_from_the_hub_is_named(told, finished, tones):
     assert child.metric_value == round(scored["groups"]["all"]["cer"]["rate"], 2)
     assert card.text.strip().startswith("# openai/whisper-small adapted to Chinese speech")
     assert 'from_pretrained("openai/whisper-small")' in card.text
+    assert "| steps | 6 of 6 utterances |" in card.text
     assert "| speech | utterances |  | after |" in card.text
     assert str(tones) not in card.content
     assert told({"model": "packaged-base", "window": "full"}, {}, []).data.base_model == "openai/whisper-base"

@@ -1,6 +1,7 @@
 """Long recordings: where they are cut, and what becomes of the segments."""
 
 import contextlib
+import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training import segmentation
+from fused_s2lora.training import transcribe as transcribe_module
 from fused_s2lora.training.audio import SAMPLE_RATE, read_audio
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
@@ -26,7 +28,7 @@ from fused_s2lora.training.segmentation import speech_segments
 from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.synthesis import TEST_CHILDREN, TEST_PATTERNS, Synthesizer, sentences
 from fused_s2lora.training.transcribe import Transcript, transcribe
-from tests.training.speech import tone
+from tests.training.speech import TEXTS, tone, write_folder
 
 
 def cut(monkeypatch, spoken_s: list[tuple[float, float]], recording_s: float, longest_s: float):
@@ -267,6 +269,47 @@ def test_what_changed_is_heard_again(recordings, stopped, tiny_folder, change):
     assert not {*heard} & {*lines}
     assert len(heard) > 4
     assert not record.exists()
+
+
+def test_every_option_and_the_adapter_are_of_what_was_heard(counting, tmp_path, monkeypatch):
+    """Each is changed in turn, and all is stopped at the second recording: is the first heard again?"""
+    recordings, adapter = write_folder(tmp_path / "speech", TEXTS[:2]), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"audio_window": "trim", "audio_window_margin": 64}))
+    options = {**counting, "adapter": str(adapter), "output": tmp_path / "heard.tsv"}
+    loaded, margins = load_base(counting["model"]), []
+    monkeypatch.setattr(transcribe_module, "load_base", lambda model: loaded)
+    monkeypatch.setattr(transcribe_module, "load_adapter", lambda whisper, adapter: whisper)
+    frames = AudioWindow.mel_frames
+    monkeypatch.setattr(AudioWindow, "mel_frames", lambda self, n: margins.append(self.margin) or frames(self, n))
+    monkeypatch.setattr(transcribe_module, "_WRITTEN_AFTER_S", 0.1)
+
+    def heard() -> list[str]:
+        names = []
+
+        def reading(entry):
+            names.append(Path(entry["path"]).name)
+            if names[-1] == "u1.flac":
+                raise KeyboardInterrupt
+            return read_audio(entry)
+
+        monkeypatch.setattr(decoding_module, "read_audio", reading)
+        with pytest.raises(KeyboardInterrupt):
+            transcribe([recordings], **options)
+        return names
+
+    assert heard() == ["u0.flac", "u1.flac"]
+    assert heard() == ["u1.flac"]
+    others = {
+        "margin": 8, "window": "full", "language": "de", "task": "translate", "beams": 2, "decode_once": False,
+        "precision": "bf16",
+    }  # fmt: skip
+    for name, value in others.items():
+        options[name] = value
+        assert heard() == ["u0.flac", "u1.flac"], name
+    os.utime(adapter / "adapter_config.json", ns=(0, 0))  # trained anew in its place
+    assert heard() == ["u0.flac", "u1.flac"]
+    assert margins[:2] == [64, 8]
 
 
 def test_there_is_no_table_where_the_model_is_no_good(recordings, counting, tmp_path):
