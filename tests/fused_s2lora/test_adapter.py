@@ -145,6 +145,10 @@ def test_proximal_step_gives_exact_zeros(tiny_whisper):
     assert 0 < zeros < 32 * 8
     live = sum(value for pattern in rank_pattern(model) for row in pattern.live for value in row)
     assert live == 32 * 8 - zeros
+    frozen = next(parameter for parameter in map(model.get_parameter, before) if parameter.any())
+    old = frozen.requires_grad_(False).clone()
+    model.base_model.proximal_step(lr=0.2)
+    assert torch.equal(frozen, old)
 
 
 def test_several_adapters(tiny_whisper):
@@ -168,6 +172,11 @@ def test_several_adapters(tiny_whisper):
     x = torch.randn(3, 32)
     dense = layer.base_layer.weight + layer.get_delta_weight("default") + layer.get_delta_weight("other")
     torch.testing.assert_close(layer(x), nn.functional.linear(x, dense, layer.base_layer.bias), rtol=1e-4, atol=1e-5)
+    weight = layer.base_layer.weight.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, dense)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, weight)
     model.set_adapter("default")
     torch.testing.assert_close(logits(model), first)
     with model.disable_adapter():
@@ -296,6 +305,8 @@ def test_rank_pattern(tiny_whisper):
     assert "cross v" in str(decoder)
     assert decoder.to_dict()["r"] == 4
     assert rank_pattern(torch.compile(model)) == [encoder, decoder]
+    scalar = rank_pattern(adapted(tiny_whisper, r=4, coefficient="scalar"))
+    assert {value for pattern in scalar for row in pattern.live for value in row} == {4}
     with pytest.raises(ValueError, match="no adapter named"):
         rank_pattern(model, "missing")
     with pytest.raises(ValueError, match="no S2-LoRA adapter"):
