@@ -135,9 +135,10 @@ def evaluate_sets(
 ) -> Evaluation:
     """Transcribes and scores each set, overall and by the values of the metadata columns in `group_by`.
 
-    A set without such a column is scored as a whole. A numeric column "age" is grouped as up to 5, 6-8, 9-12, 13-17
-    and 18 or over. With a `folder` the transcripts that it has of these sets are taken from there and each set is
-    written into it as soon as it is transcribed; in the end it has these sets and no others.
+    A set without such a column is scored as a whole; what is blank or missing in it is the group "unknown". A numeric
+    column "age" is grouped as up to 5, 6-8, 9-12, 13-17 and 18 or over. With a `folder` the transcripts that it has of
+    these sets are taken from there and each set is written into it as soon as it is transcribed; in the end it has
+    these sets and no others.
 
     Raises:
         UserError: a column of `group_by` is in none of the sets, or a set has no word to be counted.
@@ -270,12 +271,13 @@ def _groups(speech: Speech, group_by: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _group_name(column: str, value: Any) -> str:
+    name = str(value or "").strip() or "unknown"
     if column != "age":
-        return str(value)
+        return name
     try:
         age = float(value)
     except (TypeError, ValueError):
-        return str(value or "").strip() or "unknown"  # "twenties"
+        return name  # "twenties"
     if not 0 <= age < math.inf:
         return "unknown"
     return next((f"{low}-{high}" for low, high in _AGE_GROUPS if low <= age < high + 1), "18+")

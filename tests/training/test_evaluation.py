@@ -28,7 +28,7 @@ from fused_s2lora.training.sets import named_sets, scored_sets
 from fused_s2lora.training.train import train
 from fused_s2lora.training.transcribe import transcribe
 from tests.training.comparisons import QUIET
-from tests.training.speech import TEXTS, write_folder
+from tests.training.speech import TEXTS, write_folder, write_lines
 
 
 def test_results_of_another_source_or_language_are_not_taken_over(finished, tones, tmp_path):
@@ -192,6 +192,16 @@ def test_a_translation_is_scored_as_english(options, tiny_folder, tones, tmp_pat
 )
 def test_groups_of_ages(age, group):
     assert evaluation_module._group_name("age", age) == group
+
+
+def test_groups_of_what_is_not_known_are_one(tmp_path):
+    accents = ({"accent": "x"}, {"accent": None}, {"accent": " "}, {})
+    rows = ({"path": "one.wav", "text": "A."} | accent for accent in accents)
+    source = write_lines(tmp_path, "list.jsonl", *map(json.dumps, rows))
+    (test,) = named_sets([f"t={source}"], "en").values()
+    rates = evaluation_module.score_set("t", test, [Heard("A.", True)] * 4, ["accent"]).rates
+    counts = {group: rate["wer"].utterances for group, rate in rates.items()}
+    assert counts == {"all": 4, "accent unknown": 3, "accent x": 1}
 
 
 def test_a_group_asked_for_twice_is_counted_once(tones):
