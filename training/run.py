@@ -168,7 +168,7 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
     key = changed_option(found, wanted, FREE_TO_CHANGE)
     if key is not None:
         raise UserError(
-            f"{path}: holds a run with {key} = {found.get(key)!r}, not {wanted[key]!r}; "
+            f"{path}: holds a run with {key} = {found.get(key, UNSET[key])!r}, not {wanted[key]!r}; "
             "give another --output, or --fresh to delete it and start anew"
         )
 

@@ -294,14 +294,16 @@ def test_run_folder_of_other_options_or_files(options, finished, tones, tmp_path
     with pytest.raises(UserError, match=r"holds a run with epochs = 2\.0, not 3\.0; give another --output, or --fresh"):
         train(options(finished, epochs=3.0), console=QUIET)
     RunFolder(options(finished, save_steps=3, test=[f"same={tones}"], group_by=["age"]))
-    RunFolder(options(tmp_path / "with-dev", dev="dev"))
-    with pytest.raises(UserError, match="holds a run with save_steps = 2, not 3"):  # it decides what is kept
-        RunFolder(options(tmp_path / "with-dev", dev="dev", save_steps=3))
+    for name, held_out in (("with-share", {"dev_share": 0.34}), ("with-dev", {"dev": "dev"})):
+        RunFolder(options(tmp_path / name, **held_out))
+        with pytest.raises(UserError, match="holds a run with save_steps = 2, not 3"):  # it decides what is kept
+            RunFolder(options(tmp_path / name, **held_out, save_steps=3))
+    shutil.rmtree(tmp_path / "with-share")
     config = tmp_path / "with-dev" / "config.json"
     older = json.loads(config.read_text())
     del older["leading_space"]  # as written before there was the option
     config.write_text(json.dumps(older))
-    with pytest.raises(UserError, match="holds a run with leading_space = None, not True"):
+    with pytest.raises(UserError, match="holds a run with leading_space = False, not True"):
         RunFolder(options(tmp_path / "with-dev", dev="dev"))
     RunFolder(options(tmp_path / "with-dev", dev="dev", leading_space=False))
     shutil.rmtree(tmp_path / "with-dev")
