@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .data import Skipped
 from .decoding import Decoding
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
@@ -22,7 +23,7 @@ from .models import (
 )
 from .output import check_writable, read_json, write_json, writing
 from .precision import autocast_dtype, resolved
-from .run import called_as, report_skipped, run_options, versions
+from .run import called_as, run_options, tell_skipped, versions
 
 
 def evaluate(
@@ -42,8 +43,8 @@ def evaluate(
 ) -> Evaluation:
     """Scores the model on every test set, prints the table and writes results.json and transcripts into `output`.
 
-    Each set is written as it is done, and `evaluation.json` says of what model and how; what was stopped goes on when
-    called again with the same options. Utterances left out are counted, and listed in `skipped.tsv`.
+    Each set is written as it is done; what was stopped goes on when called again with the same options.
+    `evaluation.json` says of what model the results are, how it was decoded, and which utterances were left out.
 
     The model defaults to the one the adapter was trained on, without an adapter to the packaged Whisper-base. Window,
     margin and task default to those of the adapter's training, else to the full window and the task of the model's
@@ -74,8 +75,8 @@ def evaluate(
         "decoding": asdict(decoding), "precision": resolved(precision),
     }  # fmt: skip
     with writing(folder):
-        _note(folder, made)
-        report_skipped(folder, [item for test in tests.values() for item in test.speech.skipped], console)
+        skipped = [item for test in tests.values() for item in test.speech.skipped]
+        tell_skipped(skipped, _note(folder, made, skipped), console)
         evaluation = evaluate_sets(
             adapted,
             processor,
@@ -93,10 +94,12 @@ def evaluate(
     return evaluation
 
 
-def _note(folder: Path, made: dict[str, Any]) -> None:
+def _note(folder: Path, made: dict[str, Any], skipped: Sequence[Skipped]) -> Path:
     """Writes evaluation.json; what the folder has of another model, or decoded otherwise, is not gone on with."""
     file = folder / "evaluation.json"
     found = read_json(file) if file.is_file() else {}
     if made != {name: found.get(name) for name in made}:
         (folder / "results.json").unlink(missing_ok=True)
-    write_json(file, {**made, "command": called_as(), "versions": versions()})
+    noted = {"command": called_as(), "versions": versions(), "skipped": [asdict(item) for item in skipped]}
+    write_json(file, made | noted)
+    return file

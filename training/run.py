@@ -96,6 +96,12 @@ class RunFolder:
                 shutil.rmtree(newest)
         return None
 
+    def write_skipped(self, skipped: Sequence[Skipped], console: Console) -> None:
+        """One line in skipped.tsv for each utterance that was left out, with the reason; says how many they are."""
+        lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
+        write_text(self.path / "skipped.tsv", "\n".join(lines) + "\n")
+        tell_skipped(skipped, self.path / "skipped.tsv", console)
+
     def check_speech(self, *parts: Speech | None) -> None:
         """Notes what is trained on, or finds it to be what it was when the run was begun.
 
@@ -117,12 +123,10 @@ class RunFolder:
             )
 
 
-def report_skipped(folder: Path, skipped: Sequence[Skipped], console: Console) -> None:
-    """Writes skipped.tsv into the folder, a line with the reason for each utterance left out, and says how many."""
-    lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
-    write_text(folder / "skipped.tsv", "\n".join(lines) + "\n")
+def tell_skipped(skipped: Sequence[Skipped], listed_in: Path, console: Console) -> None:
+    """Says how many utterances were left out, why the first was, and where the others are."""
     if skipped:
-        console.print(f"skipped {len(skipped)} utterances, listed in {folder}/skipped.tsv; the first:", markup=False)
+        console.print(f"skipped {len(skipped)} utterances, listed in {listed_in}; the first:", markup=False)
         console.print(skipped[0].reason, markup=False)
 
 

@@ -45,7 +45,7 @@ from .other_languages import LARGEST_LANGUAGES, with_answers
 from .output import read_json, write_json, writing
 from .precision import autocast_dtype, resolved
 from .rank_maps import write_rank_maps
-from .run import RunFolder, check_folder, peak_memory_mib, report_skipped, reset_peak_memory, versions
+from .run import RunFolder, check_folder, peak_memory_mib, reset_peak_memory, versions
 from .sets import scored_sets, training_speech
 from .trainer import AdaLoraCallback, SavingAsAsked, SpeechTrainer, StepTimes
 
@@ -98,7 +98,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     if recased := speech.recased:
         told = f"{recased} of {len(speech)} transcripts in capitals are trained on in sentence case"
         console.print(f"{told}; --keep-case leaves them", markup=False)
-    report_skipped(run.path, [item for part in everything for item in part.skipped], console)
+    run.write_skipped([item for part in everything for item in part.skipped], console)
 
     evaluations = []
     scoring: dict[str, Any] = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from fused_s2lora.training.audio import read_audio
+from fused_s2lora.training.audio import duration_s, read_audio
 from fused_s2lora.training.data import load_speech
 from fused_s2lora.training.errors import UserError
 from tests.training.speech import TEXTS, tone, write_folder, write_lines
@@ -46,6 +46,21 @@ def test_cut_off_or_damaged_audio_is_found_before_training(tmp_path):
         assert skipped.reason.startswith(f"{file}: not readable as audio (")
         with pytest.raises(UserError, match=r"u1\.flac: not readable as audio"):
             read_audio({"path": str(file), "bytes": None})
+
+
+@pytest.mark.parametrize(("name", "order"), [("one.wav", "little"), ("one.aiff", "big")])
+def test_a_file_shorter_than_its_header_says_is_told(tmp_path, name, order):
+    """libsndfile takes what is there for all of it, which would be trained on with the whole transcript."""
+    file = tmp_path / name
+    soundfile.write(file, tone(3.0), 16_000)
+    whole = file.read_bytes()
+    assert duration_s({"path": str(file)}) == 3.0
+    file.write_bytes(whole[: len(whole) // 3])
+    for entry in ({"path": str(file)}, {"path": None, "bytes": file.read_bytes()}):
+        with pytest.raises(UserError, match=f"was cut short, for its header tells of {len(whole)} bytes and there are"):
+            duration_s(entry)
+    file.write_bytes(whole[:4] + (2**32 - 1).to_bytes(4, order) + whole[8:])  # written to a pipe
+    assert duration_s({"path": str(file)}) == 3.0
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])

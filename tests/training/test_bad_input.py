@@ -101,6 +101,11 @@ def test_every_option_has_help(command):
         ({"method": "adalora", "dev": "SPEECH"}, "leave out --dev and --dev-share"),
         ({"target_modules": ["fc1", "missing"]}, "the model has no linear map 'missing'; there are fc1, fc2, k_proj"),
         ({"method": "lora", "target_modules": ["conv1"]}, "--target-modules: the model has no linear map 'conv1'"),
+        (
+            {"method": "lora", "target_modules": ["proj_out"]},
+            "proj_out has the weight of the token embedding",
+        ),
+        ({"exclude_modules": ".*"}, r"--exclude-modules '\.\*' leaves out all that would be adapted; name less"),
         ({"exclude_modules": "decoder"}, r"--exclude-modules 'decoder' leaves out nothing .* such as model\.decoder"),
         ({"exclude_modules": ".*fc1", "target_modules": ["fc2"]}, r"leaves out nothing .* such as model\..*\.fc2"),
         ({"window": "full", "full_share": 0.5}, "--full-share goes with --window trim; leave it out"),

@@ -315,5 +315,14 @@ def test_an_adapter_says_its_model(finished, tiny_folder, tones, tmp_path, short
     elsewhere = {"base_model_name_or_path": f"/home/another/.cache/fused_s2lora/{FOLDER}"}
     file.write_text(json.dumps(json.loads(file.read_text()) | elsewhere))
     assert models.model_for(None, copied) == models.PACKAGED
+    gone = {"base_model_name_or_path": str(tmp_path / "gone")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | gone))
+    with pytest.raises(
+        UserError, match=r"copied: was trained on .*gone, which is not there; say by --model where it is"
+    ):
+        models.model_for(None, copied)
+    monkeypatch.chdir(tiny_folder.parent)
+    assert models.load_base(tiny_folder.name)[0].name_or_path == str(tiny_folder)
+    file.write_text(json.dumps(json.loads(file.read_text()) | elsewhere))
     monkeypatch.setattr(models, "hf_hub_download", lambda repository, name: str(copied / name))
     assert models.model_for(None, "user/adapter") == models.PACKAGED

@@ -1,0 +1,134 @@
+"""Work that is not lost, nor mixed with other: full disks, what was stopped, what has changed meanwhile."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+from fused_s2lora.training import evaluation as evaluation_module
+from fused_s2lora.training import merge as merge_module
+from fused_s2lora.training import train as train_module
+from fused_s2lora.training.decoding import Decoding, Heard
+from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.evaluate import evaluate
+from fused_s2lora.training.merge import merge
+from fused_s2lora.training.output import writing
+from fused_s2lora.training.sets import named_sets
+from fused_s2lora.training.train import train
+from tests.training.comparisons import QUIET
+from tests.training.speech import TEXTS, write_folder
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    Exception("No space left on device (os error 28)"),  # of tokenizers
+    RuntimeError("[enforce fail at inline_container.cc:867] . PytorchStreamWriter failed writing file data/1"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_is_one_sentence(tmp_path, error):
+    with pytest.raises(UserError, match=r"run: cannot be written \(.*\); give another --output"), writing("run"):
+        raise error
+    with pytest.raises(RuntimeError, match="something else"), writing(tmp_path):
+        raise RuntimeError("something else")
+
+
+def test_a_disk_that_fills_up_in_training_is_told(options, tmp_path, monkeypatch):
+    def save(*args, **kwargs):
+        raise FULL[-1]
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(UserError, match=r"run: cannot be written \(is the disk full\?\)"):
+        train(options(tmp_path / "run"), console=QUIET)
+
+
+def test_half_a_merged_model_is_not_left(finished, tiny_folder, tmp_path, monkeypatch):
+    def full(*args):
+        raise FULL[1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "save_processor", full)
+        with pytest.raises(UserError, match=r"merged: cannot be written .*; give another OUTPUT"):
+            merge(str(finished / "adapter"), tmp_path / "merged", model=str(tiny_folder))
+    assert not (tmp_path / "merged").exists()
+    merge(str(finished / "adapter"), tmp_path / "merged", model=str(tiny_folder))
+
+
+@pytest.fixture
+def scored(finished, tiny_folder, tmp_path, monkeypatch):
+    """`evaluate` on two sets, in one of which an utterance is missing, and the number of utterances heard each time."""
+    for name in ("one", "two"):
+        write_folder(tmp_path / name)
+    (tmp_path / "two" / "u1.flac").unlink()
+    heard: list[int] = []
+
+    def transcribe(model, processor, audio, **given):
+        heard.append(len(list(audio)))
+        if stop and len(heard) == 2:
+            raise KeyboardInterrupt
+        return [Heard("HELLO", True)] * heard[-1]
+
+    monkeypatch.setattr(evaluation_module, "transcribe_speech", transcribe)
+    stop = [True]
+
+    def run(**changed):
+        heard.clear()
+        sets = named_sets([f"{name}={tmp_path / name}" for name in ("one", "two")], "en")
+        options = {"model": str(tiny_folder), "adapter": str(finished / "adapter"), "precision": "fp32"} | changed
+        try:
+            evaluate(sets, tmp_path / "scored", console=QUIET, **options)
+        finally:
+            stop.clear()
+        return list(heard)
+
+    return run
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_says_what_it_is_of(scored, tiny_folder, tmp_path):
+    folder, few = tmp_path / "scored", len(TEXTS) - 1
+    with pytest.raises(KeyboardInterrupt):
+        scored()
+    assert scored() == [few]
+    assert list(json.loads((folder / "results.json").read_text())["sets"]) == ["one", "two"]
+    said = json.loads((folder / "evaluation.json").read_text())
+    assert [item["utterance"] for item in said["skipped"]] == ["u1.flac"]
+    assert said["model"][0] == str(tiny_folder)
+    assert said["adapter"][0].endswith("adapter")
+    assert (said["window"], said["decoding"]) == ({"mode": "trim", "margin": 64}, {"beams": 1, "once": False})
+    assert {"task", "precision", "command", "versions"} <= said.keys()
+    assert scored() == []
+
+
+@pytest.mark.parametrize("changed", [{"adapter": None}, {"decoding": Decoding(2)}, {"window": "full"}, {"margin": 8}])
+def test_an_evaluation_of_something_else_begins_anew(scored, changed):
+    with pytest.raises(KeyboardInterrupt):
+        scored()
+    scored()
+    assert scored(**changed) == [len(TEXTS), len(TEXTS) - 1]
+
+
+def test_a_run_does_not_go_on_with_other_transcripts(options, tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "speech")
+
+    def killed(times, args, state, control, **more):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    asked = options(tmp_path / "run", data=[str(data)])
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(asked, console=QUIET)
+    table = data / "metadata.csv"
+    right = table.read_text()
+    refusal = pytest.raises(UserError, match="run: was begun with other utterances or transcripts; restore them, give")
+    table.write_text(right.replace(TEXTS[0], "SOMETHING ELSE"))
+    with refusal:
+        train(asked, console=QUIET)
+    table.write_text(right)
+    train(asked, console=QUIET)
+    table.write_text(right.replace(TEXTS[0], "SOMETHING ELSE"))
+    with refusal:
+        train(asked, console=QUIET)
+    train(asked, fresh=True, console=QUIET)
