@@ -15,8 +15,8 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -136,7 +136,7 @@ def record_from(value: Any) -> Record | None:
         return None
     if strategy not in ms or strategy == FROZEN:
         return None
-    if not all(isinstance(number, int | float) and 0 < number < math.inf for number in ms.values()):
+    if not all(isinstance(number, int | float) and 0 < number <= sys.float_info.max for number in ms.values()):
         return None
     return Record(strategy, ms, {name: str(error) for name, error in errors.items()})
 

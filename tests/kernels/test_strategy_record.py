@@ -98,20 +98,17 @@ def test_a_corrupt_file_costs_one_warning(make, path, content):
     assert path.read_bytes() == content.encode("latin1")
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        None,
-        {"strategy": "fused"},
-        {"strategy": "fused", "ms": {"reference": 1.0}},
-        {"strategy": "fused", "ms": {"fused": "fast"}},
-        {"strategy": "fused", "ms": {"fused": float("nan")}},
-        {"strategy": "fused", "ms": {"fused": 10**400}},
-        {"strategy": ["fused"], "ms": {"fused": 1.0}},
-        {"strategy": FROZEN, "ms": {FROZEN: 1.0}},
-    ],
-    ids=str,
-)
+DAMAGED = {
+    "null": None,
+    "no times": {"strategy": "fused"},
+    "no time of its own": {"strategy": "split", "ms": MS},
+    "a list": {"strategy": ["fused"], "ms": MS},
+    "frozen": {"strategy": FROZEN, "ms": MS},
+    **{str(ms)[:6]: {"strategy": "fused", "ms": {**MS, "fused": ms}} for ms in ("fast", float("nan"), 0, -1, 10**400)},
+}
+
+
+@pytest.mark.parametrize("record", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_record_is_timed_anew(make, path, record):
     path.parent.mkdir()
     path.write_text(json.dumps({section_of("GPU A"): {SHAPE.key: record}}))
@@ -174,6 +171,15 @@ def test_what_another_process_timed_meanwhile_is_taken(make):
     assert early.file.find("GPU A", "nothing") is None  # the file was read, and was empty
     make().pick("auto", SHAPE, GPU, CANDIDATES)
     assert early.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+
+
+def test_what_was_forgotten_is_not_found_nor_written_again(path):
+    file = StrategyFile(path)
+    file.add("GPU", "shape", Record("reference", {"reference": 1.0}))
+    assert file.forget()
+    assert file.find("GPU", "shape") is None
+    file.add("GPU", "another", Record("reference", {"reference": 1.0}))
+    assert list(json.loads(path.read_text())["GPU"]) == ["another"]
 
 
 def test_other_users_of_the_folder_can_read_it(path):
