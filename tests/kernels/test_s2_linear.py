@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from fused_s2lora import s2_linear, s2_linear_group, s2_linear_reference
-from fused_s2lora.kernels import device
+from fused_s2lora.kernels import device, strategies
 from fused_s2lora.kernels.s2_linear import BACKENDS
 from fused_s2lora.kernels.shared import GradientSink, SharedPair
 from fused_s2lora.kernels.strategies import STRATEGIES
+from fused_s2lora.kernels.strategy_record import Shape
 from tests.kernels.operations import ON_GPU, OPERATIONS, each_operation, use_kernels
 from tests.oracle import DEVICE, FLOOR, check, check_close, make_problem, run
 
@@ -258,6 +259,20 @@ def test_merged_weights_are_kept_for_backward_on_a_cpu_only(kernels):
     assert len(others) == (0 if kernels else 1)
 
 
+def test_rounding_is_drawn_anew_at_every_step(monkeypatch):
+    """Backward forms the weights of its own forward pass again; inference rounds always alike."""
+    use_kernels(monkeypatch)
+    seeds, real = [], strategies.merge_weights
+    monkeypatch.setattr(strategies, "merge_weights", lambda *given: seeds.append(given[-1].item()) or real(*given))
+    problem, merged = make_problem(33, 40, 48, 8, torch.float16), OPERATIONS["merged"]
+    for _ in range(2):
+        run(problem, merged)
+    forward, backward, next_forward, next_backward = seeds
+    assert forward == backward != next_forward == next_backward
+    with torch.no_grad():
+        assert torch.equal(merged(**problem.operands), merged(**problem.operands))
+
+
 @each_operation
 def test_gradients_of_kernels_are_deterministic(operation, monkeypatch):
     use_kernels(monkeypatch)
@@ -292,6 +307,23 @@ def test_weights_of_a_group_laid_out_unlike_each_other(backend, kernels):
     weights = [weight, (2 * weight).mT.contiguous().mT, 3 * weight]
     for y, one in zip(s2_linear_group(x, weights, None, down, up, [e] * 3, backend=backend), weights, strict=True):
         torch.testing.assert_close(y, s2_linear_reference(x, one, None, down, up, e), rtol=1e-4, atol=1e-4)
+
+
+def test_the_choice_is_made_for_the_shape_of_the_call(monkeypatch):
+    """K is not N, the products are not in the weights' dtype, and one coefficient alone is trained."""
+    asked = []
+
+    def pick(backend, shape, *others):
+        asked.append(shape)
+        return "reference"
+
+    monkeypatch.setattr("fused_s2lora.kernels.s2_linear.pick", pick)
+    x, weight, _, down, up, e = make_problem((2, 35), 40, 48, 8, torch.float32).operands.values()
+    coefficients = [e, e, e.clone().requires_grad_()]
+    for needs_gradient in (True, False):
+        with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(needs_gradient):
+            s2_linear_group(x, [weight] * 3, None, down, up, coefficients)
+    assert asked == [Shape(128, 40, 48, 8, 3, torch.bfloat16, torch.float32, needs) for needs in (True, False)]
 
 
 @pytest.mark.parametrize(
