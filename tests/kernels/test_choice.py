@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_s2lora.kernels import choice
-from fused_s2lora.kernels.choice import VARIABLE, default_strategy
-from fused_s2lora.kernels.strategy_record import FROZEN, Shape, shape_of
+from fused_s2lora.kernels.choice import VARIABLE, Chooser, default_strategy
+from fused_s2lora.kernels.strategy_record import FROZEN, Shape, StrategyFile, shape_of
 from tests.kernels.choices import CANDIDATES, CPU, FEW_ROWS, FIELDS, GPU, MS, NAMES, SHAPE, Timer, forbidden
 
 
@@ -31,8 +31,9 @@ def test_argument_comes_before_variable_before_file_before_table_before_timing(m
     chooser = make(forbidden, table=table)
     assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "merged"
     assert chooser.pick("reference", SHAPE, GPU, CANDIDATES) == "reference"
-    monkeypatch.setenv(VARIABLE, "auto")
-    assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
+    for names_none in ("auto", ""):
+        monkeypatch.setenv(VARIABLE, names_none)
+        assert chooser.pick("auto", SHAPE, GPU, CANDIDATES) == "fused"
 
 
 def test_wrong_names_are_refused(make, monkeypatch):
@@ -105,6 +106,20 @@ def test_another_gpu_times_anew(make):
     timer = Timer()
     make(timer, name="GPU B").pick("auto", SHAPE, GPU, CANDIDATES)
     assert timer.asked == [SHAPE]
+
+
+def test_a_process_chooses_for_each_of_its_devices(path):
+    timed, devices = [], [GPU, torch.device("cuda", 1), CPU]
+
+    def timer(shape, device, candidates):
+        timed.append(device)
+        return {**MS, ("fused", "augmented")[device.index]: 0.9}, {}
+
+    chooser = Chooser(StrategyFile(path), table={}, timer=timer, device_name=lambda device: f"GPU {device.index}")
+    for _ in range(2):
+        picked = [chooser.pick("auto", SHAPE, device, CANDIDATES) for device in devices]
+        assert picked == ["fused", "augmented", "merged"]
+    assert timed == devices[:2]
 
 
 def test_a_strategy_never_tried_is_timed_and_fewer_candidates_are_not(make):
