@@ -193,6 +193,19 @@ def test_no_other_weight_is_taken_for_the_copied_one():
         torch.testing.assert_close(y, s2_linear_reference(x, weight, None, down, up, e[0]), rtol=1e-4, atol=1e-4)
 
 
+def test_one_weight_serves_every_rank_and_precision():
+    """As of two adapters by turns, and of evaluation under autocast between steps without."""
+    operands = {rank: make_operands(5, 48, 41, rank, torch.float32) for rank in (4, 20)}
+    weight = operands[4]["weight"]
+    for rank, half in ((4, False), (20, False), (4, False), (4, True), (4, False)):
+        x, down, up, (e,) = (operands[rank][name] for name in ("x", "down", "up", "coefficients"))
+        with torch.autocast(DEVICE, torch.float16, enabled=half):
+            y = s2_linear(x, weight, None, down, up, e, backend="augmented")
+        close = 2e-2 if half else 1e-4
+        exact = s2_linear_reference(x, weight, None, down, up, e)
+        torch.testing.assert_close(y, exact.to(torch.float16 if half else torch.float32), rtol=close, atol=close)
+
+
 def test_a_copy_made_for_inference_serves_training():
     operands = make_operands(5, 48, 41, 8, torch.float32)
     x, weight, down, up, e = (operands[name] for name in ("x", "weight", "down", "up", "coefficients"))
