@@ -156,6 +156,7 @@ def test_columns_that_are_not_adjacent():
     given["dys"][0] = torch.ones(40, device=DEVICE).expand(65, 40)
     given["dys"][1] = torch.ones(1, 1, device=DEVICE).expand(65, 40)  # the gradient of a sum
     given["dys"][2] = given["dys"][2].mT.contiguous().mT
+    given["coefficients"] = padded(normal(1, 1, seed=4)).expand(3, 8)
     check(given)
 
 
