@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 
 SCRIPT = """
 import itertools
+from unittest import mock
 
 import torch
 
@@ -58,6 +59,9 @@ class Forgetful(dict):
 with launches_do_nothing(NoDriver(keep)):
     looked_up = twice()
     found = len(launch._known)
+    with mock.patch.object(torch.Tensor, "get_device", lambda tensor: 1):
+        calls()
+    assert len(launch._known) == 2 * found, "a build serves the GPU it was loaded on"
     launch._known = Forgetful()
     looked_at = twice()
 assert found > 20, found
