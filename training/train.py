@@ -63,7 +63,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     Raises:
         UserError: bad input of any kind, in one sentence.
     """
-    console = console or Console()
+    console = console or Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun one process speaks
     check(options)
     if options.cuda_graphs:
         _check_one_gpu(options)

@@ -25,11 +25,12 @@ train(TrainOptions(**json.loads(sys.argv[1])), fresh=sys.argv[2:] == ["0"])
 """
 
 
-def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path):
+def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path, capfd):
     data = write_folder(tmp_path / "speech", TEXTS * 2)
     asked = {**quick, **UNSCORED, "data": [str(data)], "epochs": 2, "save_steps": 2}
     whole, stopped = (json.dumps({**asked, "output": str(tmp_path / name)}) for name in ("whole", "stopped"))
     run_ranks(TRAIN, whole)
+    assert capfd.readouterr().out.count("6 steps, 2 passes over 12 utterances") == 1  # one of them says it
     run_ranks(TRAIN, stopped, 5)  # the last checkpoint is the first of the second epoch's three steps
     run_ranks(TRAIN, stopped)
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
