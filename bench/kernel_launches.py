@@ -91,15 +91,17 @@ def _adapter_gradients(
     launches = []
     if g is not None or needs_coefficients or one_pass:
         count = group // together
-        moved = touched_bytes(*dys) + count * touched_bytes(z, up, coefficients) + partial + product
+        read = z if needs_coefficients or one_pass else None
+        # A launch reads the coefficients of its own outputs.
+        moved = touched_bytes(*dys, coefficients) + count * touched_bytes(read, up) + partial + product
         moved += 0 if g is None else touched_bytes(g) * (2 * count - (not add_to_g))
         flops = 2 * rows * outputs * rank * group * (2 if one_pass else 1)
         launches += [Launch("output gradients", moved // count, flops // count, half)] * count
     if d_up is not None and not one_pass:
-        tall, product = _tall_products(dys, rank, z)
+        tall, product = _tall_products(dys, rank, z, coefficients)
         launches += tall
     if x is not None and d_down is not None:
-        tall, of_x = _tall_products([x], rank, g, of_gelu)
+        tall, of_x = _tall_products([x], rank, g, of_gelu=of_gelu)
         launches += tall
         product += of_x
     if d_up is not None or d_down is not None or needs_coefficients:
@@ -115,13 +117,14 @@ def _input_gradient_factor(x: Tensor, g: Tensor, d_down: Tensor) -> list[Launch]
 
 
 def _tall_products(
-    talls: Sequence[Tensor], rank: int, low: Tensor | None, of_gelu: bool = False
+    talls: Sequence[Tensor], rank: int, low: Tensor | None, coefficients: Tensor | None = None, *, of_gelu: bool = False
 ) -> tuple[list[Launch], int]:
-    """A pass over each tall matrix, and the bytes of the workspace it leaves."""
+    """A pass over each tall matrix, with its row of coefficients if any, and the bytes of the workspaces they leave."""
     rows, columns = talls[0].shape
     config = TALL[tall_config_name(rank_tile(rank), talls[0].dtype, of_gelu)]
     product = 4 * cdiv(rows, config.split_rows(rows, columns)) * rank * columns
-    one = Launch("tall product", touched_bytes(talls[0], low) + product, 2 * rows * columns * rank, _half(talls[0]))
+    moved = touched_bytes(talls[0], low) + touched_bytes(coefficients) // len(talls) + product
+    one = Launch("tall product", moved, 2 * rows * columns * rank, _half(talls[0]))
     return [one] * len(talls), product * len(talls)
 
 
@@ -129,26 +132,26 @@ def _fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, coefficients: Tensor, z: Tensor | None,
     want_z: bool, variant: str, out: Tensor | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """One launch, added to `out` if that is given; the persistent variant first casts factors of another dtype."""
+    """One launch, added to `out` if that is given; the persistent variant reads factors in x's dtype, cast before."""
     (rows, inputs), (outputs, rank) = x.shape, up.shape
     y = rows * outputs * x.element_size()
-    moved = touched_bytes(x, weight, bias, up, coefficients) + y * (1 if out is None else 2)
-    moved += (
-        touched_bytes(z) if z is not None else touched_bytes(down) + (rows * rank * x.element_size() if want_z else 0)
-    )
+    moved = touched_bytes(x, weight, bias, coefficients, z) + y * (1 if out is None else 2)
+    moved += rows * rank * x.element_size() if z is None and want_z else 0
     flops = 2 * rows * (inputs * outputs + rank * outputs + (rank * inputs if z is None else 0))
     tiles = cdiv(rows, PERSISTENT[9].BLOCK_M) * cdiv(outputs, PERSISTENT[9].BLOCK_N)
     persistent = _half(x) and rank_block(rank) <= PERSISTENT_MAX_RANK and tiles >= _MULTIPROCESSORS
-    cast = [factor for factor in (down if z is None else None, up) if persistent and _wider(factor, x)]
-    casts = [Launch("cast", touched_bytes(factor) + factor.numel() * x.element_size(), 0, half=True) for factor in cast]
+    casts = []
+    for factor in [up] if z is not None else [down, up]:
+        read = touched_bytes(factor)
+        if persistent and factor.dtype != x.dtype:
+            cast = factor.numel() * x.element_size()
+            casts.append(Launch("cast", read + cast, 0, half=True))
+            read = cast
+        moved += read
     return [*casts, Launch("fused linear", moved, flops, _half(x))]
 
 
 _MULTIPROCESSORS = 132  # of an H100; with fewer tiles than that the plain variant is chosen
-
-
-def _wider(factor: Tensor | None, x: Tensor) -> bool:
-    return factor is not None and factor.dtype != x.dtype
 
 
 def _fused_linear_add(*operands: Any) -> list[Launch]:
