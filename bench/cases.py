@@ -70,13 +70,14 @@ class Case:
     def minimum(self, backward: bool) -> tuple[int, int]:
         """Bytes and flops no implementation can do without: x, W, y once; dy, W, x and dx once.
 
-        The adapter's own arithmetic is in the flops; its factors' few bytes are not counted.
+        The adapter's own arithmetic, beside W and not merged into it, is in the flops: x Aᵀ, g A and gᵀ x once for
+        all weights of a group, which share them. Its factors' few bytes are not counted.
         """
         size = self.compute_dtype.itemsize
         moved = flops = 0
         for group in self.groups():
             weights = group.weights * group.inputs * group.outputs
-            low_rank = self.rank * group.weights * (group.inputs + group.outputs)
+            low_rank = self.rank * (group.inputs + group.weights * group.outputs)
             moved += size * (self.rows * (group.inputs * (2 if backward else 1) + group.weights * group.outputs))
             moved += size * weights
             flops += 2 * self.rows * (weights + low_rank * (2 if backward else 1))
