@@ -134,6 +134,15 @@ def test_latency_is_that_of_the_call():
     assert measure.latencies({"long": lambda: time.sleep(0.02)}, rounds=50, seconds=0.1)["long"].rounds < 10
 
 
+def test_percentiles_are_those_of_the_samples():
+    # Of eleven samples 0 to 10 ms, shuffled, a fifth lies up to 2, half up to 5 and four fifths up to 8.
+    samples_ms = [7, 0, 10, 3, 1, 9, 4, 2, 8, 6, 5]
+    ticks = iter([tick for ms in samples_ms for tick in (0.0, ms / 1e3)])
+    (found,) = measure.latencies({"call": list}, rounds=11, warmup=0, clock=lambda: next(ticks)).values()
+    assert [found.p20_ms, found.p50_ms, found.p80_ms] == pytest.approx([2, 5, 8])
+    assert found.rounds == 11
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="queued launches are timed on a GPU only")
 def test_queued_calls_are_timed_without_their_host():
     x = torch.randn(64, 64, device="cuda")
@@ -146,15 +155,6 @@ def test_queued_calls_are_timed_without_their_host():
     plain = measure.latencies({"call": call}, rounds=5)["call"]
     queued = measure.latencies({"call": call}, rounds=5, queued=True)["call"]
     assert queued.p50_ms < 1 < plain.p50_ms
-
-
-def test_time_on_the_gpu_has_columns_where_it_was_measured():
-    case = {**Case("fc1", "tiny", 40).fields(), "section": "layer", "kind": "measured", "pass": "both", "floor_ms": 1.0}
-    case |= {"p20_ms": 4.0, "p50_ms": 4.0, "p80_ms": 4.0, "device": "a GPU", "utc": "2026-11-26T00:00:00+00:00"}
-    rows = [{**case, "provider": "frozen", "gpu_p50_ms": 2.0}, {**case, "provider": "s2-auto", "gpu_p50_ms": 2.5}]
-    rows.append({**case, "provider": "s2-split"})  # of an earlier run
-    assert "| 2.5 | 1.25 |" in report.tables(rows)
-    assert "queued" not in report.tables([{**case, "provider": "frozen"}])
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,11 @@ def test_builds_are_those_of_the_ranks_asked_for(monkeypatch):
     usual = [variant.R for variant in static.aot.variants("90") if not variant.rare]
     assert some == [R for R in usual if R in (0, 16, 32)]
     assert {64, 128} <= {row["R"] for row in static.report(["90"], [128])}  # 128 ranks are taken in tiles of 64
+
+
+def test_speech_is_the_whole_batch():
+    assert StepCase("tiny", 4, "full").speech_s == 4 * 30
+    assert StepCase("tiny", 4, "trim", audio_s=2.5).speech_s == 4 * 2.5
 
 
 def test_lora_by_hand_is_that_of_peft():
