@@ -105,6 +105,15 @@ def test_the_committed_comparison_can_be_read():
     assert {options.penalty for options in ours} == {None, "proximal"}
 
 
+@pytest.mark.parametrize(
+    "name", ["whisper-base-spaced", "whisper-base", "whisper-base-three-epochs", "whisper-base-cost"]
+)
+def test_every_committed_run_is_finished_as_its_file_says_today(name):
+    """Also where a default has changed since: then the file has the option of before."""
+    comparison = read_comparison(REPRODUCTION / f"{name}.yaml", REPRODUCTION / name)
+    assert [cell.name for cell in comparison.cells if not cell.finished()] == []
+
+
 def test_values_as_yaml_writes_them(tmp_path):
     file = tmp_path / "file.yaml"
     file.write_text("train: {data: speech}\nrows: [{method: lora, lr: [1e-4, 3.0e-4]}, {method: bitfit, rank: 8}]")
