@@ -122,6 +122,8 @@ def _against_data(lines: list[Line], columns: list[Column]) -> Figure | None:
     ours = [
         line for line in lines if not line.varied and any(line.unlike(amount) == {"utterances"} for amount in amounts)
     ]
+    # Of amounts that are also passed over more often those are shown that are not.
+    amounts = [amount for amount in amounts if any(amount.unlike(line) == {"utterances"} for line in ours)]
     names = {line.method: line.label for line in (*amounts, *ours)}
     return _panels(amounts + ours, columns, lambda line: line.first["summary"]["utterances"], "utterances",
                    lambda line: names[line.method]) if amounts else None  # fmt: skip

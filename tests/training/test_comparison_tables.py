@@ -184,6 +184,8 @@ def test_figures_over_one_option_leave_out_rows_trained_otherwise():
     lines = lines_of(read_comparison(folder.with_suffix(".yaml"), folder))
     figure = comparison_figures._against_data(lines, columns_of(lines))
     assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["LoRA", "S2-LoRA"]
+    amounts = [list(line.get_xdata()) for line in figure.axes[0].get_lines()]
+    assert amounts.count([130, 520, 1040]) == 2  # none twice, as one passed over more often would be
     sizes = comparison_figures._against_parameters(lines, columns_of(lines))
     shown = {text.get_text() for text in sizes.axes[-1].get_legend().get_texts()}
     assert shown >= {"S2-LoRA", "LoRA", "LoRA, six kinds", "S2-LoRA, not shared", "Full fine-tuning, lr 3e-5", "IA3"}
