@@ -5,7 +5,6 @@ nothing to train, and no optimizer.
 """
 
 import contextlib
-import gc
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from bench.measure import Latency, latencies, latency_fields, peak_mib, reason_o
 from fused_s2lora import S2LoraConfig, fuse_whisper, parameter_groups
 from fused_s2lora.training.audio_window import POSITIONS, AudioWindow, window_of
 from fused_s2lora.training.cuda_graphs import GraphedBackward
+from fused_s2lora.training.models import free_memory
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 SIX = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -251,8 +251,7 @@ def _measure_on_cuda(case: StepCase, method: str, rounds: int, seconds: float) -
         yield step_row(case, name, "refused", reason=reason_of(error))
     finally:
         del step
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
 
 
 def _measure_step(step: Step, name: str, rounds: int, seconds: float) -> dict[str, Any]:

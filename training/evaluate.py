@@ -11,16 +11,7 @@ from .data import Skipped
 from .decoding import Decoding
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
-from .models import (
-    as_it_is,
-    check_language,
-    load_adapter,
-    load_base,
-    model_for,
-    remembered_speech,
-    to_best_device,
-    window_for,
-)
+from .models import as_it_is, check_language, load_for_use, window_for
 from .output import check_writable, read_json, write_json, writing
 from .precision import autocast_dtype, resolved
 from .run import called_as, run_options, tell_skipped, versions
@@ -60,18 +51,14 @@ def evaluate(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / "results.json")
-    model = model_for(model, adapter)
-    whisper, processor = load_base(model)
+    name, adapted, processor, trained = load_for_use(model, adapter)
     for test in tests.values():
-        check_language(whisper, test.language)
-    trained = remembered_speech(adapter) if adapter else {}
+        check_language(adapted, test.language)
     chosen = window_for(trained, window, margin)
-    adapted = load_adapter(whisper, adapter) if adapter else whisper
-    to_best_device(adapted)
     console, decoding = console or Console(), decoding or Decoding()
     task = task or trained.get("task")
     made = {
-        "model": as_it_is(model), "adapter": as_it_is(adapter), "window": asdict(chosen), "task": task,
+        "model": as_it_is(name), "adapter": as_it_is(adapter), "window": asdict(chosen), "task": task,
         "decoding": asdict(decoding), "precision": resolved(precision),
     }  # fmt: skip
     with writing(folder):

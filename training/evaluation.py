@@ -188,10 +188,9 @@ def check_sets(sets: Mapping[str, TestSet], group_by: Sequence[str]) -> None:
         normalize = normalizer(test.scoring_language)
         if not any(normalize(text).strip() for text in test.speech.dataset["text"][:]):
             raise UserError(f"test set {name} ({test.speech.source}): no transcript has a word left once normalised")
-    for column in group_by:
-        known = sorted({name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS})
-        if column not in known:
-            raise UserError(f"no test set has a column {column!r} to group by; there is {', '.join(known)}")
+    known = sorted({name for test in sets.values() for name in test.speech.dataset.column_names} - {*_OWN_COLUMNS})
+    if missing := [column for column in group_by if column not in known]:
+        raise UserError(f"no test set has a column {missing[0]!r} to group by; there is {', '.join(known)}")
 
 
 def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequence[str] = ()) -> SetResult:

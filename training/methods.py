@@ -206,10 +206,12 @@ def _check_targets(model: WhisperForConditionalGeneration, options: TrainOptions
         if shared := [name for name in meant if linear[name] is embedding]:
             raise UserError(f"--target-modules: {shared[0]} has the weight of the token embedding; leave it out")
         found |= meant
-    excluded = options.exclude_modules
-    if excluded is not None and all(re.fullmatch(excluded, name) for name in found):
+    if (excluded := options.exclude_modules) is None:
+        return
+    left_out = {name for name in found if re.fullmatch(excluded, name)}
+    if left_out == found:
         raise UserError(f"--exclude-modules {excluded!r} leaves out all that would be adapted; name less")
-    if excluded is not None and not any(re.fullmatch(excluded, name) for name in found):
+    if not left_out:
         raise UserError(
             f"--exclude-modules {excluded!r} leaves out nothing that would be adapted; the whole name has to match, "
             f"such as {min(found)}"

@@ -1,5 +1,6 @@
 """Loading Whisper and adapters from the hub, a folder or the packaged Whisper-base, with errors one can act on."""
 
+import gc
 import importlib.util
 import json
 import warnings
@@ -171,6 +172,13 @@ def to_best_device(model: nn.Module) -> None:
         model.cuda()
 
 
+def free_memory() -> None:
+    """Gives back what models hold that nothing names any more: parts of one name each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 SPEECH_KEYS = ("audio_window", "audio_window_margin", "language", "task")
 
 
@@ -234,6 +242,21 @@ def model_for(model: str | None, adapter: str | Path | None) -> str:
         elif model is not None and Path(model).is_absolute() and not Path(model).exists():
             raise UserError(f"{adapter}: was trained on {model}, which is not there; say by --model where it is now")
     return model or PACKAGED
+
+
+def load_for_use(model: str | None, adapter: str | None) -> tuple[str, Any, WhisperProcessor, dict[str, Any]]:
+    """The name that `model_for` gives, this model with the adapter if there is one, on the best device, its processor,
+    and what `remembered_speech` knows of the adapter's training.
+
+    Raises:
+        UserError: as `model_for`, `load_base` and `load_adapter`.
+    """
+    name = model_for(model, adapter)
+    whisper, processor = load_base(name)
+    trained = remembered_speech(adapter) if adapter else {}
+    adapted = load_adapter(whisper, adapter) if adapter else whisper
+    to_best_device(adapted)
+    return name, adapted, processor, trained
 
 
 def as_it_is(model: str | None) -> list[Any]:

@@ -1,6 +1,5 @@
 """Adapting Whisper to speech: `train` reads the data, scores before, trains, saves the adapter and scores after."""
 
-import gc
 import math
 import os
 import time
@@ -31,6 +30,7 @@ from .methods import adapt, check, interpolation, learning_rate
 from .model_card import write_model_card
 from .models import (
     check_language,
+    free_memory,
     load_adapter,
     load_base,
     on_hub,
@@ -134,7 +134,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         otherwise = stored != {"dtype": torch.float32, "quantization": None}
         if otherwise:
             del model
-            _free_memory()
+            free_memory()
             model, _ = load_base(options.model, **stored)
         to_best_device(model)
         set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
@@ -147,7 +147,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
         _train(options, run, adapted, processor, speech, dev, utterances)
         if otherwise and tests:
             del model, adapted
-            _free_memory()
+            free_memory()
             adapted = _trained(load_base(options.model)[0], run)
     results: list[dict[str, Any]] = []
     if tests:
@@ -192,13 +192,6 @@ def _check_one_gpu(options: TrainOptions) -> None:
 def base_dtype(options: TrainOptions) -> torch.dtype:
     """What weights are stored in while it trains: float32, or with `half_base` what products are computed in."""
     return (autocast_dtype(options.precision) or torch.float32) if options.half_base else torch.float32
-
-
-def _free_memory() -> None:
-    """Gives back what models hold that nothing names any more: parts of one name each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

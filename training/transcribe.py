@@ -14,16 +14,7 @@ from rich.progress import Progress, track
 from .data import MAX_AUDIO_S, Skipped, checked_duration, in_threads
 from .decoding import Decoding, Segment, transcribe_speech
 from .errors import UserError
-from .models import (
-    as_it_is,
-    check_language,
-    load_adapter,
-    load_base,
-    model_for,
-    remembered_speech,
-    to_best_device,
-    window_for,
-)
+from .models import as_it_is, check_language, load_for_use, window_for
 from .output import check_name, check_writable, write_text, writing
 from .precision import autocast_dtype
 from .segmentation import SHORTEST_S
@@ -91,17 +82,13 @@ def transcribe(
         _check_unfinished(Path(output))
         check_writable(Path(output))
     usable, skipped = _usable(files, strict)
-    model = model_for(model, adapter)
-    whisper, processor = load_base(model)
-    trained = remembered_speech(adapter) if adapter else {}
-    code = check_language(whisper, language or trained.get("language"))
+    name, adapted, processor, trained = load_for_use(model, adapter)
+    code = check_language(adapted, language or trained.get("language"))
     chosen = window_for(trained, window, margin)
-    adapted = load_adapter(whisper, adapter) if adapter else whisper
-    to_best_device(adapted)
     record = None
     if output is not None:
         settings = {
-            "model": as_it_is(model), "adapter": as_it_is(adapter), "language": language, "task": task,
+            "model": as_it_is(name), "adapter": as_it_is(adapter), "language": language, "task": task,
             "window": window, "margin": margin, "max_segment": max_segment, "beams": beams, "decode_once": decode_once,
             "precision": precision,
         }  # fmt: skip

@@ -10,11 +10,9 @@ from rich.console import Console
 from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
-from fused_s2lora.training import evaluate as evaluate_module
 from fused_s2lora.training import evaluation as evaluation_module
 from fused_s2lora.training import merge as merge_module
 from fused_s2lora.training import models
-from fused_s2lora.training import transcribe as transcribe_module
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.decoding import Heard
@@ -298,7 +296,7 @@ def test_an_adapter_says_its_model(finished, tiny_folder, tones, tmp_path, short
     assert models.model_for(None, None) == models.PACKAGED
     loaded = []
     load = models.load_base
-    for module in (evaluate_module, transcribe_module, merge_module):
+    for module in (models, merge_module):  # evaluate and transcribe by `load_for_use`
         monkeypatch.setattr(module, "load_base", lambda model, **more: loaded.append(model) or load(model, **more))
     scored, merged, heard = (str(tmp_path / name) for name in ("scored", "merged", "heard.tsv"))
     for command in (

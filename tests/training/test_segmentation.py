@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fused_s2lora.training import decoding as decoding_module
-from fused_s2lora.training import segmentation
+from fused_s2lora.training import models, segmentation
 from fused_s2lora.training import transcribe as transcribe_module
 from fused_s2lora.training.audio import SAMPLE_RATE, read_audio
 from fused_s2lora.training.audio_window import AudioWindow
@@ -278,8 +278,8 @@ def test_every_option_and_the_adapter_are_of_what_was_heard(counting, tmp_path, 
     (adapter / "adapter_config.json").write_text(json.dumps({"audio_window": "trim", "audio_window_margin": 64}))
     options = {**counting, "adapter": str(adapter), "output": tmp_path / "heard.tsv"}
     loaded, margins = load_base(counting["model"]), []
-    monkeypatch.setattr(transcribe_module, "load_base", lambda model: loaded)
-    monkeypatch.setattr(transcribe_module, "load_adapter", lambda whisper, adapter: whisper)
+    monkeypatch.setattr(models, "load_base", lambda model: loaded)
+    monkeypatch.setattr(models, "load_adapter", lambda whisper, adapter: whisper)
     frames = AudioWindow.mel_frames
     monkeypatch.setattr(AudioWindow, "mel_frames", lambda self, n: margins.append(self.margin) or frames(self, n))
     monkeypatch.setattr(transcribe_module, "_WRITTEN_AFTER_S", 0.1)
