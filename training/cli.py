@@ -45,8 +45,12 @@ Limit = Annotated[int | None, typer.Option(help="Use only the first so many utte
 
 
 @app.callback()
-def _s2lora() -> None:
+def _s2lora(context: typer.Context) -> None:
     """Adapt Whisper to low-resource speech with Sparsely Shared LoRA."""
+    if context.invoked_subcommand not in ("train", "evaluate"):
+        from .world import check_alone
+
+        check_alone(str(context.invoked_subcommand))
 
 
 @app.command()

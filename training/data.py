@@ -18,6 +18,7 @@ from .audio import duration_s
 from .errors import UserError
 from .sources import AUDIO_COLUMNS, FAULT, read_source
 from .text import as_written, in_capitals, sentence_case
+from .world import speaks
 
 MAX_AUDIO_S = 30.0
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
@@ -68,9 +69,10 @@ class Speech:
         pairs = zip(self.dataset["text"][:], self.dataset["target"][:], strict=True)
         return sum(target.strip() != unicodedata.normalize("NFC", text) for text, target in pairs)
 
-    def audio(self) -> Iterator[dict[str, Any]]:
-        """What `read_audio` takes, of each utterance."""
-        return map(audio_entry, self.dataset.select_columns(["audio", "offset_s", "length_s"]))
+    def audio(self, rows: range | None = None) -> Iterator[dict[str, Any]]:
+        """What `read_audio` takes, of each utterance, or of those in these rows."""
+        of = self.dataset.select_columns(["audio", "offset_s", "length_s"])
+        return map(audio_entry, of if rows is None else of.select(rows))
 
 
 def audio_entry(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def load_speech(
     )  # fmt: skip
     bar: dict[str, Any] = {
         "description": f"checking {path.name}",
-        "disable": not progress or len(rows) < 200,
+        "disable": not (progress and speaks()) or len(rows) < 200,
         "transient": True,
     }
     checked: list[dict[str, Any]] = []  # as many as `rows`, of a bad one without anything

@@ -15,6 +15,7 @@ from .models import as_it_is, check_language, load_for_use, window_for
 from .output import check_writable, read_json, write_json, writing
 from .precision import autocast_dtype, resolved
 from .run import called_as, run_options, tell_skipped, versions
+from .world import speaks, world
 
 
 def evaluate(
@@ -34,7 +35,8 @@ def evaluate(
 ) -> Evaluation:
     """Scores the model on every test set, prints the table and writes results.json and transcripts into `output`.
 
-    Each set is written as it is done; what was stopped goes on when called again with the same options.
+    Each set is written as it is done; what was stopped goes on when called again with the same options. Processes that
+    run together share the utterances.
     `evaluation.json` says of what model the results are, how it was decoded, and which utterances were left out.
 
     The model defaults to the one the adapter was trained on, without an adapter to the packaged Whisper-base. Window,
@@ -45,17 +47,18 @@ def evaluate(
         UserError: bad model, adapter, window, column or precision, or `output` not writable or a training run's, in one
             sentence.
     """
-    dtype, folder = autocast_dtype(precision), Path(output)
+    state, dtype, folder = world(), autocast_dtype(precision), Path(output)
     if run_options(folder) is not None:
         raise UserError(f"{folder}: holds a training run, whose results.json stays; give another --output")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder / "results.json")
+    if state.is_main_process:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / "results.json")
     name, adapted, processor, trained = load_for_use(model, adapter)
     for test in tests.values():
         check_language(adapted, test.language)
     chosen = window_for(trained, window, margin)
-    console, decoding = console or Console(), decoding or Decoding()
+    console, decoding = console or Console(quiet=not speaks()), decoding or Decoding()
     task = task or trained.get("task")
     made = {
         "model": as_it_is(name), "adapter": as_it_is(adapter), "window": asdict(chosen), "task": task,
@@ -63,7 +66,9 @@ def evaluate(
     }  # fmt: skip
     with writing(folder):
         skipped = [item for test in tests.values() for item in test.speech.skipped]
-        tell_skipped(skipped, _note(folder, made, skipped), console)
+        if state.is_main_process:
+            tell_skipped(skipped, _note(folder, made, skipped), console)
+        state.wait_for_everyone()  # what is there of another model is deleted before any of them looks
         evaluation = evaluate_sets(
             adapted,
             processor,

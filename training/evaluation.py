@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,6 +22,7 @@ from .errors import UserError
 from .metrics import ErrorRate, Unit, UtteranceErrors, score, summarize
 from .output import read_json, replacing, write_json
 from .text import UNSPACED_LANGUAGES, normalizer
+from .world import world
 
 ALL = "all"
 _AGE_GROUPS = ((0, 5), (6, 8), (9, 12), (13, 17))
@@ -138,7 +140,7 @@ def evaluate_sets(
     A set without such a column is scored as a whole; what is blank or missing in it is the group "unknown". A numeric
     column "age" is grouped as up to 5, 6-8, 9-12, 13-17 and 18 or over. With a `folder` the transcripts that it has of
     these sets are taken from there and each set is written into it as soon as it is transcribed; in the end it has
-    these sets and no others.
+    these sets and no others. Processes that run together share the utterances of each set, and all return the same.
 
     Raises:
         UserError: a column of `group_by` is in none of the sets, or a set has no word to be counted.
@@ -147,14 +149,17 @@ def evaluate_sets(
     sets = {name: replace(test, task=task) for name, test in sets.items()}
     check_sets(sets, group_by)
     results = {} if folder is None else read_sets(folder, sets, group_by)
+    state = world()
+    left = {*gather_object([name for name in sets if name not in results])}  # not every process may see the same files
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bars:
-        for name, test in ((name, test) for name, test in sets.items() if name not in results):
-            bar = bars.add_task(f"{label}: {name}", total=len(test.speech))
+    with Progress(*columns, disable=not (progress and state.is_main_process)) as bars:
+        for name, test in ((name, test) for name, test in sets.items() if name in left):
+            mine = range(state.process_index, len(test.speech), state.num_processes)
+            bar = bars.add_task(f"{label}: {name}", total=len(mine))
             heard = transcribe_speech(
                 model,
                 processor,
-                test.speech.audio(),
+                test.speech.audio(mine),
                 window=window,
                 language=test.language,
                 task=task,
@@ -163,11 +168,12 @@ def evaluate_sets(
                 dtype=dtype,
                 on_batch=lambda done, bar=bar: bars.advance(bar, done),  # type: ignore[misc]
             )
-            results[name] = score_set(name, test, list(heard), group_by)
-            if folder is not None:
+            everyones = sorted(gather_object([*zip(mine, heard, strict=True)]), key=lambda one: one[0])
+            results[name] = score_set(name, test, [one for _, one in everyones], group_by)
+            if folder is not None and state.is_main_process:
                 Evaluation(label, [results[name] for name in sets if name in results]).write(folder)
     evaluation = Evaluation(label, [results[name] for name in sets])
-    if folder is not None:
+    if folder is not None and state.is_main_process:
         evaluation.write(folder)  # transcripts that were there may be scored by other references or groups now
         for file in folder.glob("*.tsv"):
             if file.stem not in sets:

@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.progress import Progress
 from transformers import WhisperProcessor, WhisperTokenizer
@@ -28,6 +27,7 @@ from .errors import UserError
 from .features import LogMel
 from .output import read_json, write_json
 from .precision import autocast
+from .world import speaks, world
 
 # Those Whisper was trained on for longest, after English (arXiv 2212.04356, appendix E).
 LARGEST_LANGUAGES = ("zh", "de", "es", "ru", "fr", "pt", "ko", "ja")
@@ -67,7 +67,7 @@ def with_answers(
     """
     drawn = np.random.default_rng(seed).permutation(len(speech))[: round(share * len(speech))]
     asked = [(int(row), languages[turn % len(languages)]) for turn, row in enumerate(drawn)]
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = world()
     if not file.is_file():
         mine = asked[state.process_index :: state.num_processes]
         part = file.with_name(f"{file.stem}-{state.process_index + 1}-of-{state.num_processes}.json")
@@ -114,7 +114,7 @@ def _ask(
     utterances = speech.dataset["utterance"]
     answers = _read_answers(part, speech)
     known = {answer["row"] for answer in answers}
-    with Progress(transient=True) as bars:
+    with Progress(transient=True, disable=not speaks()) as bars:
         bar = bars.add_task("asking in other languages", total=len(asked), completed=len(known))
         for language in dict.fromkeys(language for _, language in asked):
             rows = [row for row, its_language in asked if its_language == language and row not in known]

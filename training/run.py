@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -28,6 +27,7 @@ from .data import Skipped, Speech
 from .errors import UserError
 from .options import TrainOptions
 from .output import check_name, read_json, write_json, write_text, writing
+from .world import world
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
 # Options that may differ when a run is resumed: they change what is shown, not what is learned (see `changed_option`).
@@ -55,7 +55,7 @@ class RunFolder:
         self.other_languages = self.path / "other_languages.json"
         try:
             check_folder(options, fresh=fresh)
-            state = PartialState(cpu=not torch.cuda.is_available())
+            state = world()
             state.wait_for_everyone()  # all have looked before one deletes
             if state.is_main_process:
                 self._begin(options, fresh)
@@ -99,7 +99,8 @@ class RunFolder:
     def write_skipped(self, skipped: Sequence[Skipped], console: Console) -> None:
         """One line in skipped.tsv for each utterance that was left out, with the reason; says how many they are."""
         lines = ["utterance\treason", *(f"{item.utterance}\t{item.reason}" for item in skipped)]
-        write_text(self.path / "skipped.tsv", "\n".join(lines) + "\n")
+        if world().is_main_process:
+            write_text(self.path / "skipped.tsv", "\n".join(lines) + "\n")
         tell_skipped(skipped, self.path / "skipped.tsv", console)
 
     def check_speech(self, *parts: Speech | None) -> None:
@@ -114,8 +115,9 @@ class RunFolder:
                 state.update(json.dumps([] if part is None else part.dataset[column][:]).encode())
         file, found = self.path / "speech.json", {"sha256": state.hexdigest()}
         if not file.is_file():
-            with writing(self.path):
-                write_json(file, found)
+            if world().is_main_process:
+                with writing(self.path):
+                    write_json(file, found)
         elif read_json(file) != found:
             raise UserError(
                 f"{self.path}: was begun with other utterances or transcripts; restore them, give another --output, or "

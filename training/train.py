@@ -48,6 +48,7 @@ from .rank_maps import write_rank_maps
 from .run import RunFolder, check_folder, peak_memory_mib, reset_peak_memory, versions
 from .sets import scored_sets, training_speech
 from .trainer import AdaLoraCallback, SavingAsAsked, SpeechTrainer, StepTimes
+from .world import processes, speaks, world
 
 MAX_LABEL_TOKENS = 448
 GPU_WORKERS = 4
@@ -63,7 +64,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     Raises:
         UserError: bad input of any kind, in one sentence.
     """
-    console = console or Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun one process speaks
+    console = console or Console(quiet=not speaks())
     check(options)
     if options.cuda_graphs:
         _check_one_gpu(options)
@@ -159,18 +160,15 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
             )
         )
         results = [evaluation.to_dict() for evaluation in evaluations]
-        write_json(run.path / "results.json", results)
+        if world().is_main_process:
+            write_json(run.path / "results.json", results)
         console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
     summary = read_json(run.path / "summary.json")
-    write_model_card(run.trained, asdict(options), summary, results)
+    if world().is_main_process:
+        write_model_card(run.trained, asdict(options), summary, results)
     trainable, total = summary["trainable_parameters"], summary["parameters"]
     console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)", markup=False)
     return evaluations
-
-
-def _processes() -> int:
-    """How many of them train together, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _workers(options: TrainOptions) -> int:
@@ -185,7 +183,7 @@ def _check_one_gpu(options: TrainOptions) -> None:
         raise UserError("--cuda-graphs needs a CUDA GPU, and torch sees none; leave it out")
     if resolved(options.precision) == "fp16":
         raise UserError("--cuda-graphs does not go with fp16, which this GPU trains in; give --precision fp32")
-    if _processes() > 1:
+    if processes() > 1:
         raise UserError("--cuda-graphs is for one process; leave it out under torchrun")
 
 
@@ -237,7 +235,7 @@ def _steps(options: TrainOptions, utterances: int) -> int:
 
 
 def _steps_an_epoch(options: TrainOptions, utterances: int) -> int:
-    batches = math.ceil(math.ceil(utterances / options.batch_size) / _processes())  # of each process
+    batches = math.ceil(math.ceil(utterances / options.batch_size) / processes())  # of each process
     return math.ceil(batches / options.accumulation)
 
 
@@ -295,6 +293,8 @@ def _arguments(options: TrainOptions, run: RunFolder, epochs: float, has_dev: bo
         load_best_model_at_end=has_dev,
         metric_for_best_model="loss",
         prediction_loss_only=True,
+        ddp_find_unused_parameters=False,  # there are none, and looking for them walks the graph at every step
+        log_level_replica="error",  # as the command has it for the first process
         restore_callback_states_from_checkpoint=options.early_stopping > 0,  # the checks without gain so far
         seed=options.seed,
         data_seed=options.seed,
@@ -365,7 +365,7 @@ def _train(
     whisper.config.update(found)
     if (share := interpolation(options)) != 1:
         interpolate(model, share)
-    if trainer.is_world_process_zero():
+    if world().is_main_process:
         model.save_pretrained(str(run.adapter if wrapped else run.model))
         if wrapped:
             language = check_language(whisper, options.language)
@@ -394,4 +394,4 @@ def _train(
             **{name: value for name, value in versions().items() if name in ("commit", "device", "utc")},
         }
         write_json(run.path / "summary.json", summary)
-    trainer.accelerator.wait_for_everyone()
+    world().wait_for_everyone()

@@ -13,7 +13,7 @@ def run_ranks(code: str, *arguments: Any) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world["CUDA_VISIBLE_DEVICES"] = ""  # NCCL does not give one GPU to two
+    world |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # NCCL does not give one GPU to two
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],

@@ -1,16 +1,23 @@
 """Whole runs in two processes of one world, as torchrun starts them."""
 
 import json
+import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from fused_s2lora.training.evaluate import evaluate
+from fused_s2lora.training.methods import METHODS
+from fused_s2lora.training.sets import named_sets
 from tests.training.comparisons import UNSCORED
 from tests.training.ranks import run_ranks
 from tests.training.speech import TEXTS, adapter_of, write_folder
 
 TRAIN = """
 import json, sys
+from fused_s2lora.training import decoding
 from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.train import StepTimes, train
 
@@ -21,7 +28,33 @@ if sys.argv[2:] > ["0"]:  # stop after so many steps; 0: delete the run and star
         if state.global_step == int(sys.argv[2]):
             sys.exit(0)
     StepTimes.on_step_end = stopped
+decoding.MAX_NEW_TOKENS = 4
 train(TrainOptions(**json.loads(sys.argv[1])), fresh=sys.argv[2:] == ["0"])
+"""
+TRAIN_EACH = """
+import json, sys
+from fused_s2lora.training.options import TrainOptions
+from fused_s2lora.training.train import train
+
+for options in sys.argv[1:]:
+    train(TrainOptions(**json.loads(options)))
+"""
+# Model, folder to write, test sets; `heard-RANK` beside the folder has a line for each set with how many were heard.
+EVALUATE = """
+import os, sys
+from fused_s2lora.training import decoding, evaluation
+from fused_s2lora.training.evaluate import evaluate
+from fused_s2lora.training.sets import named_sets
+
+decoding.MAX_NEW_TOKENS = 4
+transcribe_speech = evaluation.transcribe_speech
+def counted(model, processor, audio, **options):
+    audio = [*audio]
+    with open(f"{sys.argv[2]}-heard-{os.environ['RANK']}", "a") as stream:
+        print(len(audio), file=stream)
+    return transcribe_speech(model, processor, audio, **options)
+evaluation.transcribe_speech = counted
+evaluate(named_sets(sys.argv[3:], "en"), sys.argv[2], model=sys.argv[1], precision="fp32", group_by=["age"])
 """
 
 
@@ -46,8 +79,10 @@ def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path, ca
 def test_adalora_in_two_processes(quick, tmp_path):
     """Its term is in the loss of a model in DistributedDataParallel, and its budget ends with the steps of one rank."""
     run = tmp_path / "run"
-    asked = {**quick, **UNSCORED, "output": str(run), "method": "adalora", "epochs": 10, "rank": 2, "save_steps": 100}
+    asked = {**quick, "output": str(run), "method": "adalora", "epochs": 10, "rank": 2, "save_steps": 100}
     run_ranks(TRAIN, json.dumps(asked))
+    (scored,) = json.loads((run / "results.json").read_text())
+    assert scored["sets"]["same"]["groups"]["all"]["wer"]["utterances"] == 6
     assert json.loads((run / "summary.json").read_text())["steps"] == 20
     first = json.loads((run / "metrics.json").read_text())[0]
     assert float(first["orthogonality"]) > 1
@@ -56,3 +91,45 @@ def test_adalora_in_two_processes(quick, tmp_path):
     )
     patterns = json.loads((run / "rank_pattern.json").read_text())
     assert sum(sum(value or 0 for value in row) for pattern in patterns for row in pattern["live"]) == 2 * 12
+
+
+def test_every_method_trains_in_two_processes(quick, tmp_path):
+    """DistributedDataParallel is told that every step gives every trained parameter a gradient."""
+    runs = {method: {"method": method} for method in METHODS}
+    runs |= {
+        "checkpointed": {"gradient_checkpointing": True},
+        "accumulated": {"accumulation": 2},
+        "kept": {"keep_share": 0.5, "keep_languages": ["zh"]},
+        "frozen": {"freeze_factors": True},
+        "augmented": {"spec_augment": True, "window": "full"},
+    }
+    asked = {**quick, **UNSCORED, "epochs": None, "max_steps": 3, "batch_size": 1, "save_steps": 100}
+    run_ranks(TRAIN_EACH, *(json.dumps({**asked, "output": str(tmp_path / name), **run}) for name, run in runs.items()))
+    for name in runs:
+        losses = [float(line["loss"]) for line in json.loads((tmp_path / name / "metrics.json").read_text())[:3]]
+        assert len(losses) == 3
+        assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_two_processes_score_as_one_does(quick, tmp_path, capfd, monkeypatch):
+    """Each hears half of a set, or none of one too small; what one left off is known to both."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    sets = [f"six={quick['data'][0]}", f"single={write_folder(tmp_path / 'single', TEXTS[:1])}"]
+    run_ranks(EVALUATE, quick["model"], two, sets[0])
+    run_ranks(EVALUATE, quick["model"], two, *sets)
+    heard = [(tmp_path / f"two-heard-{rank}").read_text().split() for rank in range(2)]
+    assert heard == [["3", "1"], ["3", "0"]]
+    assert capfd.readouterr().out.count("error rates in percent") == 2  # one of them prints the table
+    monkeypatch.setattr("fused_s2lora.training.decoding.MAX_NEW_TOKENS", 4)
+    evaluate(named_sets(sets, "en"), one, model=quick["model"], precision="fp32", group_by=["age"])
+    for name in ("results.json", "six.tsv", "single.tsv"):
+        assert (one / name).read_text() == (two / name).read_text()
+
+
+@pytest.mark.parametrize("command", ["compare", "transcribe"])
+def test_what_is_for_one_process_is_refused_in_several(command, monkeypatch):
+    code = "from fused_s2lora.training.cli import main; main()"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = subprocess.run([sys.executable, "-c", code, command, "x"], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert f"s2lora {command} is for one process, and 2 were started together" in ended.stderr
