@@ -263,17 +263,26 @@ def drop_overlong(speech: Speech, tokenizer: Any, max_tokens: int, strict: bool 
     return Speech(speech.dataset.select(keep), speech.source, speech.skipped + skipped)
 
 
+_OTHER_SEPARATORS = {
+    ";": "semicolons; write commas, or tabs in a .tsv",
+    "|": "vertical bars; write commas, or tabs in a .tsv",
+    "\t": "tabs; call it .tsv",
+    ",": "commas; call it .csv",
+}
+
+
 def _column(
     columns: list[str], wanted: str | None, usual: tuple[str, ...], what: str, argument: str, source: str
 ) -> str:
-    if wanted is not None:
-        if wanted not in columns:
-            raise UserError(f"{source}: no column {wanted!r} ({argument}); it has {', '.join(columns)}")
+    if wanted in columns:
         return wanted
-    if (found := next((name for name in usual if name in columns), None)) is not None:
+    if wanted is None and (found := next((name for name in usual if name in columns), None)) is not None:
         return found
-    if any(";" in name for name in columns):
-        raise UserError(f"{source}: its columns are separated by semicolons; write commas, or tabs in a .tsv")
+    for sign, told in _OTHER_SEPARATORS.items():
+        if any(sign in name for name in columns) and (sign != "," or len(columns) == 1):
+            raise UserError(f"{source}: its columns are separated by {told}")
+    if wanted is not None:
+        raise UserError(f"{source}: no column {wanted!r} ({argument}); it has {', '.join(columns)}")
     flag = argument.replace("_", "-")
     raise UserError(f"{source}: no column with {what}; it has {', '.join(columns)}; name it with --{flag}")
 

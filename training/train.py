@@ -91,6 +91,9 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     utterances = len(speech)
     if options.keep_share and round(options.keep_share * utterances) == 0:
         raise UserError(f"--keep-share {options.keep_share} of {utterances} utterances is none of them; give more")
+    most = _steps(options, utterances + round(options.keep_share * utterances))
+    if options.warmup >= max(1, most):
+        raise UserError(f"--warmup {options.warmup:g} is not over in the run's {most} steps; give fewer, or a share")
     with torch.device("meta"):  # whether the method goes with the model is told before anything is deleted or decoded
         adapt(WhisperForConditionalGeneration(model.config), options, steps=_steps(options, utterances))
     run = RunFolder(options, fresh=fresh)

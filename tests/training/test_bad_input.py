@@ -66,6 +66,7 @@ def test_every_option_has_help(command):
         ({"seed": 2**32}, "--seed is 4294967296; give a number below"),
         ({"workers": -1}, "--workers is -1; give 0 or more"),
         ({"warmup": -1.0}, "--warmup is -1.0; give 0 or more"),
+        ({"warmup": 3.0, "max_steps": 3}, "--warmup 3 is not over in the run's 3 steps; give fewer, or a share"),
         ({"limit": 0}, "--limit is 0; give at least 1"),
         ({"limit": -1}, "--limit is -1; give at least 1"),
         ({"keep_languages": ["de"]}, "--keep-languages needs a share of the utterances; give --keep-share"),

@@ -258,12 +258,26 @@ def test_targets_are_composed_as_whisper_writes(tmp_path):
     assert speech.dataset["target"][0] == " Größe"
 
 
-def test_a_table_with_spaces_after_its_commas_or_with_semicolons(tmp_path):
+def test_a_table_with_spaces_after_its_commas(tmp_path):
     lines = ("path, text, age", 'one.wav, "Go, home.", 7')
     (row,) = load_speech(write_lines(tmp_path, "list.csv", *lines)).dataset
     assert (row["text"], row["age"]) == ("Go, home.", "7")
-    with pytest.raises(UserError, match="separated by semicolons; write commas"):
-        load_speech(write_lines(tmp_path, "other.csv", "path;text", "one.wav;A."))
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "told"),
+    [
+        ("list.csv", ";", "semicolons; write commas"),
+        ("list.csv", "|", "vertical bars; write commas"),
+        ("list.csv", "\t", "tabs; call it .tsv"),
+        ("list.tsv", ",", "commas; call it .csv"),
+    ],
+)
+@pytest.mark.parametrize("asked", [None, "text"])
+def test_another_separator_than_the_file_s_is_told(tmp_path, name, sign, told, asked):
+    table = write_lines(tmp_path, name, f"path{sign}text", f"one.wav{sign}A.")
+    with pytest.raises(UserError, match=f"{name}: its columns are separated by {told}"):
+        load_speech(table, text_column=asked)
 
 
 def test_audio_that_is_no_path_is_named(tmp_path):

@@ -25,8 +25,9 @@ def test_options_reach_the_trainer(options, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_module.SpeechTrainer, "train", begun)
     given = options(
-        tmp_path / "run", weight_decay=0.3, warmup=5, accumulation=2, gradient_checkpointing=True, full_share=0.9,
+        tmp_path / "run", weight_decay=0.3, warmup=5, epochs=9.0, accumulation=2, full_share=0.9,
         seed=3, half_base=True, precision="bf16", penalty="proximal", coefficient_lr_ratio=3.0, dev_share=0.34, lr=1e-2,
+        gradient_checkpointing=True,
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         train(given, console=QUIET)
