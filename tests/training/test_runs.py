@@ -267,7 +267,7 @@ def test_a_run_of_other_steps_does_not_go_on(options, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(options(tmp_path / "run"), console=QUIET)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_processes", lambda: 2)
+        patch.setattr(train_module, "processes", lambda: 2)
         with pytest.raises(UserError, match=r"was begun with 6 steps in all, and would have 4 now; go on with as many"):
             train(options(tmp_path / "run"), console=QUIET)
     train(options(tmp_path / "run"), console=QUIET)
