@@ -88,7 +88,7 @@ class ProjectionGroup:
 
     def together_with(self, layer: S2LoraLinear, adapter_name: str) -> list[S2LoraLinear]:
         """The layers computed in one operation with `layer`, itself among them: those with an update, if it has one."""
-        at_work = [one for one in self.layers if one.updates(adapter_name)]
+        at_work = [one for one in self.layers if adapter_name in one.configs and one.updates(adapter_name)]
         return at_work if layer in at_work else [layer]
 
     def _compute(self, layer: S2LoraLinear, x: Tensor) -> _Made | None:

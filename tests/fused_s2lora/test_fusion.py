@@ -315,6 +315,23 @@ def test_two_adapters_in_cross_attention_keep_their_gradients_apart(tiny_whisper
     assert_same(step(model), oracle)
 
 
+def test_an_adapter_that_has_a_part_of_a_group(tiny_whisper):
+    """k has another adapter than q and v beside it."""
+
+    def two() -> PeftModel:
+        model = adapted(tiny_whisper, r=4, target_modules=["q_proj", "v_proj"])
+        model.add_adapter("other", S2LoraConfig(r=4, target_modules=["k_proj"]))
+        awaken(model)
+        return model.double().train()
+
+    for name in ("default", "other"):
+        oracle, model = two(), two()
+        fuse_whisper(model)
+        for one in (oracle, model):
+            one.set_adapter(name)
+        assert_same(step(model), step(oracle))
+
+
 def test_trained_layer_norms_are_left_alone(tiny_whisper):
     config = {"modules_to_save": ["final_layer_norm"]}
     oracle, model = step(in_float64(tiny_whisper, **config)), in_float64(tiny_whisper, **config)
