@@ -51,7 +51,7 @@ class ProjectionGroup:
 
     def __init__(self, layers: list[S2LoraLinear]) -> None:
         self.layers = layers
-        self._bias: tuple[Sources, Tensor] | None = None
+        self._bias: tuple[list[bool], Sources, Tensor] | None = None  # which layers have one, and all of them
         self._waiting = _Waiting()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,11 +116,12 @@ class ProjectionGroup:
         if all(bias is None for bias in biases):
             return None
         given = [bias for bias in biases if bias is not None]
-        if self._bias is not None and self._bias[0].are(given):
-            return self._bias[1]
+        places = [bias is not None for bias in biases]
+        if self._bias is not None and self._bias[0] == places and self._bias[1].are(given):
+            return self._bias[2]
         stacked = torch.cat([torch.zeros_like(given[0]) if bias is None else bias.detach() for bias in biases])
         if lasts(stacked):
-            self._bias = Sources(given), stacked
+            self._bias = places, Sources(given), stacked
         return stacked
 
 
