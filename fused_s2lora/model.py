@@ -253,6 +253,10 @@ class S2LoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # A `state_dict` made of `named_parameters()` has each tensor once, under the name of the first layer.
+        for layer_key, key in _factor_keys(model, adapter_name):
+            if layer_key in selected:
+                selected.setdefault(key, selected[layer_key])
         return {key: value for key, value in selected.items() if not _LAYER_FACTOR.search(key)}
 
     @classmethod
@@ -266,12 +270,7 @@ class S2LoraModel(BaseTuner):
             if key.endswith(f".{adapter_name}") and ".s2lora_" in f".{key}" and not _LAYER_FACTOR.search(key)
         }
         _check_fits(loaded, expected, adapter_name)
-        tensors = {id(dictionary): name for name, dictionary in _pair_dictionaries(model)}
-        for name, layer in model.named_modules():
-            if isinstance(layer, S2LoraLinear) and adapter_name in layer.s2lora_coefficients:
-                for attribute in ("s2lora_up", "s2lora_down"):
-                    source = f"{tensors[id(getattr(layer, attribute))]}.{adapter_name}"
-                    loaded[f"{name}.{attribute}.{adapter_name}"] = loaded[source]
+        loaded.update({layer_key: loaded[key] for layer_key, key in _factor_keys(model, adapter_name)})
         return loaded
 
 
@@ -311,13 +310,20 @@ def _column_norms(factor: Tensor) -> Tensor:
     return factor.float().norm(dim=0).sum()
 
 
-def _pair_dictionaries(model: nn.Module) -> list[tuple[str, nn.ParameterDict]]:
-    return [
-        (f"{name}.{attribute}", getattr(pair, attribute))
+def _factor_keys(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
+    """For each factor of each layer its key in the state of the model, and the pair's own key for the same tensor."""
+    pairs = {
+        id(getattr(pair, attribute)): f"{name}.{attribute}"
         for name, pair in model.named_modules()
         if isinstance(pair, FactorPair)
         for attribute in ("up", "down")
-    ]
+    }
+    for name, layer in model.named_modules():
+        if isinstance(layer, S2LoraLinear) and adapter_name in layer.s2lora_coefficients:
+            for attribute in ("s2lora_up", "s2lora_down"):
+                key = pairs.get(id(getattr(layer, attribute)))
+                if key is not None:  # as in the model without the tuner around it
+                    yield f"{name}.{attribute}.{adapter_name}", f"{key}.{adapter_name}"
 
 
 def _check_fits(loaded: dict[str, Tensor], expected: dict[str, Tensor], adapter_name: str) -> None:

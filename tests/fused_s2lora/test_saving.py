@@ -33,6 +33,15 @@ def test_saved_and_loaded(tiny_whisper, tmp_path, low_cpu_mem_usage):
     assert encoder[0].fc1.s2lora_up["default"] is encoder[1].fc2.s2lora_up["default"]
 
 
+def test_saved_from_a_state_that_has_each_tensor_once(tiny_whisper, tmp_path):
+    """As scripts gather it from `named_parameters()`."""
+    model = adapted(tiny_whisper, r=4)
+    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    model.save_pretrained(tmp_path, state_dict=trained)
+    loaded = PeftModel.from_pretrained(tiny_whisper(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
 def test_config_survives_files_and_pickle(tmp_path):
     config = S2LoraConfig(r=4, sharing="stack", audio_window="trim", audio_window_margin=32, language="en")
     config.save_pretrained(tmp_path)
