@@ -32,6 +32,9 @@ class S2LoraModel(BaseTuner):
     Gradient checkpoints are best non-reentrant, as transformers makes them. With `use_reentrant=True` the recomputed
     layers give the gradients of shared factors one by one, which `DistributedDataParallel` takes only with
     `static_graph=True`.
+
+    FSDP is to shard the model as a whole: `fully_shard(model)`, in accelerate `fsdp_auto_wrap_policy: NO_WRAP`. Layers
+    sharded one by one cannot share parameters, and `fully_shard` of the second one raises a TypeError.
     """
 
     prefix = "s2lora_"
@@ -140,19 +143,28 @@ class S2LoraModel(BaseTuner):
         """For the forward pass that begins: every trainable pair with one buffer for the gradients of all its uses.
 
         Raises:
-            RuntimeError: the model runs in `torch.nn.DataParallel`, whose copies would share the buffers and hooks.
+            RuntimeError: the model runs in `torch.nn.DataParallel`, whose copies would share the buffers and hooks, or
+                its layers have been sharded each by itself.
         """
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "S2-LoRA does not run in torch.nn.DataParallel: start one process for each GPU with torchrun or "
                 "accelerate launch, or show a single GPU with CUDA_VISIBLE_DEVICES"
             )
+        shares = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not device.in_functorch()
         for pair in self.s2lora_factors.pairs():
             pair.in_use.clear()
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not device.in_functorch():
-                for name in self.active_adapters:
-                    if name in pair.up and (pair.up[name].requires_grad or pair.down[name].requires_grad):
-                        pair.in_use[name] = SharedPair(pair.up[name], pair.down[name])
+            for name in self.active_adapters:
+                if name not in pair.up:
+                    continue
+                up, down = pair.up[name], pair.down[name]
+                if up.dim() != 2:
+                    raise RuntimeError(
+                        "the factors, which layers share, are split up layer by layer: shard the model as a whole, in "
+                        "accelerate with fsdp_auto_wrap_policy NO_WRAP, or use DistributedDataParallel"
+                    )
+                if shares and (up.requires_grad or down.requires_grad):
+                    pair.in_use[name] = SharedPair(up, down)
 
     # Penalties
 

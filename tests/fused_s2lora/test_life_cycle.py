@@ -9,6 +9,9 @@ from peft import PeftModel, get_peft_model
 from peft.utils import PeftType
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
@@ -292,6 +295,33 @@ def test_distributed_data_parallel_has_the_same_gradients(tiny_whisper, tmp_path
     assert len(got) == len(expected)
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name.removeprefix("module.")], msg=name)
+
+
+def test_sharded_as_a_whole_it_has_the_same_gradients_and_file(tiny_whisper, tmp_path):
+    expected = gradients(adapted(tiny_whisper))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = adapted(tiny_whisper)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        got = {name: gradient.full_tensor() for name, gradient in gradients(model).items()}
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        model.save_pretrained(tmp_path, state_dict=state)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+    loaded = PeftModel.from_pretrained(tiny_whisper(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(adapted(tiny_whisper)))
+
+
+def test_factors_in_pieces_are_refused(tiny_whisper):
+    """As FSDP leaves them before each layer, where it wraps layers one by one."""
+    model = adapted(tiny_whisper)
+    up = model.base_model.s2lora_factors.pairs()[0].up["default"]
+    up.data = up.data.flatten()[::2]
+    with pytest.raises(RuntimeError, match="NO_WRAP"):
+        logits(model)
 
 
 def test_whole_model_compiles_in_one_graph(tiny_whisper):
