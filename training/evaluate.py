@@ -15,7 +15,7 @@ from .models import as_it_is, check_language, load_for_use, window_for
 from .output import check_writable, read_json, write_json, writing
 from .precision import autocast_dtype, resolved
 from .run import called_as, run_options, tell_skipped, versions
-from .world import speaks, world
+from .world import world
 
 
 def evaluate(
@@ -36,8 +36,8 @@ def evaluate(
     """Scores the model on every test set, prints the table and writes results.json and transcripts into `output`.
 
     Each set is written as it is done; what was stopped goes on when called again with the same options. Processes that
-    run together share the utterances.
-    `evaluation.json` says of what model the results are, how it was decoded, and which utterances were left out.
+    run together share the utterances. `evaluation.json` says of what model the results are, how it was decoded, and
+    which utterances were left out.
 
     The model defaults to the one the adapter was trained on, without an adapter to the packaged Whisper-base. Window,
     margin and task default to those of the adapter's training, else to the full window and the task of the model's
@@ -58,7 +58,7 @@ def evaluate(
     for test in tests.values():
         check_language(adapted, test.language)
     chosen = window_for(trained, window, margin)
-    console, decoding = console or Console(quiet=not speaks()), decoding or Decoding()
+    console, decoding = console or Console(quiet=not state.is_main_process), decoding or Decoding()
     task = task or trained.get("task")
     made = {
         "model": as_it_is(name), "adapter": as_it_is(adapter), "window": asdict(chosen), "task": task,

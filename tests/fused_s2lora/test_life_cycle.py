@@ -1,7 +1,10 @@
 """What becomes of the shared factors and the penalties when adapters come, go, are copied, cast, saved and compiled."""
 
+import contextlib
 import copy
 import pickle
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,16 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(gradient is not None for gradient in found.values())
     return found
+
+
+@contextlib.contextmanager
+def world_of_one(folder: Path) -> Iterator[None]:
+    """A process group with this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def pairs_are_shared(model: PeftModel, adapter: str = "default") -> bool:
@@ -282,15 +295,12 @@ def test_further_modules_are_trained_and_saved(tiny_whisper, tmp_path):
 
 def test_distributed_data_parallel_has_the_same_gradients(tiny_whisper, tmp_path):
     expected = gradients(adapted(tiny_whisper))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with world_of_one(tmp_path):
         parallel = DistributedDataParallel(adapted(tiny_whisper, coefficient_lr_ratio=6.0))
         got = gradients(parallel)
         rates = {group["name"]: group["lr"] for group in parameter_groups(parallel, 1e-3)}
         # Before the group: its threads are joined without Python's lock, which a reducer that dies last would hold.
         del parallel
-    finally:
-        torch.distributed.destroy_process_group()
     assert rates == pytest.approx({"coefficients": 6e-3, "factors": 1e-3})
     assert len(got) == len(expected)
     for name, gradient in got.items():
@@ -299,15 +309,12 @@ def test_distributed_data_parallel_has_the_same_gradients(tiny_whisper, tmp_path
 
 def test_sharded_as_a_whole_it_has_the_same_gradients_and_file(tiny_whisper, tmp_path):
     expected = gradients(adapted(tiny_whisper))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with world_of_one(tmp_path):
         model = adapted(tiny_whisper)
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         got = {name: gradient.full_tensor() for name, gradient in gradients(model).items()}
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         model.save_pretrained(tmp_path, state_dict=state)
-    finally:
-        torch.distributed.destroy_process_group()
     assert got.keys() == expected.keys()
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name], msg=name)

@@ -45,6 +45,13 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path):
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("command", ["compare", "transcribe"])
+def test_what_is_for_one_process_is_refused_in_several(command):
+    ended = s2lora(command, "x", WORLD_SIZE="2")
+    assert ended.returncode == 2
+    assert f"s2lora {command} is for one process, and 2 were started together" in ended.stderr
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "transcribe", "merge", "demo"])
 def test_every_option_has_help(command):
     import typer

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -124,12 +122,3 @@ def test_two_processes_score_as_one_does(quick, tmp_path, capfd, monkeypatch):
     evaluate(named_sets(sets, "en"), one, model=quick["model"], precision="fp32", group_by=["age"])
     for name in ("results.json", "six.tsv", "single.tsv"):
         assert (one / name).read_text() == (two / name).read_text()
-
-
-@pytest.mark.parametrize("command", ["compare", "transcribe"])
-def test_what_is_for_one_process_is_refused_in_several(command, monkeypatch):
-    code = "from fused_s2lora.training.cli import main; main()"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    ended = subprocess.run([sys.executable, "-c", code, command, "x"], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2
-    assert f"s2lora {command} is for one process, and 2 were started together" in ended.stderr
