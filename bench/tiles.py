@@ -56,7 +56,7 @@ def _adapter_gradients(device: str, dtype: torch.dtype, M: int, N: int, G: int) 
     dys, z = [normal(M, N, dtype=dtype, device=device) for _ in range(G)], normal(M, RANK, dtype=dtype, device=device)
     up, g, d_up = (normal(size, RANK, dtype=torch.float32, device=device) for size in (N, M, N))
     coefficients = normal(G, RANK, dtype=torch.float32, device=device)
-    return lambda: adapter_gradients(dys, z, up, coefficients, g, d_up, add_to_g=False)
+    return lambda: adapter_gradients(dys, z, up, coefficients, g, d_up, None, None, add_to_g=False)
 
 
 def _project(device: str, dtype: torch.dtype, M: int, K: int) -> Call:

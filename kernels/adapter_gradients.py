@@ -162,7 +162,7 @@ def _output_gradients_kernel(
 
 
 def _fake_adapter_gradients(
-    dys, z, up, coefficients, g, d_up, x=None, d_down=None, *, needs_coefficients=True, add_to_g=True, of_gelu=False
+    dys, z, up, coefficients, g, d_up, x, d_down, *, needs_coefficients=True, add_to_g=True, of_gelu=False
 ):
     group, rank = coefficients.shape
     wide = torch.promote_types(dys[0].dtype, torch.float32)
@@ -177,8 +177,8 @@ def adapter_gradients(
     coefficients: Tensor,
     g: Tensor | None,
     d_up: Tensor | None,
-    x: Tensor | None = None,
-    d_down: Tensor | None = None,
+    x: Tensor | None,
+    d_down: Tensor | None,
     *,
     needs_coefficients: bool = True,
     add_to_g: bool = True,

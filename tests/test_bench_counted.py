@@ -107,7 +107,8 @@ def single(*shape):
 def gradients_of(group, rank, z=True, factors=True, coefficients=True, add_to_g=True):
     """Operands of `adapter_gradients`: everything is wanted, or g without the factors' or coefficients' gradients."""
     operands = [[half(M, N)] * group, half(M, rank) if z else None, single(N, rank), single(group, rank)]
-    operands += [single(M, rank), single(N, rank), half(M, K), single(rank, K)] if factors else [single(M, rank), None]
+    of_factors = [single(N, rank), half(M, K), single(rank, K)]
+    operands += [single(M, rank), *(of_factors if factors else (None,) * 3)]
     return operands, {"needs_coefficients": coefficients, "add_to_g": add_to_g}
 
 

@@ -263,14 +263,6 @@ def drop_overlong(speech: Speech, tokenizer: Any, max_tokens: int, strict: bool 
     return Speech(speech.dataset.select(keep), speech.source, speech.skipped + skipped)
 
 
-_OTHER_SEPARATORS = {
-    ";": "semicolons; write commas, or tabs in a .tsv",
-    "|": "vertical bars; write commas, or tabs in a .tsv",
-    "\t": "tabs; call it .tsv",
-    ",": "commas; call it .csv",
-}
-
-
 def _column(
     columns: list[str], wanted: str | None, usual: tuple[str, ...], what: str, argument: str, source: str
 ) -> str:
@@ -278,9 +270,6 @@ def _column(
         return wanted
     if wanted is None and (found := next((name for name in usual if name in columns), None)) is not None:
         return found
-    for sign, told in _OTHER_SEPARATORS.items():
-        if any(sign in name for name in columns) and (sign != "," or len(columns) == 1):
-            raise UserError(f"{source}: its columns are separated by {told}")
     if wanted is not None:
         raise UserError(f"{source}: no column {wanted!r} ({argument}); it has {', '.join(columns)}")
     flag = argument.replace("_", "-")

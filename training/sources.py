@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_filepath", "file")
 _FORMATS: dict[str, dict[str, Any]] = {
     ".csv": {"skipinitialspace": True},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+_OTHER_SEPARATORS = {
+    ";": "semicolons; write commas, or tabs in a .tsv",
+    "|": "vertical bars; write commas, or tabs in a .tsv",
+    "\t": "tabs; call it .tsv",
+    ",": "commas; call it .csv",
 }
 _SAVED = ("dataset_dict.json", "state.json")  # in a folder that `save_to_disk` wrote
 
@@ -56,6 +63,7 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
             suffix = file.suffix.lower()
             if suffix in _FORMATS:
                 reader = csv.DictReader(stream, restkey=FAULT, **_FORMATS[suffix])
+                _check_separator(file, reader.fieldnames or ())
                 remedy = "quote the transcript" if suffix == ".csv" else "take the tab out of the transcript"
                 excess = "line {} has more fields than columns: " + remedy
                 return [row | {FAULT: excess.format(reader.line_num)} if FAULT in row else row for row in reader]
@@ -67,6 +75,14 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file}: not readable as a table (each line has to be a JSON object)")
     return rows
+
+
+def _check_separator(file: Path, columns: Sequence[str]) -> None:
+    """A table of one column holds no speech with transcripts: its columns may be separated otherwise."""
+    if len(columns) == 1:
+        for sign, told in _OTHER_SEPARATORS.items():
+            if sign in columns[0]:
+                raise UserError(f"{file}: its columns are separated by {told}")
 
 
 def _json_row(line: str) -> Any:

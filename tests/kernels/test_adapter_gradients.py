@@ -186,7 +186,7 @@ def test_only_what_is_asked_for(wanted, rank):
 def test_g_can_be_overwritten(rank):
     given = operands(65, 40, 48, rank, 3, torch.float32)
     g = torch.full_like(given["g"], torch.nan)
-    adapter_gradients(given["dys"], None, given["up"], given["coefficients"], g, None, add_to_g=False)
+    adapter_gradients(given["dys"], None, given["up"], given["coefficients"], g, None, None, None, add_to_g=False)
     check({**given, "g": torch.zeros_like(g)}, {"g": g})
 
 
@@ -295,6 +295,6 @@ def test_custom_operators_are_well_formed():
     torch.library.opcheck(input_gradient_factor.op, (given["x"], given["g"], given["d_down"]), test_utils=tests)
     factors = (given["up"], given["coefficients"])
     for z, g, d_up in ((given["z"], given["g"], given["d_up"]), (None, given["g"], None), (given["z"], None, None)):
-        torch.library.opcheck(adapter_gradients.op, (given["dys"], z, *factors, g, d_up), test_utils=tests)
+        torch.library.opcheck(adapter_gradients.op, (given["dys"], z, *factors, g, d_up, None, None), test_utils=tests)
     everything = (given["dys"], given["z"], *factors, given["g"], given["d_up"], given["x"], given["d_down"])
     torch.library.opcheck(adapter_gradients.op, everything, test_utils=tests)

@@ -280,6 +280,13 @@ def test_another_separator_than_the_file_s_is_told(tmp_path, name, sign, told, a
         load_speech(table, text_column=asked)
 
 
+def test_a_column_may_be_named_with_a_separator(tmp_path):
+    table = write_lines(tmp_path, "list.csv", "path,text;raw", "one.wav,A.")
+    with pytest.raises(UserError, match=r"no column with transcripts; it has path, text;raw"):
+        load_speech(table)
+    assert load_speech(table, text_column="text;raw").dataset["text"][0] == "A."
+
+
 def test_audio_that_is_no_path_is_named(tmp_path):
     entries = [{"path": 3}, {"path": ["a"]}, {"bytes": "UklGRg=="}, "one.wav"]
     rows = (json.dumps({"audio": entry, "text": "A."}) for entry in entries)
