@@ -12,10 +12,12 @@ from .decoding import Decoding
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
 from .models import as_it_is, check_language, load_for_use, window_for
-from .output import check_writable, read_json, write_json, writing
+from .output import check_writable, holds_files, read_json, write_json, writing
 from .precision import autocast_dtype, resolved
 from .run import called_as, run_options, tell_skipped, versions
 from .world import world
+
+_NOTE = "evaluation.json"
 
 
 def evaluate(
@@ -44,14 +46,16 @@ def evaluate(
     generation configuration, or transcription.
 
     Raises:
-        UserError: bad model, adapter, window, column or precision, or `output` not writable or a training run's, in one
-            sentence.
+        UserError: bad model, adapter, window, column or precision, or `output` not writable, a training run's or with
+            other files in it, in one sentence.
     """
     state, dtype, folder = world(), autocast_dtype(precision), Path(output)
     if run_options(folder) is not None:
         raise UserError(f"{folder}: holds a training run, whose results.json stays; give another --output")
     if state.is_main_process:
         with writing(folder):
+            if not (folder / _NOTE).is_file() and holds_files(folder):  # tables of sets not scored are deleted there
+                raise UserError(f"{folder}: the folder holds other files; give an empty --output")
             folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder / "results.json")
     name, adapted, processor, trained = load_for_use(model, adapter)
@@ -88,7 +92,7 @@ def evaluate(
 
 def _note(folder: Path, made: dict[str, Any], skipped: Sequence[Skipped]) -> Path:
     """Writes evaluation.json; what the folder has of another model, or decoded otherwise, is not gone on with."""
-    file = folder / "evaluation.json"
+    file = folder / _NOTE
     found = read_json(file) if file.is_file() else {}
     if made != {name: found.get(name) for name in made}:
         (folder / "results.json").unlink(missing_ok=True)

@@ -48,6 +48,11 @@ def check_empty(folder: Path, argument: str) -> None:
         raise UserError(f"{folder}: exists already; give an empty {argument}")
 
 
+def holds_files(folder: Path) -> bool:
+    """Whether there is a folder with anything in it but hidden files."""
+    return folder.is_dir() and any(not item.name.startswith(".") for item in folder.iterdir())
+
+
 def check_name(path: str | Path) -> None:
     """Nothing, where the path can stand in a table of files.
 

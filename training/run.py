@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data import Skipped, Speech
 from .errors import UserError
 from .options import TrainOptions
-from .output import check_name, read_json, write_json, write_text, writing
+from .output import check_name, holds_files, read_json, write_json, write_text, writing
 from .world import world
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
@@ -142,7 +142,7 @@ def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:
     check_name(path)
     with writing(path):
         found = run_options(path)
-        if found is None and path.is_dir() and any(not item.name.startswith(".") for item in path.iterdir()):
+        if found is None and holds_files(path):
             raise UserError(f"{path}: the folder holds other files; give an empty --output")
     if found is not None and not fresh:
         _check_same(found, asdict(options), path)

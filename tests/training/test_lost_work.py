@@ -100,6 +100,15 @@ def test_an_evaluation_that_was_stopped_goes_on_and_says_what_it_is_of(scored, t
     assert scored() == []
 
 
+def test_an_evaluation_leaves_other_files_alone(scored, tmp_path):
+    """Tables of sets that it does not have are deleted from an evaluation's folder."""
+    (tmp_path / "scored").mkdir()
+    (tmp_path / "scored" / "train.tsv").write_text("mine")
+    with pytest.raises(UserError, match="scored: the folder holds other files; give an empty --output"):
+        scored()
+    assert [file.name for file in (tmp_path / "scored").iterdir()] == ["train.tsv"]
+
+
 @pytest.mark.parametrize("changed", [{"adapter": None}, {"decoding": Decoding(2)}, {"window": "full"}, {"margin": 8}])
 def test_an_evaluation_of_something_else_begins_anew(scored, changed):
     with pytest.raises(KeyboardInterrupt):
