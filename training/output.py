@@ -1,14 +1,17 @@
 """Files that a run leaves, and those that the user names with --output."""
 
 import contextlib
+import csv
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
+csv.field_size_limit(sys.maxsize)  # else 131,072 characters: the transcript of three hours has more
 _NOT_WRITTEN = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
 
 

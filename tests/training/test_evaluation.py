@@ -18,7 +18,7 @@ from fused_s2lora.training.cli import app
 from fused_s2lora.training.decoding import Heard
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
-from fused_s2lora.training.evaluation import Evaluation, read_sets, unit_of
+from fused_s2lora.training.evaluation import Evaluation, read_sets, score_set, unit_of
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
 from fused_s2lora.training.packaged_model import FOLDER
@@ -116,6 +116,17 @@ def test_a_table_is_whole_or_as_it_was(finished, tones, tmp_path):
         scored.write(tmp_path)
     assert (tmp_path / "same.tsv").read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["results.json", "same.tsv"]
+
+
+def test_a_transcript_of_hours_is_read_again(tmp_path):
+    """Python's csv reads 131,072 characters of a field unless it is told to read more."""
+    recording = write_folder(tmp_path / "hours", [("word " * 30_000).strip()])
+    sets = named_sets([f"hours={recording}"], "en")
+    scored = Evaluation("after", [score_set("hours", sets["hours"], [Heard("word " * 29_000, True)])])
+    scored.write(tmp_path / "after")
+    again = read_sets(tmp_path / "after", sets)["hours"]
+    assert again.rates == scored.sets[0].rates
+    assert again.rates["all"]["wer"].deletions == 1_000
 
 
 @pytest.fixture
