@@ -243,4 +243,5 @@ def _append(file: Path, lines: Iterable[str]) -> None:
 
 
 def _seen_from(folder: Path, file: Path) -> Path:
-    return file if file.is_absolute() else Path(os.path.relpath(file, folder))
+    """`..` of a folder that is a link leads out of what it links to."""
+    return file if file.is_absolute() else Path(os.path.relpath(file.absolute(), folder.resolve()))

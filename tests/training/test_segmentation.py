@@ -188,6 +188,17 @@ def test_a_long_recording_is_heard_in_segments(recordings, counting, tmp_path, m
     assert seconds == pytest.approx([*(length for _, length in places), 1.0], abs=0.01)
 
 
+def test_a_table_in_a_linked_folder_names_files_that_are_there(counting, tmp_path, monkeypatch):
+    write_folder(tmp_path / "speech", TEXTS[:2])
+    (tmp_path / "disk" / "runs").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to("disk/runs")
+    (tmp_path / "linked").symlink_to("speech")
+    monkeypatch.chdir(tmp_path)
+    for number, recordings in enumerate(("speech", "linked")):
+        transcribe([recordings], **counting, output=f"runs/{number}.tsv")
+        assert len(load_speech(f"runs/{number}.tsv", strict=True)) == 2
+
+
 def test_no_more_is_heard_at_once_than_asked(dialogue, counting, tmp_path):
     samples, _ = dialogue
     soundfile.write(tmp_path / "a.flac", samples[: 15 * SAMPLE_RATE], SAMPLE_RATE)
