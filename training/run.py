@@ -116,8 +116,7 @@ class RunFolder:
         file, found = self.path / "speech.json", {"sha256": state.hexdigest()}
         if not file.is_file():
             if world().is_main_process:
-                with writing(self.path):
-                    write_json(file, found)
+                write_json(file, found)
         elif read_json(file) != found:
             raise UserError(
                 f"{self.path}: was begun with other utterances or transcripts; restore them, give another --output, or "

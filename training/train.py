@@ -97,80 +97,79 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     with torch.device("meta"):  # whether the method goes with the model is told before anything is deleted or decoded
         adapt(WhisperForConditionalGeneration(model.config), options, steps=_steps(options, utterances))
     run = RunFolder(options, fresh=fresh)
-    everything = [speech, *([] if dev is None else [dev]), *(test.speech for test in tests.values())]
-    run.check_speech(speech, dev)
-    if recased := speech.recased:
-        told = f"{recased} of {len(speech)} transcripts in capitals are trained on in sentence case"
-        console.print(f"{told}; --keep-case leaves them", markup=False)
-    run.write_skipped([item for part in everything for item in part.skipped], console)
+    with writing(run.path):
+        everything = [speech, *([] if dev is None else [dev]), *(test.speech for test in tests.values())]
+        run.check_speech(speech, dev)
+        if recased := speech.recased:
+            told = f"{recased} of {len(speech)} transcripts in capitals are trained on in sentence case"
+            console.print(f"{told}; --keep-case leaves them", markup=False)
+        run.write_skipped([item for part in everything for item in part.skipped], console)
 
-    evaluations = []
-    scoring: dict[str, Any] = {
-        "task": options.task,
-        "decoding": options.decoding(),
-        "batch_size": options.eval_batch_size,
-        "dtype": autocast_dtype(options.precision),
-        "group_by": options.group_by,
-    }
-    if tests and options.before:
-        to_best_device(model)
-        evaluations.append(
-            evaluate_sets(
-                model, processor, tests, label="before", window=AudioWindow(), folder=run.path / "before", **scoring
+        evaluations = []
+        scoring: dict[str, Any] = {
+            "task": options.task,
+            "decoding": options.decoding(),
+            "batch_size": options.eval_batch_size,
+            "dtype": autocast_dtype(options.precision),
+            "group_by": options.group_by,
+        }
+        if tests and options.before:
+            to_best_device(model)
+            evaluations.append(
+                evaluate_sets(
+                    model, processor, tests, label="before", window=AudioWindow(), folder=run.path / "before", **scoring
+                )
             )
-        )
 
-    adapted: Any
-    if run.finished():
-        adapted = _trained(model, run)
-        console.print(f"{run.path}: already trained, read from {run.trained}", markup=False)
-    else:
-        speech, asked = _keeping_languages(options, run, speech, model, processor, language)
-        if asked:
-            console.print(
-                f"{len(speech) - utterances} of {asked} utterances that were also heard in other languages are trained "
-                f"on in those too, to keep them: {run.other_languages}",
-                markup=False,
+        adapted: Any
+        if run.finished():
+            adapted = _trained(model, run)
+            console.print(f"{run.path}: already trained, read from {run.trained}", markup=False)
+        else:
+            speech, asked = _keeping_languages(options, run, speech, model, processor, language)
+            if asked:
+                console.print(
+                    f"{len(speech) - utterances} of {asked} utterances that were also heard in other languages are "
+                    f"trained on in those too, to keep them: {run.other_languages}",
+                    markup=False,
+                )
+            # Weights that are stored otherwise are for training alone: an adapter is used, and so scored, with the
+            # model as it was, into whose float32 it is merged without loss.
+            stored: dict[str, Any] = {"dtype": base_dtype(options), "quantization": quantization}
+            otherwise = stored != {"dtype": torch.float32, "quantization": None}
+            if otherwise:
+                del model
+                free_memory()
+                model, _ = load_base(options.model, **stored)
+            to_best_device(model)
+            set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
+            steps = _steps(options, len(speech))
+            epochs = steps / _steps_an_epoch(options, len(speech))
+            console.print(f"{steps} steps, {epochs:.3g} passes over {len(speech)} utterances", markup=False)
+            adapted = adapt(model, options, steps=steps)
+            if not isinstance(adapted, PeftModel):
+                set_speech(adapted, language, options.task)
+            _train(options, run, adapted, processor, speech, dev, utterances)
+            if otherwise and tests:
+                del model, adapted
+                free_memory()
+                adapted = _trained(load_base(options.model)[0], run)
+        results: list[dict[str, Any]] = []
+        if tests:
+            to_best_device(adapted)
+            after, window = run.path / "after", options.audio_window()
+            evaluations.append(
+                evaluate_sets(adapted, processor, tests, label=options.method, window=window, folder=after, **scoring)
             )
-        # Weights that are stored otherwise are for training alone: an adapter is used, and so scored, with the model as
-        # it was, into whose float32 it is merged without loss.
-        stored: dict[str, Any] = {"dtype": base_dtype(options), "quantization": quantization}
-        otherwise = stored != {"dtype": torch.float32, "quantization": None}
-        if otherwise:
-            del model
-            free_memory()
-            model, _ = load_base(options.model, **stored)
-        to_best_device(model)
-        set_seed(options.seed)  # the factors start at random, before the Trainer seeds anything
-        steps = _steps(options, len(speech))
-        epochs = steps / _steps_an_epoch(options, len(speech))
-        console.print(f"{steps} steps, {epochs:.3g} passes over {len(speech)} utterances", markup=False)
-        adapted = adapt(model, options, steps=steps)
-        if not isinstance(adapted, PeftModel):
-            set_speech(adapted, language, options.task)
-        _train(options, run, adapted, processor, speech, dev, utterances)
-        if otherwise and tests:
-            del model, adapted
-            free_memory()
-            adapted = _trained(load_base(options.model)[0], run)
-    results: list[dict[str, Any]] = []
-    if tests:
-        to_best_device(adapted)
-        after = run.path / "after"
-        evaluations.append(
-            evaluate_sets(
-                adapted, processor, tests, label=options.method, window=options.audio_window(), folder=after, **scoring
-            )
-        )
-        results = [evaluation.to_dict() for evaluation in evaluations]
+            results = [evaluation.to_dict() for evaluation in evaluations]
+            if world().is_main_process:
+                write_json(run.path / "results.json", results)
+            console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
+        summary = read_json(run.path / "summary.json")
         if world().is_main_process:
-            write_json(run.path / "results.json", results)
-        console.print(results_table(evaluations, title=f"{run.path}: error rates in percent"))
-    summary = read_json(run.path / "summary.json")
-    if world().is_main_process:
-        write_model_card(run.trained, asdict(options), summary, results)
-    trainable, total = summary["trainable_parameters"], summary["parameters"]
-    console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)", markup=False)
+            write_model_card(run.trained, asdict(options), summary, results)
+        trainable, total = summary["trainable_parameters"], summary["parameters"]
+        console.print(f"{run.trained.name}: {run.trained} ({trainable:,} of {total:,} parameters)", markup=False)
     return evaluations
 
 
@@ -358,8 +357,7 @@ def _train(
     reset_peak_memory()
     start = time.perf_counter()
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    with writing(run.path):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
     # Every loss was finite, each of them before its step.
     if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):

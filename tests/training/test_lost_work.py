@@ -43,6 +43,21 @@ def test_a_disk_that_fills_up_in_training_is_told(options, tmp_path, monkeypatch
         train(options(tmp_path / "run"), console=QUIET)
 
 
+@pytest.mark.parametrize("write", ["remember_speech", "write_rank_maps", "evaluate_sets", "write_model_card"])
+def test_a_disk_that_fills_up_after_training_is_told_and_the_run_goes_on(write, options, tones, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise FULL[0]
+
+    monkeypatch.setattr(evaluation_module, "transcribe_speech", lambda *given, **named: [Heard("", True)] * len(TEXTS))
+    wanted = options(tmp_path / "run", before=False, test=[f"same={tones}"], max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, write, full)
+        with pytest.raises(UserError, match=r"run: cannot be written \(No space left on device\); give another"):
+            train(wanted, console=QUIET)
+    (scored,) = train(wanted, console=QUIET)
+    assert len(scored.sets[0].heard) == len(TEXTS)
+
+
 def test_half_a_merged_model_is_not_left(finished, tiny_folder, tmp_path, monkeypatch):
     def full(*args):
         raise FULL[1]
