@@ -12,7 +12,7 @@ from .errors import UserError
 from .methods import METHODS
 from .model_card import write_model_card
 from .models import load_adapter, load_base, remember_speech, remembered_speech, window_for
-from .output import check_empty, read_json, write_json, writing
+from .output import check_empty, read_json, write_json, writing_folder
 from .rank_maps import write_rank_maps
 from .run import run_options
 
@@ -72,7 +72,7 @@ def interpolate_run(run: Path, share: float, output: Path, *, model: str | None 
         scale_update(adapted, share / kept)
     except ValueError as error:
         raise UserError(f"{run}: {error}") from error
-    with writing(output):
+    with writing_folder(output):
         adapted.save_pretrained(str(output))
         language, task = trained.get("language"), trained.get("task", "transcribe")
         remember_speech(output, window_for(trained, None, None), language, task)

@@ -1,12 +1,10 @@
 """An adapter folded into its model: a Whisper like any other, at no cost in inference."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
 from .models import load_adapter, load_base, model_for, remembered_speech, save_processor, set_speech
-from .output import check_empty, writing
+from .output import check_empty, writing_folder
 
 
 def merge(adapter: str, output: str | Path, *, model: str | None = None) -> dict[str, Any]:
@@ -24,11 +22,7 @@ def merge(adapter: str, output: str | Path, *, model: str | None = None) -> dict
     trained = remembered_speech(adapter)
     merged = load_adapter(whisper, adapter).merge_and_unload(safe_merge=True)
     set_speech(merged, trained.get("language"), trained.get("task"))
-    try:
-        with writing(folder, "OUTPUT"):
-            merged.save_pretrained(folder)
-            save_processor(processor, folder)
-    except UserError:  # half a model would look like one, and be in the way of the next
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with writing_folder(folder, "OUTPUT"):
+        merged.save_pretrained(folder)
+        save_processor(processor, folder)
     return trained

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,17 @@ def check_writable(file: Path) -> None:
         file.open("a").close()
         if not there:
             file.unlink()
+
+
+@contextlib.contextmanager
+def writing_folder(folder: Path, argument: str = "--output") -> Iterator[None]:
+    """As `writing`; whatever stops it takes the folder along, half of which would be in the way of the next."""
+    try:
+        with writing(folder, argument):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def check_empty(folder: Path, argument: str) -> None:

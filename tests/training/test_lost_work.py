@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from fused_s2lora.training import evaluation as evaluation_module
+from fused_s2lora.training import interpolate as interpolate_module
 from fused_s2lora.training import merge as merge_module
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.decoding import Decoding, Heard
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
+from fused_s2lora.training.interpolate import interpolate_run
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.output import writing
 from fused_s2lora.training.sets import named_sets
@@ -58,16 +60,31 @@ def test_a_disk_that_fills_up_after_training_is_told_and_the_run_goes_on(write, 
     assert len(scored.sets[0].heard) == len(TEXTS)
 
 
-def test_half_a_merged_model_is_not_left(finished, tiny_folder, tmp_path, monkeypatch):
-    def full(*args):
-        raise FULL[1]
+@pytest.mark.parametrize(
+    ("stopped_by", "raised", "told"),
+    [
+        (FULL[1], UserError, r"new: cannot be written .*; give another (OUTPUT|--output)"),
+        (KeyboardInterrupt(), None, ""),
+    ],
+    ids=["full", "Ctrl-C"],
+)
+@pytest.mark.parametrize("module", [merge_module, interpolate_module])
+def test_half_a_model_or_adapter_is_not_left(module, stopped_by, raised, told, finished, tmp_path, monkeypatch):
+    def stop(*args):
+        raise stopped_by
+
+    def write():
+        if module is merge_module:
+            merge(str(finished / "adapter"), tmp_path / "new")
+        else:
+            interpolate_run(finished, 0.5, tmp_path / "new")
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge_module, "save_processor", full)
-        with pytest.raises(UserError, match=r"merged: cannot be written .*; give another OUTPUT"):
-            merge(str(finished / "adapter"), tmp_path / "merged", model=str(tiny_folder))
-    assert not (tmp_path / "merged").exists()
-    merge(str(finished / "adapter"), tmp_path / "merged", model=str(tiny_folder))
+        patch.setattr(module, "save_processor" if module is merge_module else "write_model_card", stop)
+        with pytest.raises(raised or KeyboardInterrupt, match=told):
+            write()
+    assert not (tmp_path / "new").exists()
+    write()
 
 
 @pytest.fixture
