@@ -40,6 +40,18 @@ _KINDS = {
 }
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which no name comes twice in one place, of which the last would be taken and the others lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run: the row of the table it belongs to, and its folder's name, with and without the seed."""
@@ -98,13 +110,13 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
     of every table, for runs that share a machine.
 
     Raises:
-        UserError: the file cannot be read, names an option or method that does not exist, or gives one name to two
-            set-ups or two test sets.
+        UserError: the file cannot be read, says one thing twice, names an option or method that does not exist, or
+            gives one name to two set-ups or two test sets.
     """
     file, output = Path(file), Path(output)
     try:
         source = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(source)
+        content = yaml.load(source, _Yaml)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: not to be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or not content["rows"]:

@@ -76,6 +76,26 @@ def test_a_wrong_file_is_refused_in_one_sentence(change, message, quick, tmp_pat
         read_comparison(file, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rows: [{method: lora}]\ntrain: {data: x}\nrows: [{method: glora}]\n", "'rows' comes twice .* line 3"),
+        ("train: {data: x}\nrows:\n  - {method: lora, rank: 8, rank: 4}\n", "'rank' comes twice .* line 3"),
+    ],
+)
+def test_what_is_said_twice_is_refused(text, told, tmp_path):
+    (tmp_path / "file.yaml").write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_comparison(tmp_path / "file.yaml", tmp_path)
+
+
+def test_a_row_may_take_over_and_change_what_another_says(tmp_path):
+    text = "train: {data: x}\nrows:\n  - &a {method: lora, lr: 1e-3}\n  - {<<: *a, name: b, lr: 2e-3}\n"
+    (tmp_path / "file.yaml").write_text(text)
+    rates = [cell.options.lr for cell in read_comparison(tmp_path / "file.yaml", tmp_path).cells]
+    assert rates == [1e-3, 2e-3]
+
+
 def test_a_file_that_is_not_yaml_is_refused(tmp_path):
     (tmp_path / "file.yaml").write_text("rows: [")
     with pytest.raises(UserError, match="not to be read as YAML"):
