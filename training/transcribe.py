@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,26 @@ def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = (file for file in path.rglob("*") if file.suffix.lower() in _LOOKED_AT)
+            found = (file for file in _below(path) if file.suffix.lower() in _LOOKED_AT)
             files += sorted(file for file in found if file.is_file())
         else:
             files.append(path)
     if not files:
         raise UserError(f"no audio in {', '.join(map(str, inputs))}; give files ending in {', '.join(AUDIO_SUFFIXES)}")
-    return files
+    return list(dict.fromkeys(files))  # named by itself and by its folder a file is one
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What is not a folder in this one and those below, of linked ones too, each once: a link may lead back."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            folders.sort()
+            yield from (Path(place, name) for name in names)
 
 
 def _usable(files: Sequence[Path], strict: bool) -> tuple[list[Path], list[Skipped]]:

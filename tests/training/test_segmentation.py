@@ -199,6 +199,16 @@ def test_a_table_in_a_linked_folder_names_files_that_are_there(counting, tmp_pat
         assert len(load_speech(f"runs/{number}.tsv", strict=True)) == 2
 
 
+def test_recordings_in_linked_folders_are_heard_each_once(counting, tmp_path, monkeypatch):
+    write_folder(tmp_path / "speech", TEXTS[:2])
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "linked").symlink_to("../speech")
+    (tmp_path / "all" / "round").symlink_to("../all")
+    monkeypatch.chdir(tmp_path)
+    transcripts, _ = transcribe(["all/linked/u1.flac", "all"], **counting)
+    assert [str(one.file) for one in transcripts] == ["all/linked/u1.flac", "all/linked/u0.flac"]
+
+
 def test_no_more_is_heard_at_once_than_asked(dialogue, counting, tmp_path):
     samples, _ = dialogue
     soundfile.write(tmp_path / "a.flac", samples[: 15 * SAMPLE_RATE], SAMPLE_RATE)
