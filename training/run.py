@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import gc
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class RunFolder:
     `speech.json` a fingerprint of what is trained on, `other_languages.json` what the unadapted model heard in them.
 
     Raises:
-        UserError: the folder cannot be written, or holds a run with other options.
+        UserError: the folder cannot be written, holds a run with other options, or one that another process is at.
     """
 
     def __init__(self, options: TrainOptions, *, fresh: bool = False) -> None:
@@ -57,11 +58,38 @@ class RunFolder:
             check_folder(options, fresh=fresh)
             state = world()
             state.wait_for_everyone()  # all have looked before one deletes
-            if state.is_main_process:
-                self._begin(options, fresh)
+            with self.alone():
+                if state.is_main_process:
+                    self._begin(options, fresh)
             state.wait_for_everyone()
         except OSError as error:
             raise UserError(f"{self.path}: cannot write the run there ({error}); give another --output") from error
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps away processes that are called for the same run while the context lasts, where files can be locked.
+
+        Raises:
+            UserError: another process has the run.
+        """
+        if not world().is_main_process:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / ".alone"
+        with file.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{self.path}: another process is at this run; wait for it, or give another --output"
+                ) from error
+            except OSError:  # as some network file systems
+                pass
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
 
     def _begin(self, options: TrainOptions, fresh: bool) -> None:
         if fresh and run_options(self.path) is not None:

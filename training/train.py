@@ -97,7 +97,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
     with torch.device("meta"):  # whether the method goes with the model is told before anything is deleted or decoded
         adapt(WhisperForConditionalGeneration(model.config), options, steps=_steps(options, utterances))
     run = RunFolder(options, fresh=fresh)
-    with writing(run.path):
+    with writing(run.path), run.alone():
         everything = [speech, *([] if dev is None else [dev]), *(test.speech for test in tests.values())]
         run.check_speech(speech, dev)
         if recased := speech.recased:

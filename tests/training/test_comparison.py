@@ -126,6 +126,7 @@ def test_what_another_process_finished_meanwhile_is_not_run(tmp_path, quick, mon
     lock = comparison_module.fcntl.flock
 
     def finish_and_lock(*arguments):
+        monkeypatch.setattr(comparison_module.fcntl, "flock", lock)
         RunFolder(cell.options)
         (cell.path / "cell.json").write_text("{}")
         lock(*arguments)

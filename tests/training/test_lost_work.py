@@ -16,6 +16,7 @@ from fused_s2lora.training.evaluate import evaluate
 from fused_s2lora.training.interpolate import interpolate_run
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.output import writing
+from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
@@ -58,6 +59,25 @@ def test_a_disk_that_fills_up_after_training_is_told_and_the_run_goes_on(write, 
             train(wanted, console=QUIET)
     (scored,) = train(wanted, console=QUIET)
     assert len(scored.sets[0].heard) == len(TEXTS)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_is_one_process_at_a_time(fresh, options, tmp_path, monkeypatch):
+    """Two would delete each other's checkpoints."""
+    wanted = options(tmp_path / "run", max_steps=2)
+    with RunFolder(wanted).alone():
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match="run: another process is at this run; wait for it, or give another"):
+            train(wanted, fresh=fresh, console=QUIET)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def second(*given):  # while the first trains
+        with pytest.raises(UserError, match="another process is at this run"):
+            RunFolder(wanted, fresh=fresh)
+
+    monkeypatch.setattr(train_module, "write_rank_maps", second)
+    train(wanted, fresh=fresh, console=QUIET)
+    assert not (tmp_path / "run" / ".alone").exists()
 
 
 @pytest.mark.parametrize(
