@@ -124,6 +124,9 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
             fuse_whisper(adapted)
         elif isinstance(adapted.base_model, BaseTuner):
             _check_complete(adapted, adapted.base_model.prefix, adapter)
+        else:
+            kind = adapted.active_peft_config.peft_type.value
+            raise ValueError(f"{kind} learns prompts, which are not decoded with; give an adapter of weights")
         return adapted
     except SafetensorError as error:
         raise UserError(

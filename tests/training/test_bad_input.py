@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -282,6 +283,10 @@ def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
     (tmp_path / "config" / "adapter_config.json").write_text("{not json")
     with pytest.raises(UserError, match="not readable as JSON"):
         remembered_speech(tmp_path / "config")
+    prompts = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2)
+    get_peft_model(load_base(str(tiny_folder))[0], prompts).save_pretrained(tmp_path / "prompts")
+    with pytest.raises(UserError, match=r"cannot be put on this model \(PREFIX_TUNING learns prompts"):
+        load_adapter(load_base(str(tiny_folder))[0], tmp_path / "prompts")
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.config is not None])
