@@ -230,7 +230,7 @@ def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequen
 def read_sets(folder: Path, sets: Mapping[str, TestSet], group_by: Sequence[str] = ()) -> dict[str, SetResult]:
     """Those of the sets that `Evaluation.write` left in `folder`, scored again.
 
-    A set of another source or language, or with other utterances, is not among them.
+    A set of another source or language, or with other utterances or some of another length, is not among them.
     """
     written = folder / "results.json"
     found = read_json(written)["sets"] if written.is_file() else {}
@@ -243,7 +243,9 @@ def read_sets(folder: Path, sets: Mapping[str, TestSet], group_by: Sequence[str]
             continue
         with file.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t"))
-        if [row["utterance"] for row in rows] != test.speech.dataset["utterance"][:]:
+        own = test.speech.dataset
+        there = [(row["utterance"], row.get("duration_s")) for row in rows]
+        if there != [*zip(own["utterance"][:], map(str, own["duration_s"][:]), strict=True)]:
             continue
         # Written before there was the column: not known to be cut off, or decoded once.
         heard = [

@@ -4,6 +4,7 @@ import errno
 import json
 
 import pytest
+import soundfile
 import torch
 
 from fused_s2lora.training import evaluation as evaluation_module
@@ -20,7 +21,7 @@ from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
-from tests.training.speech import TEXTS, write_folder
+from tests.training.speech import TEXTS, tone, write_folder
 
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
@@ -167,6 +168,14 @@ def test_an_evaluation_of_something_else_begins_anew(scored, changed):
         scored()
     scored()
     assert scored(**changed) == [len(TEXTS), len(TEXTS) - 1]
+
+
+def test_an_evaluation_hears_recordings_of_another_length_again(scored, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        scored()
+    scored()
+    soundfile.write(tmp_path / "one" / "u2.flac", tone(3.0), 16_000)
+    assert scored() == [len(TEXTS)]
 
 
 def test_a_run_does_not_go_on_with_other_transcripts(options, tmp_path, monkeypatch):
