@@ -12,7 +12,8 @@ from accelerate import PartialState
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
@@ -112,7 +113,7 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
     Raises:
         UserError: there is no adapter, its file is damaged, or it was trained on another model or rank.
     """
-    folder = Path(adapter)
+    folder, embedding = Path(adapter), model.get_input_embeddings().weight
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{adapter}: no adapter_config.json in it; give the `adapter` folder of a run")
     try:
@@ -120,6 +121,7 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
             # Keys like audio_window are ours and unknown to PEFT's own methods.
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
             adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        _check_mergeable(adapted, embedding)
         if isinstance(adapted.base_model, S2LoraModel):  # which has checked the file itself
             fuse_whisper(adapted)
         elif isinstance(adapted.base_model, BaseTuner):
@@ -135,6 +137,18 @@ def load_adapter(model: WhisperForConditionalGeneration, adapter: str | Path, *,
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{adapter}: this adapter cannot be put on this model ({reason[:300]})") from error
+
+
+def _check_mergeable(adapted: PeftModel, embedding: Any) -> None:
+    """Raises ValueError where the adapter is on the token embedding or the output, which have one weight.
+
+    Decoded with, and so merged, it would change both. PEFT itself keeps single trained tokens alike in them.
+    """
+    for name, module in adapted.named_modules():
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
+            continue
+        if getattr(module.get_base_layer(), "weight", None) is embedding:
+            raise ValueError(f"it is on {name}, whose weight is that of both the token embedding and the output")
 
 
 def _check_complete(adapted: PeftModel, prefix: str, adapter: str | Path) -> None:

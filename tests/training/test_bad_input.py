@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -287,6 +287,17 @@ def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
     get_peft_model(load_base(str(tiny_folder))[0], prompts).save_pretrained(tmp_path / "prompts")
     with pytest.raises(UserError, match=r"cannot be put on this model \(PREFIX_TUNING learns prompts"):
         load_adapter(load_base(str(tiny_folder))[0], tmp_path / "prompts")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "proj_out"])
+def test_an_adapter_of_the_weight_that_embedding_and_output_share_is_refused(target, tiny_whisper, tmp_path):
+    """Merged, as it is decoded with, it would change both."""
+    get_peft_model(tiny_whisper(), LoraConfig(target_modules=[target, "q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"it is on .*{target}, whose weight is that of both the token embedding and"):
+        load_adapter(tiny_whisper(), tmp_path / "adapter")
+    tokens = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
+    get_peft_model(tiny_whisper(), tokens).save_pretrained(tmp_path / "tokens")
+    load_adapter(tiny_whisper(), tmp_path / "tokens")
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.config is not None])
