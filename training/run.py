@@ -28,6 +28,7 @@ from .data import Skipped, Speech
 from .errors import UserError
 from .options import TrainOptions
 from .output import check_name, holds_files, read_json, write_json, write_text, writing
+from .sets import parts_of
 from .world import world
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
@@ -163,7 +164,8 @@ def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:
     """Nothing, where a run of these options can begin or go on in its folder, or with `fresh` take another's place.
 
     Raises:
-        UserError: the folder holds a run with other options, or other files than a run's, or cannot be read.
+        UserError: the folder holds a run with other options, other files than a run's, or with `fresh` speech that this
+            one is to read, or cannot be read.
     """
     path = Path(options.output)
     check_name(path)
@@ -173,6 +175,11 @@ def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:
             raise UserError(f"{path}: the folder holds other files; give an empty --output")
     if found is not None and not fresh:
         _check_same(found, asdict(options), path)
+    elif found is not None:
+        tested = [parts_of(specification)[1] for specification in options.test]
+        for source in filter(None, (*options.data, options.dev, *tested)):
+            if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
+                raise UserError(f"{path}: --fresh would delete {source} with it; move that elsewhere")
 
 
 def run_options(folder: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import soundfile
@@ -60,6 +61,17 @@ def test_a_disk_that_fills_up_after_training_is_told_and_the_run_goes_on(write, 
             train(wanted, console=QUIET)
     (scored,) = train(wanted, console=QUIET)
     assert len(scored.sets[0].heard) == len(TEXTS)
+
+
+@pytest.mark.parametrize("given", ["data", "dev", "test"])
+def test_speech_in_its_folder_is_not_deleted_with_a_run(given, finished, options, tones, tmp_path):
+    """A table that was heard with the run's adapter, say, and corrected by hand."""
+    shutil.copytree(finished, tmp_path / "run")
+    speech = str(write_folder(tmp_path / "run" / "corrected"))
+    wanted = {"data": {"data": [str(tones), speech]}, "dev": {"dev": speech}, "test": {"test": [f"it={speech}@en"]}}
+    with pytest.raises(UserError, match=r"run: --fresh would delete .*corrected with it; move that elsewhere"):
+        train(options(tmp_path / "run", **wanted[given]), fresh=True, console=QUIET)
+    assert (tmp_path / "run" / "corrected" / "metadata.csv").is_file()
 
 
 @pytest.mark.parametrize("fresh", [False, True])
