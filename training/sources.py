@@ -70,7 +70,9 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
             rows = [_json_row(line) for line in stream if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such manifest") from error
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not readable as a table ({error}); save it as UTF-8") from error
+    except (OSError, csv.Error, json.JSONDecodeError) as error:
         raise UserError(f"{file}: not readable as a table ({error})") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file}: not readable as a table (each line has to be a JSON object)")

@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 from fused_s2lora.training import evaluation as evaluation_module
+from fused_s2lora.training import fitting
 from fused_s2lora.training import interpolate as interpolate_module
 from fused_s2lora.training import merge as merge_module
 from fused_s2lora.training import train as train_module
@@ -48,15 +49,23 @@ def test_a_disk_that_fills_up_in_training_is_told(options, tmp_path, monkeypatch
         train(options(tmp_path / "run"), console=QUIET)
 
 
-@pytest.mark.parametrize("write", ["remember_speech", "write_rank_maps", "evaluate_sets", "write_model_card"])
-def test_a_disk_that_fills_up_after_training_is_told_and_the_run_goes_on(write, options, tones, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "write"),
+    [
+        (fitting, "remember_speech"), (fitting, "write_rank_maps"), (train_module, "evaluate_sets"),
+        (train_module, "write_model_card"),
+    ],
+)  # fmt: skip
+def test_a_disk_that_fills_up_after_training_is_told_and_the_run_goes_on(
+    module, write, options, tones, tmp_path, monkeypatch
+):
     def full(*args, **kwargs):
         raise FULL[0]
 
     monkeypatch.setattr(evaluation_module, "transcribe_speech", lambda *given, **named: [Heard("", True)] * len(TEXTS))
     wanted = options(tmp_path / "run", before=False, test=[f"same={tones}"], max_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, write, full)
+        patch.setattr(module, write, full)
         with pytest.raises(UserError, match=r"run: cannot be written \(No space left on device\); give another"):
             train(wanted, console=QUIET)
     (scored,) = train(wanted, console=QUIET)
@@ -88,7 +97,7 @@ def test_a_run_is_one_process_at_a_time(fresh, options, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="another process is at this run"):
             RunFolder(wanted, fresh=fresh)
 
-    monkeypatch.setattr(train_module, "write_rank_maps", second)
+    monkeypatch.setattr(fitting, "write_rank_maps", second)
     train(wanted, fresh=fresh, console=QUIET)
     assert not (tmp_path / "run" / ".alone").exists()
 
@@ -199,7 +208,7 @@ def test_a_run_does_not_go_on_with_other_transcripts(options, tmp_path, monkeypa
 
     asked = options(tmp_path / "run", data=[str(data)])
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        patch.setattr(fitting.StepTimes, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
             train(asked, console=QUIET)
     table = data / "metadata.csv"

@@ -18,11 +18,12 @@ from transformers import (
 from fused_s2lora import S2LoraLinear
 from fused_s2lora.training import published
 from fused_s2lora.training.errors import UserError
+from fused_s2lora.training.fitting import parameter_counts
 from fused_s2lora.training.methods import METHODS, PRESETS, adalora_start, adapt, interpolation, learning_rate
 from fused_s2lora.training.models import load_base
 from fused_s2lora.training.rank_maps import rank_maps
 from fused_s2lora.training.sets import training_speech
-from fused_s2lora.training.train import parameter_counts, train
+from fused_s2lora.training.train import train
 from fused_s2lora.training.trainer import AdaLoraCallback, _orthogonality
 from tests.fused_s2lora.adapters import batch
 from tests.training.comparisons import QUIET, UNSCORED, options
@@ -174,7 +175,7 @@ def test_every_method_trains_and_is_read_again(method, quick, tmp_path, short_de
     assert (tmp_path / "run" / "model").is_dir() == (METHODS[method].config is None)
     first = (tmp_path / "run" / "after" / "same.tsv").read_text()
     shutil.rmtree(tmp_path / "run" / "after")
-    monkeypatch.setattr("fused_s2lora.training.train._train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr("fused_s2lora.training.train.fit", lambda *args: pytest.fail("trained again"))
     train(made, console=QUIET)
     assert (tmp_path / "run" / "after" / "same.tsv").read_text() == first
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from fused_s2lora import S2LoraCallback
+from fused_s2lora.training import fitting
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.decoding import Decoding
@@ -23,7 +24,7 @@ def test_options_reach_the_trainer(options, tmp_path, monkeypatch):
         made.append(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module.SpeechTrainer, "train", begun)
+    monkeypatch.setattr(fitting.SpeechTrainer, "train", begun)
     given = options(
         tmp_path / "run", weight_decay=0.3, warmup=5, epochs=9.0, accumulation=2, full_share=0.9,
         seed=3, half_base=True, precision="bf16", penalty="proximal", coefficient_lr_ratio=3.0, dev_share=0.34, lr=1e-2,
@@ -47,7 +48,7 @@ def test_options_reach_the_trainer(options, tmp_path, monkeypatch):
 def test_the_best_checkpoint_is_what_is_saved(options, tones, tmp_path, monkeypatch):
     losses = {1: 3.0, 2: 1.0, 3: 2.0}
     monkeypatch.setattr(
-        train_module.SpeechTrainer, "evaluate", lambda self, *_, **__: {"eval_loss": losses[self.state.global_step]}
+        fitting.SpeechTrainer, "evaluate", lambda self, *_, **__: {"eval_loss": losses[self.state.global_step]}
     )
     run = tmp_path / "run"
     train(options(run, dev=str(tones), max_steps=3, save_steps=1, interpolation=1.0), console=QUIET)

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 
-from fused_s2lora.training import other_languages, trainer
+from fused_s2lora.training import fitting, other_languages, trainer
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.audio import read_audio
 from fused_s2lora.training.audio_window import AudioWindow
@@ -280,7 +280,7 @@ def test_a_run_keeps_other_languages(quick_run, heard, tmp_path):
 
 
 def test_what_is_asked_by_default_and_when_not(quick_run, heard, monkeypatch):
-    monkeypatch.setattr(train_module, "_train", lambda *args: pytest.fail("enough"))
+    monkeypatch.setattr(train_module, "fit", lambda *args: pytest.fail("enough"))
     with pytest.raises(BaseException, match="enough"):
         train_module.train(quick_run(keep_share=0.99, language="pt"), console=QUIET)
     assert {code for code, *_ in heard} == set(LARGEST_LANGUAGES[:7]) - {"pt"}
@@ -300,7 +300,7 @@ def test_a_run_learns_the_language_only_if_asked_to(learnt, quick_run, monkeypat
             collated.append(batch["labels"][:, 0])
             return batch
 
-    monkeypatch.setattr(train_module, "SpeechCollator", Spied)
+    monkeypatch.setattr(fitting, "SpeechCollator", Spied)
     train_module.train(quick_run(learn_language=learnt, max_steps=1), console=QUIET)
     assert all((labels != IGNORED).all() if learnt else (labels == IGNORED).all() for labels in collated)
     assert collated

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fused_s2lora import S2LoraConfig
 from fused_s2lora.training import evaluation as evaluation_module
+from fused_s2lora.training import fitting
 from fused_s2lora.training import train as train_module
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.errors import DivergedError, UserError
@@ -61,7 +62,7 @@ def test_adapter_remembers_the_window(finished):
 
 
 def test_finished_run_is_not_done_again(finished, options, tones, monkeypatch):
-    monkeypatch.setattr(train_module, "_train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(train_module, "fit", lambda *args: pytest.fail("trained again"))
     monkeypatch.setattr(evaluation_module, "transcribe_speech", lambda *args, **kwargs: pytest.fail("heard again"))
     evaluations = train(options(finished, test=[f"same={tones}"], group_by=["speaker"]), console=QUIET)
     assert list(evaluations[1].sets[0].rates) == ["all", "speaker s0", "speaker s1", "speaker s2"]
@@ -130,9 +131,9 @@ def test_a_run_that_goes_on_in_a_later_epoch_finds_its_order(window, options, tm
         return options(tmp_path / name, data=[str(data)], window=window, epochs=2.0, save_steps=4)
 
     batches = []
-    collate = train_module.SpeechCollator.__call__
+    collate = fitting.SpeechCollator.__call__
     monkeypatch.setattr(
-        train_module.SpeechCollator,
+        fitting.SpeechCollator,
         "__call__",
         lambda self, rows: batches.append([row["utterance"] for row in rows]) or collate(self, rows),
     )
@@ -146,7 +147,7 @@ def test_a_run_that_goes_on_in_a_later_epoch_finds_its_order(window, options, tm
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        patch.setattr(fitting.StepTimes, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
             train(given("killed"), console=QUIET)
     batches.clear()
@@ -163,7 +164,7 @@ def test_a_run_that_goes_on_saves_as_often_as_it_is_asked_now(options, tmp_path,
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        patch.setattr(fitting.StepTimes, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
             train(options(run, save_steps=2, logging_steps=1), console=QUIET)
     train(options(run, save_steps=5, logging_steps=2), console=QUIET)
@@ -206,15 +207,15 @@ def test_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch):
 def test_audio_is_read_ahead_where_a_gpu_would_wait(options, tmp_path, monkeypatch, asked, gpu, cores, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert train_module._workers(options(tmp_path, workers=asked)) == expected
+    assert fitting._workers(options(tmp_path, workers=asked)) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_audio_lost_during_training_is_named_in_one_sentence(options, tmp_path, workers, monkeypatch):
     data = write_folder(tmp_path / "speech", TEXTS[:2])
-    real = train_module.SpeechTrainer.get_train_dataloader
+    real = fitting.SpeechTrainer.get_train_dataloader
     monkeypatch.setattr(
-        train_module.SpeechTrainer,
+        fitting.SpeechTrainer,
         "get_train_dataloader",
         lambda self: (data / "u1.flac").unlink(missing_ok=True) or real(self),
     )
@@ -247,7 +248,7 @@ def test_checks_without_gain_are_counted_over_an_interruption(options, tones, tm
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        patch.setattr(fitting.StepTimes, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
             train(given("killed"), console=QUIET)
     train(given("killed"), console=QUIET)
@@ -263,11 +264,11 @@ def test_a_run_of_other_steps_does_not_go_on(options, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.StepTimes, "on_step_end", killed)
+        patch.setattr(fitting.StepTimes, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
             train(options(tmp_path / "run"), console=QUIET)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "processes", lambda: 2)
+        patch.setattr(fitting, "processes", lambda: 2)
         with pytest.raises(UserError, match=r"was begun with 6 steps in all, and would have 4 now; go on with as many"):
             train(options(tmp_path / "run"), console=QUIET)
     train(options(tmp_path / "run"), console=QUIET)
@@ -292,13 +293,13 @@ def test_options_that_reach_the_model(options, tmp_path):
 def test_weights_of_half_precision_are_for_training_alone(options, tones, tmp_path, short_decoding, monkeypatch):
     """An adapter is used with the model in float32; merged into fewer bits a part of it would be lost."""
     dtypes = []
-    evaluate, trained = train_module.evaluate_sets, train_module._train
+    evaluate, trained = train_module.evaluate_sets, train_module.fit
     monkeypatch.setattr(
         train_module, "evaluate_sets", lambda model, *a, **k: dtypes.append(model.dtype) or evaluate(model, *a, **k)
     )
     monkeypatch.setattr(
         train_module,
-        "_train",
+        "fit",
         lambda options, run, model, *a: dtypes.append(model.dtype) or trained(options, run, model, *a),
     )
     run = tmp_path / "run"
@@ -310,7 +311,7 @@ def test_weights_of_half_precision_are_for_training_alone(options, tones, tmp_pa
 
 def test_little_speech_is_passed_over_until_there_are_steps_enough(options, tmp_path, monkeypatch):
     """At least one epoch, and in whole ones, unless --epochs says how many."""
-    monkeypatch.setattr(train_module, "LEAST_STEPS", 5)
+    monkeypatch.setattr(fitting, "LEAST_STEPS", 5)
     found = {}
     for epochs, batch_size in ((None, 2), (None, 1), (1.0, 2)):
         run = tmp_path / f"{epochs}-{batch_size}"

@@ -113,8 +113,8 @@ def test_a_model_that_has_moved_and_an_adapter_without_a_language(finished, tiny
 
 def test_a_comparison_trains_once_for_all_shares(quick, tmp_path, short_decoding, monkeypatch):
     module = sys.modules["fused_s2lora.training.train"]
-    trained, training = [], module._train
-    monkeypatch.setattr(module, "_train", lambda options, *rest: trained.append(options) or training(options, *rest))
+    trained, training = [], module.fit
+    monkeypatch.setattr(module, "fit", lambda options, *rest: trained.append(options) or training(options, *rest))
     rows = [
         {"name": "zero-shot", "method": "zero-shot"},
         {"name": "S2-LoRA", "method": "s2lora"},

@@ -17,7 +17,8 @@ TRAIN = """
 import json, sys
 from fused_s2lora.training import decoding
 from fused_s2lora.training.options import TrainOptions
-from fused_s2lora.training.train import StepTimes, train
+from fused_s2lora.training.train import train
+from fused_s2lora.training.trainer import StepTimes
 
 if sys.argv[2:] > ["0"]:  # stop after so many steps; 0: delete the run and start anew
     on_step_end = StepTimes.on_step_end
