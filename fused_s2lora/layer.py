@@ -115,8 +115,8 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             known = (self.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling()
         else:
             known = type(linear).forward is nn.Linear.forward
-        plain = known and not linear._forward_hooks and not linear._forward_pre_hooks
-        return plain and not dropped and not trained and not _offloaded(linear)
+        hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks)
+        return known and not any(hooks) and not dropped and not trained and not _offloaded(linear)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""

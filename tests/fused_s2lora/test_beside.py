@@ -58,6 +58,27 @@ def test_a_map_with_a_forward_or_hooks_of_its_own_is_called(tiny_whisper, fused)
     asked.clear()
     torch.testing.assert_close(model(**batch()).logits, expected)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_a_map_are_called(tiny_whisper, register, fused):
+    """As of tools that log gradients; what else is trained has the same gradients."""
+    plain = adapted(tiny_whisper, r=4).train()
+    plain(**batch()).loss.backward()
+    expected = {name: value.grad for name, value in plain.named_parameters() if value.requires_grad}
+    model = adapted(tiny_whisper, r=4).train()
+    if fused:
+        fuse_whisper(model)
+    called = []
+    attention = model.base_model.model.model.decoder.layers[1].encoder_attn
+    for layer in (attention.q_proj, attention.k_proj):
+        getattr(layer.base_layer, register)(lambda module, *gradients: called.append(module))
+    model(**batch()).loss.backward()
+    assert {*called} == {attention.q_proj.base_layer, attention.k_proj.base_layer}
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(value.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
     awaken(model)
     model.train()
     model(**batch()).loss.backward()
