@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .config import S2LoraConfig
+from .kernels import device
 from .kernels.arguments import MAX_RANK
 from .kernels.s2_linear import Backend, s2_linear, s2_linear_group
 from .kernels.shared import GradientSink, SharedPair, gelu_input, known_z
@@ -163,10 +164,11 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
     def ranks_alive_for_good(self, adapter_name: str) -> Tensor | None:
         """Ranks with a coefficient that is not zero, where the coefficients are frozen; None where they are trained.
 
-        On a GPU they are looked up once; a write through `.data`, which PyTorch does not count, is not seen there.
+        None also where they cannot be looked at, as under torch.compile. On a GPU they are looked up once; a write
+        through `.data`, which PyTorch does not count, is not seen there.
         """
         values = self.s2lora_coefficients[adapter_name]
-        if torch.compiler.is_compiling() or values.requires_grad or values.is_inference():
+        if not device.has_values(values) or values.requires_grad or values.is_inference():
             return None
         key = (values._version, values.data_ptr())
         known, live = self._frozen_ranks.get(adapter_name, (None, values))

@@ -7,6 +7,9 @@ import os
 import torch
 import triton
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
 from .configs import SHARED_MEMORY
@@ -48,8 +51,15 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def in_functorch() -> bool:
-    """Whether a transform of `torch.func`, such as `grad` or `vmap`, is under way."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of `torch.func`, such as `grad` or `vmap`, or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the entries of x can be looked at: not without data, nor while PyTorch traces or transforms what runs."""
+    if torch.compiler.is_compiling() or in_functorch() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return _get_current_dispatch_mode() is None or detect_fake_mode() is None
 
 
 def keeps_products() -> bool:

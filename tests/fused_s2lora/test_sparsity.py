@@ -4,6 +4,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, projection_group, s2_linear, unfuse_whisper
 from fused_s2lora import layer as layer_module
@@ -182,6 +184,39 @@ def test_frozen_factors_keep_z_and_not_x(backend):
     assert (64, 4) in kept(down, up, coefficients)
     assert (64, 24) in kept(down.requires_grad_(), up, coefficients)
     assert {(64, 24), (64, 4)}.isdisjoint(kept(down.detach(), up, coefficients.detach()))
+
+
+@pytest.mark.parametrize("way", ["jvp", "forward mode", "vmap"])
+def test_transforms_of_frozen_coefficients_at_zero(way):
+    """A derivative in their direction, which is zero where their rank is left out, and several at once."""
+    _, layer = one_layer(r=8, live=0)
+    frozen(layer)
+    name, values = "s2lora_coefficients.default", layer.s2lora_coefficients["default"].detach()
+    x, direction = torch.randn(5, 24), torch.randn(8)
+
+    def output(e: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {name: e}, (x,))
+
+    down, up, _ = layer.operands("default")
+    expected = ((x @ down.mT * direction) @ up.mT).detach()
+    if way == "jvp":
+        _, change = torch.func.jvp(output, (values,), (direction,))
+    elif way == "forward mode":
+        with forward_ad.dual_level():
+            change = forward_ad.unpack_dual(output(forward_ad.make_dual(values, direction))).tangent
+        assert change is not None
+    else:
+        change = torch.vmap(output)(torch.stack([values, direction])).diff(dim=0)[0]
+    torch.testing.assert_close(change.detach(), expected)
+
+
+@pytest.mark.parametrize("without_data", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_frozen_coefficients_without_data(tiny_whisper, without_data):
+    with without_data():
+        model = adapted(tiny_whisper, r=4).requires_grad_(False)
+        inputs = {name: torch.empty_like(value) for name, value in batch().items()}
+        fuse_whisper(model)
+        assert model(**inputs).logits.shape == (2, 5, 100)
 
 
 def test_an_adapter_loaded_under_a_name_used_before_is_noticed(ranks_seen):
