@@ -95,7 +95,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         # A layer that is compiled by itself could not trace the one there is: its gradients go to autograd.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        return self._in_use.get(adapter_name)
+        return self._in_use.pairs.get(adapter_name)
 
     def names_at_work(self) -> list[str]:
         """The adapters whose ΔW is added in a forward pass; none where they are disabled or merged."""

@@ -153,7 +153,7 @@ class S2LoraModel(BaseTuner):
             )
         shares = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not device.in_functorch()
         for pair in self.s2lora_factors.pairs():
-            pair.in_use.clear()
+            pair.in_use.pairs.clear()
             for name in self.active_adapters:
                 if name not in pair.up:
                     continue
@@ -164,7 +164,7 @@ class S2LoraModel(BaseTuner):
                         "accelerate with fsdp_auto_wrap_policy NO_WRAP, or use DistributedDataParallel"
                     )
                 if shares and (up.requires_grad or down.requires_grad):
-                    pair.in_use[name] = SharedPair(up, down)
+                    pair.in_use.pairs[name] = SharedPair(up, down)
 
     # Penalties
 
@@ -203,7 +203,7 @@ class S2LoraModel(BaseTuner):
     def _end_forward(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
         """Also called, with `outputs` None, where the forward pass raised."""
         for pair in self.s2lora_factors.pairs():
-            pair.in_use.clear()
+            pair.in_use.pairs.clear()
         if outputs is None:
             for group in {layer.group for layer in self._layers() if layer.group is not None}:
                 group.forget()

@@ -1,5 +1,6 @@
 """Which shared pair of factors a weight uses, and the container that holds the pairs."""
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,11 @@ def place_of(key: str, out_features: int, in_features: int, config: S2LoraConfig
     return Place(f"{name}_{shape}", up_rows, down_columns, transposed)
 
 
-class InUse(dict[str, SharedPair]):
-    """By adapter name, what the layers use in the forward pass under way (see `S2LoraModel`); a copy begins empty."""
+class InUse(threading.local):
+    """What the layers use in the forward pass that a thread is in (see `S2LoraModel`); a copy begins empty."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, SharedPair] = {}  # by adapter name
 
     def __reduce__(self) -> tuple[type["InUse"], tuple[()]]:
         return InUse, ()

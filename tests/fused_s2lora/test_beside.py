@@ -177,3 +177,46 @@ def test_two_threads_have_outputs_of_their_own(tiny_whisper, monkeypatch):
     assert len(calls) == 2
     for index, reference in enumerate(expected):
         torch.testing.assert_close(found[index], reference)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_threads_have_gradients_of_their_own(tiny_whisper, fused):
+    """The second is in its forward pass while the first makes its own, and backward while the first is half done."""
+    model = adapted(tiny_whisper, r=4).train()
+    if fused:
+        fuse_whisper(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradients(seed: int) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(model(**batch(seed)).loss, trained)
+
+    expected = [gradients(seed) for seed in range(2)]
+    found = {}
+    second = threading.Thread(target=lambda: found.update({1: gradients(1)}))
+    waits, goes_on = threading.Event(), threading.Event()
+
+    def start_second(*_) -> None:
+        if threading.current_thread() is not second:
+            second.start()
+            waits.wait(60)
+
+    def wait_in_second(*_) -> None:
+        if threading.current_thread() is second:
+            waits.set()
+            goes_on.wait(60)
+
+    def end_second(*_) -> None:
+        goes_on.set()
+        second.join()
+
+    def end_second_in_backward(module, inputs, output) -> None:
+        if threading.current_thread() is not second:
+            output.last_hidden_state.register_hook(end_second)
+
+    whisper = model.get_base_model().model
+    whisper.encoder.register_forward_pre_hook(start_second)
+    whisper.encoder.register_forward_hook(end_second_in_backward)
+    whisper.decoder.layers[1].register_forward_pre_hook(wait_in_second)
+    found[0] = gradients(0)
+    for index, reference in enumerate(expected):
+        torch.testing.assert_close(found[index], reference, rtol=1e-4, atol=1e-7)
