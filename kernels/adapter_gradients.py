@@ -9,6 +9,7 @@ deterministic, no atomics.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from . import device
 from .arguments import MAX_GROUP
-from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, cdiv, pass_config_name, rank_tile
+from .configs import GROUP_RANK, ONE_PASS_RANK, PASS, SHARED_MEMORY, cdiv, pass_config_name, rank_tile, two_axes
 from .launch import launch
 from .ops import kernel_op
 from .project import unit_columns
@@ -85,7 +86,7 @@ def _output_gradients_kernel(
     dy0..2 [M, N], z [M, rank], up [N, rank], coefficients [GROUP, rank]
     -> g [M, rank], product [blocks, rank, N], d_coefficients [blocks, GROUP, rank], all float32
     """
-    pid = tl.program_id(1)
+    pid = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     dtype: tl.constexpr = dy0_ptr.dtype.element_ty
     offs_r = tl.program_id(0) * R + tl.arange(0, R)
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -143,7 +144,7 @@ def _output_gradients_kernel(
         # Loaded once more: kept in registers all along it would cost more than this.
         z_tile_ptr = z_ptr + rows_m[:, None] * stride_zm + offs_r[None, :]
         z_tile = tl.load(z_tile_ptr, mask=mask_mr, other=0.0).to(tl.float32)
-        d_coefficients_row_ptr = d_coefficients_ptr + pid * stride_dm + offs_r
+        d_coefficients_row_ptr = d_coefficients_ptr + pid.to(tl.int64) * stride_dm + offs_r
         tl.store(d_coefficients_row_ptr, tl.sum(z_tile * g_0, axis=0), mask=mask_r)
         if GROUP > 1:
             tl.store(d_coefficients_row_ptr + rank, tl.sum(z_tile * g_1, axis=0), mask=mask_r)
@@ -223,7 +224,8 @@ def adapter_gradients(
     coefficients = coefficients.contiguous()
     one_pass = rank <= ONE_PASS_RANK
     together = group if rank <= GROUP_RANK else 1  # outputs a launch
-    blocks = cdiv(rows, PASS[pass_config_name(rows, together, rank_tile(rank), dys[0].dtype)].BLOCK_M)
+    config = PASS[pass_config_name(rows, together, rank_tile(rank), dys[0].dtype)]
+    blocks = math.prod(two_axes(cdiv(rows, config.BLOCK_M)))  # those without rows add nothing
     partial = d_coefficients.new_empty(blocks, counted, rank)
     launches = group // together if one_pass and d_up is not None else 0
     product = d_coefficients.new_empty(launches * blocks, rank, outputs)
@@ -314,7 +316,7 @@ def _launch_pass(
     add_to_g: bool,
 ) -> None:
     (rows, outputs), rank, group = dys[0].shape, up.shape[1], len(dys)
-    R = rank_tile(rank)
+    R, blocks = rank_tile(rank), partial.shape[0]
     config = PASS[pass_config_name(rows, group, R, dys[0].dtype)]
     memory = device.shared_memory(dys[0])
     has_product, has_coefficients = product.shape[0] > 0, partial.shape[1] > 0
@@ -322,7 +324,7 @@ def _launch_pass(
         z = None
     given = [*dys, *(None,) * (MAX_GROUP - group)]
     launch(
-        _output_gradients_kernel, (cdiv(rank, R), cdiv(rows, config.BLOCK_M)),
+        _output_gradients_kernel, (cdiv(rank, R), *two_axes(blocks)),
         *given, z, up, coefficients, g, product, partial, rows, outputs, rank,
         *(0 if dy is None else dy.stride(0) for dy in given), 0 if z is None else z.stride(0), *up.stride(),
         0 if g is None else g.stride(0), partial.stride(0),

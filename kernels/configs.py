@@ -30,6 +30,15 @@ def cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
+GRID_AXIS = 65_535  # programs that CUDA takes along a grid's second and third axis
+
+
+def two_axes(blocks: int) -> tuple[int, int]:
+    """The second and third axis of a grid for so many blocks, or a few more."""
+    layers = cdiv(max(1, blocks), GRID_AXIS)
+    return cdiv(blocks, layers), layers
+
+
 LINEAR = {
     "wide": LinearConfig(128, 256, 64, 8, num_warps=8, num_stages=4),
     "square": LinearConfig(128, 128, 64, 8, num_warps=8, num_stages=3),

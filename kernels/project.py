@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .configs import PROJECT, SHARED_MEMORY, cdiv, pass_config_name, rank_tile
+from .configs import PROJECT, SHARED_MEMORY, cdiv, pass_config_name, rank_tile, two_axes
 from .launch import launch
 from .ops import kernel_op
 from .variants import PRODUCT_DTYPES, Variant, precision_of
@@ -36,7 +36,8 @@ def _project_kernel(
     """
     # Neighbouring programs share the rows: what the first reads is in the L2 cache for the others.
     offs_r = tl.program_id(0) * R + tl.arange(0, R)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
     mask_r = offs_r < rank
@@ -73,7 +74,7 @@ def project(x: Tensor, down: Tensor) -> Tensor:
     R = rank_tile(rank)
     config = PROJECT[pass_config_name(rows, 1, R, x.dtype)]
     launch(
-        _project_kernel, (cdiv(rank, R), cdiv(rows, config.BLOCK_M)),
+        _project_kernel, (cdiv(rank, R), *two_axes(cdiv(rows, config.BLOCK_M))),
         x, down, z, rows, inputs, rank, x.stride(0), *down.stride(),
         PRECISION=device.precision(x.dtype), R=R, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_N,
         num_warps=config.num_warps, num_stages=config.fitted_stages(1, R, x.element_size(), device.shared_memory(x)),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_s2lora.kernels import adapter_gradients as module
-from fused_s2lora.kernels import device, row_sums
+from fused_s2lora.kernels import configs, device, row_sums
 from fused_s2lora.kernels import project as project_module
 from fused_s2lora.kernels.adapter_gradients import adapter_gradients, input_gradient_factor
 from fused_s2lora.kernels.configs import PASS, PassConfig
@@ -132,6 +132,13 @@ def test_blocks_of_many_rows(group, dtype, monkeypatch):
 
 def many_rows(group: int) -> str:
     return "many rows" if group == 1 else "many rows, group"
+
+
+@pytest.mark.parametrize(("rank", "group"), [(8, 3), (20, 2), (128, 1)])
+def test_blocks_beyond_one_axis_of_the_grid(monkeypatch, rank, group):
+    """As of more than a million rows; here an axis ends at three programs, and the last of the grid have no rows."""
+    monkeypatch.setattr(configs, "GRID_AXIS", 3)
+    check(operands(130, 40, 24, rank, group, torch.float16))
 
 
 def test_splits_beyond_one_step_of_the_reduction(monkeypatch):

@@ -7,8 +7,20 @@ import sys
 import pytest
 import torch
 
-from fused_s2lora.kernels import launch
+from fused_s2lora import s2_linear_group
+from fused_s2lora.kernels import (
+    activation,
+    adapter_gradients,
+    augmented,
+    fused,
+    launch,
+    merge,
+    project,
+    row_sums,
+)
+from fused_s2lora.kernels.strategies import STRATEGIES
 from tests.conftest import ROOT
+from tests.kernels.operations import use_kernels
 
 SCRIPT = """
 import itertools
@@ -95,6 +107,25 @@ def test_pipelines_are_as_deep_as_the_device_has_room_for(monkeypatch, most, ask
     kernel = Kernel()
     launch.launch(kernel, (1,), torch.zeros(1), num_warps=4, num_stages=asked)
     assert vars(kernel) == {"num_warps": 4, "num_stages": launched}
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(1, 64 * 65_536), (40, 16 * 65_536)])
+@pytest.mark.parametrize("backend", STRATEGIES)
+def test_grids_end_where_a_gpu_s_do(monkeypatch, backend, rank, rows):
+    """CUDA takes 2³¹ - 1 programs along the first axis and 65,535 along the others, with any number of rows."""
+    grids = []
+    use_kernels(monkeypatch)
+    for module in (activation, adapter_gradients, augmented, fused, merge, project, row_sums):
+        monkeypatch.setattr(module, "launch", lambda kernel, grid, *_, **__: grids.append((kernel.fn.__name__, grid)))
+    x = torch.zeros(rows, 2, requires_grad=True)
+    down, up = torch.zeros(rank, 2, requires_grad=True), torch.zeros(2, rank, requires_grad=True)
+    weights, coefficients = ([torch.zeros(*shape) for _ in range(2)] for shape in ((2, 2), (rank,)))
+    ys = s2_linear_group(x, weights, None, down, up, coefficients, backend=backend)
+    torch.autograd.backward(ys, [torch.zeros(1, 2).expand_as(y) for y in ys])
+    assert "_output_gradients_kernel" in dict(grids)
+    for name, grid in grids:
+        assert grid[0] < 2**31, (name, grid)
+        assert all(size <= 65_535 for size in grid[1:]), (name, grid)
 
 
 def test_a_build_that_is_looked_up_is_the_one_triton_finds():
