@@ -104,6 +104,11 @@ class S2LoraModel(BaseTuner):
                 f"target {current_key} has an adapter of {type(target).__module__} already, which S2-LoRA would put "
                 "out of use: call merge_and_unload() on it first"
             )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"target {current_key} is of a torch.nn.MultiheadAttention, which reads it and calls no map; "
+                "an adapter there would do nothing: leave it out of target_modules or name it in exclude_modules"
+            )
         stored = base.weight
         if not is_quantized(base) and (not stored.is_floating_point() or stored.element_size() < 2):
             raise ValueError(

@@ -338,6 +338,20 @@ def test_any_model_with_linear_layers():
         get_peft_model(nn.Sequential(nn.Conv1d(2, 2, 1)), S2LoraConfig(target_modules=["0"]))
 
 
+def test_a_map_that_is_never_called_is_refused():
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    with pytest.raises(ValueError, match=r"target self_attn\.out_proj is of a torch\.nn\.MultiheadAttention"):
+        get_peft_model(layer, S2LoraConfig(r=2, target_modules=["out_proj", "linear1"]))
+    x = torch.randn(2, 5, 16)
+    expected = layer(x)
+    model = get_peft_model(
+        layer, S2LoraConfig(r=2, target_modules=["out_proj", "linear1"], exclude_modules=["out_proj"])
+    )
+    torch.testing.assert_close(model(x), expected)
+    awaken(model)
+    assert not torch.allclose(model(x), expected)
+
+
 def test_a_quantised_weight_is_refused():
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)  # as in 4 bits
