@@ -174,7 +174,8 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         known, live = self._frozen_ranks.get(adapter_name, (None, values))
         if known == key:
             return live
-        live = values.expand(self.configs[adapter_name].r).nonzero().flatten()
+        with torch.inference_mode(False):  # an index made for inference could not be kept for a backward pass
+            live = values.expand(self.configs[adapter_name].r).nonzero().flatten()
         if values.is_cuda:  # which the line above waited for
             self._frozen_ranks[adapter_name] = key, live
         return live

@@ -82,6 +82,22 @@ def test_factors_still_learn_behind_compacted_ranks():
     torch.testing.assert_close(got, expected)
 
 
+def test_ranks_looked_up_for_inference_serve_training():
+    """On a GPU, where they are looked up once."""
+
+    class OnGpu(nn.Parameter):
+        is_cuda = True
+
+    _, layer = one_layer(r=40, live=10)
+    x = torch.randn(5, 24)
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.s2lora_up["default"])
+    layer.s2lora_coefficients["default"] = OnGpu(layer.s2lora_coefficients["default"].detach(), requires_grad=False)
+    with torch.inference_mode():
+        layer(x)
+    assert layer._frozen_ranks
+    torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), layer.s2lora_up["default"]), expected)
+
+
 def test_a_coefficient_that_wakes_is_noticed(ranks_seen):
     _, layer = one_layer(r=8, live=0)
     frozen(layer)
