@@ -17,7 +17,7 @@ from .kernels import device
 from .kernels.shared import SharedPair
 from .layer import S2LoraLinear, adapter_device, adapter_dtype
 from .quantized import is_quantized, keep_layout
-from .sharing import FactorPair, SharedFactors, place_of
+from .sharing import AdapterParameters, FactorPair, SharedFactors, place_of
 from .whisper_fusion import unfuse_whisper
 
 
@@ -65,6 +65,11 @@ class S2LoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter's layers and factors, as PEFT does; where that raises, the model is left as it was."""
+        if "." in adapter_name or hasattr(AdapterParameters(), adapter_name):
+            raise ValueError(
+                f"adapter_name {adapter_name!r} has a dot or is an attribute of torch's ParameterDict, which "
+                "keeps parameters by it: give the adapter another name"
+            )
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

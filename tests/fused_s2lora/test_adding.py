@@ -36,6 +36,19 @@ def test_an_adapter_that_is_refused_leaves_nothing_behind(tiny_whisper, tmp_path
     assert (logits(model) - logits(tiny_whisper())).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["v1.0", "values"])
+def test_a_name_that_parameters_cannot_have_is_refused(tiny_whisper, name):
+    model = adapted(tiny_whisper, r=4)
+    before, expected = trained(model), logits(model)
+    with pytest.raises(ValueError, match=f"adapter_name '{name}' has a dot or is an attribute"):
+        model.add_adapter(name, S2LoraConfig(r=4))
+    assert list(model.peft_config) == ["default"]
+    assert trained(model) == before
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match=f"adapter_name '{name}'"):
+        get_peft_model(tiny_whisper(), S2LoraConfig(r=4), adapter_name=name)
+
+
 def test_a_model_that_refused_its_first_adapter_is_as_it_was(tiny_whisper):
     whisper = tiny_whisper()
     before, names = trained(whisper), [name for name, _ in whisper.named_modules()]
