@@ -168,7 +168,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         through `.data`, which PyTorch does not count, is not seen there.
         """
         values = self.s2lora_coefficients[adapter_name]
-        if not device.has_values(values) or values.requires_grad or values.is_inference():
+        if values.requires_grad or values.is_inference() or not device.has_values(values):
             return None
         key = (values._version, values.data_ptr())
         known, live = self._frozen_ranks.get(adapter_name, (None, values))
