@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import triton
 
 # Shared memory one program may use, bytes, by compute capability; AMD's gfx942 has 64 KiB of LDS.
 SHARED_MEMORY = {"80": 163 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
@@ -229,6 +230,8 @@ PERSISTENT = {
     9: PersistentConfig(128, 256, 64, 8, FLATTEN=True, WARP_SPECIALIZE=False, num_warps=8, num_stages=3),
     10: PersistentConfig(128, 128, 64, 8, FLATTEN=False, WARP_SPECIALIZE=True, num_warps=8, num_stages=4),
 }
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):  # fails on Blackwell's
+    del PERSISTENT[10]
 PERSISTENT_MAX_RANK = 32
 
 
