@@ -6,6 +6,7 @@ from fused_s2lora import S2LoraConfig
 model = get_peft_model(whisper, S2LoraConfig(r=8))
 """
 
+from . import quiet  # noqa: F401
 from .config import S2LoraConfig
 from .interpolation import interpolate
 from .kernels.reference import s2_linear_reference

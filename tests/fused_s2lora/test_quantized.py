@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import weakref
 
 import pytest
@@ -215,3 +216,10 @@ def test_lora_of_peft_gives_the_same_update(tiny_whisper):
         lora.lora_B["default"].weight.copy_(up * coefficients)
     x = torch.randn(130, 64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_kernel_that_is_not_used_nothing_is_said(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("of something else")
+    assert caplog.messages == ["of something else"]
