@@ -144,7 +144,7 @@ def _output_gradients_kernel(
         # Loaded once more: kept in registers all along it would cost more than this.
         z_tile_ptr = z_ptr + rows_m[:, None] * stride_zm + offs_r[None, :]
         z_tile = tl.load(z_tile_ptr, mask=mask_mr, other=0.0).to(tl.float32)
-        d_coefficients_row_ptr = d_coefficients_ptr + pid.to(tl.int64) * stride_dm + offs_r
+        d_coefficients_row_ptr = d_coefficients_ptr + pid * stride_dm + offs_r
         tl.store(d_coefficients_row_ptr, tl.sum(z_tile * g_0, axis=0), mask=mask_r)
         if GROUP > 1:
             tl.store(d_coefficients_row_ptr + rank, tl.sum(z_tile * g_1, axis=0), mask=mask_r)
