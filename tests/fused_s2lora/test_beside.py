@@ -58,6 +58,10 @@ def test_a_map_with_a_forward_or_hooks_of_its_own_is_called(tiny_whisper, fused)
     asked.clear()
     torch.testing.assert_close(model(**batch()).logits, expected)
     assert len(asked) == 1
+    awaken(model)
+    model.train()
+    model(**batch()).loss.backward()
+    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -79,10 +83,6 @@ def test_backward_hooks_of_a_map_are_called(tiny_whisper, register, fused):
     for name, value in model.named_parameters():
         if value.requires_grad:
             torch.testing.assert_close(value.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
-    awaken(model)
-    model.train()
-    model(**batch()).loss.backward()
-    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
 
 
 def test_a_model_that_carries_another_adapter_is_refused_and_left_as_it_was(tiny_whisper):
