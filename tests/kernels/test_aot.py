@@ -26,8 +26,35 @@ TENSOR_CORES = {"80": "mma", "89": "mma", "90": "wgmma", "100": "tcgen05", "gfx9
 
 # The kernels whose arithmetic is row sums or one multiplication an entry, bound by memory.
 WITHOUT_PRODUCTS = ("merge", "layer norm", "spare columns", "reduce splits", "input gradient of gelu")
-# Bytes a thread, by version of Triton; these have an older assembler.
-SPILLED = {"3.6": 16, "3.7": 16}
+# Bytes a thread, by version of Triton: 3.6 comes with torch 2.11, 3.7 with torch 2.13 for CUDA, with older assemblers.
+SPILLED = {
+    "3.6": {  # of what a usual step launches, at rank 16; not all of the others were compiled
+        "output gradients many rows group of 1, factor and coefficients bf16 16 80": 8,
+        "output gradients many rows group of 1, factor and coefficients, added bf16 16 80": 8,
+        "fused tiles single precision input gradient, added fp32 16 89": 8,
+        "project many rows z bf16 16 100": 8,
+        "activation many rows, x bf16 gelu bf16 16 100": 16,
+        "activation many rows, x fp32 gelu bf16 16 100": 8,
+    },
+    "3.7": {
+        "fused tiles high rank, low input gradient, cast factors bf16 256 80": 8,
+        "output gradients many rows group of 1, factor and coefficients bf16 16 80": 8,
+        "output gradients many rows group of 1, factor and coefficients, added bf16 16 80": 8,
+        "output gradients many rows group of 1, factor and coefficients fp16 16 80": 8,
+        "output gradients many rows group of 1, factor and coefficients, added fp16 16 80": 8,
+        "fused tiles single precision, rank 256 input gradient fp32 256 90": 8,
+        "fused tiles single precision, rank 256 input gradient, added fp32 256 90": 8,
+        "output gradients single precision, group group of 3, factor fp32 16 90": 8,
+        "output gradients single precision, group group of 3, factor, added fp32 16 90": 8,
+        "fused tiles single precision input gradient fp32 16 100": 16,
+        "fused tiles single precision input gradient, added fp32 16 100": 8,
+        "fused tiles single precision, rank 32 forward, no bias fp32 32 100": 8,
+        "output gradients few rows group of 1, factor and coefficients, no g bf16 16 100": 8,
+        "output gradients single precision, group group of 2, factor and coefficients, no g fp32 16 100": 8,
+        "output gradients single precision, group group of 3, factor and coefficients, no g fp32 16 100": 8,
+        "output gradients single precision, rank 32 group of 1, factor fp32 32 100": 8,
+    },
+}
 USUAL = ("--usual", "--rank", "0", "16")
 
 
@@ -77,8 +104,8 @@ def test_every_direction_and_precision_is_built_in_every_rank(reports):
 
 
 def test_no_build_spills_registers(reports):
-    most = SPILLED.get(triton.__version__.rpartition(".")[0], 0)
-    assert [_name(report) for report in reports if report["spilled"] > most] == []
+    spilling = {_name(report): report["spilled"] for report in reports if report["spilled"]}
+    assert spilling.items() <= SPILLED.get(triton.__version__.rpartition(".")[0], {}).items()
     assert all(0 < report["registers"] <= 512 for report in reports)
 
 
