@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import re
 import shutil
@@ -21,7 +20,7 @@ from .evaluate import evaluate
 from .interpolate import take_run, trained_share
 from .methods import METHODS, check, interpolation
 from .options import TrainOptions
-from .output import read_json, write_json, write_text, writing
+from .output import claimed, read_json, write_json, write_text, writing
 from .precision import resolved
 from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions
 from .sets import parts_of, scored_sets
@@ -280,9 +279,7 @@ def _claimed(cell: Cell) -> Iterator[bool]:
         cell.path.mkdir(parents=True, exist_ok=True)
         stream = file.open("w")
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
-        except BlockingIOError:
+        if not claimed(stream):
             yield False
             return
         yield not cell.finished()

@@ -2,13 +2,14 @@
 
 import contextlib
 import csv
+import fcntl
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import UserError
 
@@ -40,6 +41,19 @@ def check_writable(file: Path) -> None:
         file.open("a").close()
         if not there:
             file.unlink()
+
+
+def claimed(stream: IO[str]) -> bool:
+    """Whether this process has the open file to itself, until it is closed or the process ends, however it does.
+
+    Raises:
+        OSError: files cannot be locked there, as on some network file systems.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

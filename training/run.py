@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import datetime
-import fcntl
 import gc
 import hashlib
 import importlib.metadata
@@ -27,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data import Skipped, Speech
 from .errors import UserError
 from .options import TrainOptions
-from .output import check_name, holds_files, read_json, write_json, write_text, writing
+from .output import check_name, claimed, holds_files, read_json, write_json, write_text, writing
 from .sets import parts_of
 from .world import world
 
@@ -79,14 +78,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / ".alone"
         with file.open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
-            except BlockingIOError as error:
-                raise UserError(
-                    f"{self.path}: another process is at this run; wait for it, or give another --output"
-                ) from error
-            except OSError:  # as some network file systems
-                pass
+            with contextlib.suppress(OSError):  # where files cannot be locked
+                if not claimed(stream):
+                    raise UserError(
+                        f"{self.path}: another process is at this run; wait for it, or give another --output"
+                    )
             try:
                 yield
             finally:

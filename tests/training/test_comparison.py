@@ -1,5 +1,6 @@
 """Comparisons: cells of a file, resuming, what stops them and what of them is kept."""
 
+import fcntl
 import json
 import re
 import shutil
@@ -123,15 +124,15 @@ def test_a_row_says_how_its_transcripts_are_decoded(tmp_path, quick, monkeypatch
 def test_what_another_process_finished_meanwhile_is_not_run(tmp_path, quick, monkeypatch):
     comparison = read_comparison(write(tmp_path, quick, ROWS[3:4]), tmp_path / "out")
     (cell,) = comparison.cells
-    lock = comparison_module.fcntl.flock
+    lock = fcntl.flock
 
     def finish_and_lock(*arguments):
-        monkeypatch.setattr(comparison_module.fcntl, "flock", lock)
+        monkeypatch.setattr(fcntl, "flock", lock)
         RunFolder(cell.options)
         (cell.path / "cell.json").write_text("{}")
         lock(*arguments)
 
-    monkeypatch.setattr(comparison_module.fcntl, "flock", finish_and_lock)
+    monkeypatch.setattr(fcntl, "flock", finish_and_lock)
     monkeypatch.setattr(comparison_module, "_run_cell", lambda *args: pytest.fail("ran again"))
     assert list(run_comparison(comparison, console=QUIET)) == []
 
