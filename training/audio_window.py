@@ -38,7 +38,7 @@ class AudioWindow:
         if self.mode == "full":
             return POSITIONS * FRAMES_PER_POSITION
         positions = math.ceil(longest_samples / SAMPLES_PER_POSITION) + self.margin
-        return min(POSITIONS, positions) * FRAMES_PER_POSITION
+        return min(POSITIONS, max(1, positions)) * FRAMES_PER_POSITION
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from .methods import METHODS, check, interpolation
 from .options import TrainOptions
 from .output import claimed, read_json, write_json, write_text, writing
 from .precision import resolved
-from .run import FREE_TO_CHANGE, RunFolder, changed_option, versions
+from .run import FREE_TO_CHANGE, RunFolder, changed_option, last_command, versions
 from .sets import parts_of, scored_sets
 from .train import train
 from .utterance_errors import write_errors
@@ -30,6 +30,7 @@ from .utterance_errors import write_errors
 ZERO_SHOT = "zero-shot"
 _OPTIONS = {option.name: str(option.type) for option in dataclasses.fields(TrainOptions)}
 _LISTS = {name for name, kind in _OPTIONS.items() if "list" in kind}
+_LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and files beside it are called after it
 _KINDS = {
     "list": "a list of names",
     "bool": "true or false",
@@ -199,6 +200,8 @@ def _cells(file: Path, row: str, given: dict[str, Any], base: dict[str, Any], ou
         name = f"{line}-seed{seed}"
         if given["method"] == ZERO_SHOT:
             name = line = slug
+        if len(name.encode()) > _LONGEST_NAME:
+            raise UserError(f"{file}: the row name {row!r} is too long to call a folder by; give it a shorter one")
         try:
             options = TrainOptions(**chosen, output=str(output / name))
             if given["method"] != ZERO_SHOT:
@@ -368,8 +371,7 @@ def results_of(cell: Cell) -> dict[str, Any] | None:
     if not cell.finished():
         return None
     found: dict[str, Any] = {name: getattr(cell, name) for name in ("name", "path", "row", "varied", "base")}
-    command = cell.path / "command.txt"
-    found["command"] = command.read_text().splitlines()[-1] if command.is_file() else ""
+    found["command"] = last_command(cell.path)
     for part in ("cell", "config", "summary", "metrics", "rank_pattern"):
         file = cell.path / f"{part}.json"
         found[part] = read_json(file) if file.is_file() else None

@@ -20,7 +20,7 @@ from .errors import UserError
 from .evaluation import ALL, SCORED_COLUMNS, unit_of
 from .figures import run_svg
 from .output import read_json, writing
-from .run import run_options
+from .run import last_command, run_options
 
 _TEMPLATE = Path(__file__).parent / "report.html"
 _HIDDEN = ("utterance", "duration_s", *SCORED_COLUMNS)
@@ -77,7 +77,7 @@ def _run_page(folder: Path) -> dict[str, Any]:
         "facts": {
             **_read(folder / "versions.json", {}),
             **_read(folder / "summary.json", {}),
-            "command": _command(folder),
+            "command": last_command(folder),
         },
         "figures": [] if curve is None else [("Learning curve", curve)],
         "data": {
@@ -163,11 +163,6 @@ def _differences(gaps: list[Gap]) -> dict[str, Any]:
 
 def _read(file: Path, default: Any) -> Any:
     return read_json(file) if file.is_file() else default
-
-
-def _command(folder: Path) -> str:
-    file = folder / "command.txt"
-    return file.read_text().splitlines()[-1] if file.is_file() else ""
 
 
 def _rates(units: dict[str, Any], unit: str) -> dict[str, Any]:

@@ -209,6 +209,13 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
         )
 
 
+def last_command(folder: Path) -> str:
+    """The command that the run in `folder` was last called by; "" where that is not known."""
+    file = folder / "command.txt"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return lines[-1] if lines else ""
+
+
 def called_as() -> str:
     """The command line of this process."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -18,6 +18,7 @@ def test_window_lengths():
     assert AudioWindow("trim", 64).mel_frames(320 * 100) == 2 * 164
     assert AudioWindow("trim", 64).mel_frames(320 * 100 + 1) == 2 * 165
     assert AudioWindow("trim", 64).mel_frames(480_000) == 3000
+    assert AudioWindow("trim", 0).mel_frames(0) == 2
     with pytest.raises(UserError, match="'short' is not one of full, trim"):
         AudioWindow("short")
     with pytest.raises(UserError, match="negative"):

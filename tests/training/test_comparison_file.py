@@ -62,6 +62,7 @@ def test_names_in_other_scripts_give_folders_of_their_own(tmp_path, quick):
         ({"methods": {"lora": {"rate": 1}}}, "'rate' in 'LoRA' is not an option"),
         ({"methods": {"lora": {"lr": "quick"}}}, "lr of 'LoRA' is 'quick', not a number"),
         ({"rows": [{"name": "*", "method": "zero-shot"}]}, "the row name '*' has no letter or digit"),
+        ({"rows": [{"name": "é" * 200, "method": "lora"}]}, "é' is too long to call a folder by; give it a"),
         ({"timed": "no"}, "`timed` is 'no', not true or false"),
         ({"rows": [{"method": "lora", "seed": []}]}, "seed of 'lora' is an empty list"),
         ({"rows": [{"method": "s2lora", "sharing": "some"}]}, "'s2lora': S2-LoRA cannot be set up so: sharing='some'"),
