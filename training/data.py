@@ -1,6 +1,7 @@
 """Speech with transcripts from a folder, a manifest or the hub, checked once and ready for training or scoring."""
 
 import functools
+import hashlib
 import itertools
 import math
 import re
@@ -73,6 +74,21 @@ class Speech:
         """What `read_audio` takes, of each utterance, or of those in these rows."""
         of = self.dataset.select_columns(["audio", "offset_s", "length_s"])
         return map(audio_entry, of if rows is None else of.select(rows))
+
+    @functools.cached_property
+    def audio_sha256(self) -> str:
+        """A digest of the recordings as they are stored, in this order."""
+        together = hashlib.sha256()
+        digest_of_file = functools.cache(_digest_of_file)  # several segments may be of one
+        for entry in self.audio():
+            content = entry["bytes"]
+            together.update(digest_of_file(entry["path"]) if content is None else hashlib.sha256(content).digest())
+        return together.hexdigest()
+
+
+def _digest_of_file(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def audio_entry(row: Mapping[str, Any]) -> dict[str, Any]:

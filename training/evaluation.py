@@ -96,6 +96,7 @@ class Evaluation:
             "sets": {
                 result.name: {
                     "source": result.speech.source,
+                    "audio_sha256": result.speech.audio_sha256,
                     "language": result.language,
                     "scoring_language": result.scoring_language,
                     "skipped": result.skipped,
@@ -230,7 +231,7 @@ def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequen
 def read_sets(folder: Path, sets: Mapping[str, TestSet], group_by: Sequence[str] = ()) -> dict[str, SetResult]:
     """Those of the sets that `Evaluation.write` left in `folder`, scored again.
 
-    A set of another source or language, or with other utterances or some of another length, is not among them.
+    A set of another source or language, or with other utterances or recordings, is not among them.
     """
     written = folder / "results.json"
     found = read_json(written)["sets"] if written.is_file() else {}
@@ -246,6 +247,9 @@ def read_sets(folder: Path, sets: Mapping[str, TestSet], group_by: Sequence[str]
         own = test.speech.dataset
         there = [(row["utterance"], row.get("duration_s")) for row in rows]
         if there != [*zip(own["utterance"][:], map(str, own["duration_s"][:]), strict=True)]:
+            continue
+        # Written before there was the digest: recordings of the same length are taken for the same.
+        if "audio_sha256" in had and had["audio_sha256"] != test.speech.audio_sha256:
             continue
         # Written before there was the column: not known to be cut off, or decoded once.
         heard = [

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import soundfile
 import torch
 from rich.console import Console
 from transformers import WhisperForConditionalGeneration
@@ -18,7 +19,7 @@ from fused_s2lora.training.cli import app
 from fused_s2lora.training.decoding import Heard
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
-from fused_s2lora.training.evaluation import Evaluation, read_sets, score_set, unit_of
+from fused_s2lora.training.evaluation import Evaluation, TestSet, read_sets, score_set, unit_of
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.models import load_base, remembered_speech
 from fused_s2lora.training.packaged_model import FOLDER
@@ -39,6 +40,25 @@ def test_results_of_another_source_or_language_are_not_taken_over(finished, tone
     assert not kept(f"same={other}")
     assert not kept(f"same={tones}@de")
     assert not kept(f"another={tones}")
+
+
+def test_transcripts_of_recordings_replaced_by_others_of_their_length_are_not_taken_over(tmp_path):
+    folder = write_folder(tmp_path / "speech")
+
+    def sets() -> dict[str, TestSet]:
+        return named_sets([f"s={folder}"], "en")
+
+    heard = [Heard(text, True) for text in TEXTS]
+    Evaluation("after", [score_set("s", sets()["s"], heard)]).write(tmp_path / "after")
+    assert read_sets(tmp_path / "after", sets())
+    samples, rate = soundfile.read(folder / "u1.flac")
+    soundfile.write(folder / "u1.flac", -samples, rate)
+    assert not read_sets(tmp_path / "after", sets())
+    results = tmp_path / "after" / "results.json"
+    written = json.loads(results.read_text())
+    del written["sets"]["s"]["audio_sha256"]  # as it was written before there was a digest
+    results.write_text(json.dumps(written))
+    assert read_sets(tmp_path / "after", sets())
 
 
 def test_a_group_without_words_does_not_lose_the_evaluation(tmp_path, tiny_folder, short_decoding):
