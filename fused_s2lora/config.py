@@ -46,6 +46,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "penalty": ("soft", "proximal"),
     "backend": BACKENDS,
     "audio_window": ("full", "trim"),
+    "task": ("transcribe", "translate"),
 }
 
 

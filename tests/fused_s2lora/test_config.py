@@ -76,6 +76,7 @@ def test_unshared_is_lora(tiny_whisper):
         ("penalty", "hard"),
         ("backend", "cuda"),
         ("audio_window", "short"),
+        ("task", "summarise"),
         ("dropout", 1.0),
         ("sparsity_weight", -1.0),
         ("scaling", 0.0),
