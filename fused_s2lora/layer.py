@@ -244,6 +244,10 @@ class S2Linear(nn.Module):
     """A frozen linear layer with its own pair of factors, for use without PEFT: y = x (W + B diag(s) A)ᵀ + b.
 
     `down` A [r, in], `up` B [out, r] and `coefficients` s [r] are the trainable parameters; x [..., in] -> [..., out].
+    s starts at 0, and `linear` itself is kept and frozen.
+
+    Raises:
+        ValueError: r is not from 1 to 256; of a call what `s2_linear` raises.
     """
 
     def __init__(self, linear: nn.Linear, r: int = 8, *, backend: Backend = "auto") -> None:

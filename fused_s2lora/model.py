@@ -35,6 +35,13 @@ class S2LoraModel(BaseTuner):
 
     FSDP is to shard the model as a whole: `fully_shard(model)`, in accelerate `fsdp_auto_wrap_policy: NO_WRAP`. Layers
     sharded one by one cannot share parameters, and `fully_shard` of the second one raises a TypeError.
+
+    Raises:
+        ValueError: where an adapter is added: a target that is no `nn.Linear`, is of a `nn.MultiheadAttention`, has
+            another method's adapter or is quantised in an unknown way; a name with a dot or of an attribute of
+            ParameterDict; factors shared otherwise than by the adapters already there. Where one is loaded: its tensors
+            are not this model's. In a call: `adapter_names`.
+        RuntimeError: in a call: the model runs in `torch.nn.DataParallel`, or its layers were sharded one by one.
     """
 
     prefix = "s2lora_"

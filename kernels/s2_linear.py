@@ -167,8 +167,9 @@ def s2_linear(
         y, [..., N], in x's dtype; under `torch.autocast`, in its dtype, as `torch.nn.functional.linear`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together; a weight or bias that requires a gradient.
-        RuntimeError: backend "fused" where no Triton kernel can run.
+        ValueError: shapes or devices that do not fit together; x of another dtype than weight, but under autocast; a
+            weight or bias that requires a gradient; a backend, here or in S2LORA_BACKEND, that there is not.
+        RuntimeError: backend "fused" where no Triton kernel can run; a second derivative of another than "reference".
     """
     (y,) = s2_linear_group(x, [weight], bias, down, up, [coefficients], backend=backend)
     return y
@@ -208,7 +209,9 @@ def s2_linear_group(
         G tensors [..., N]; of a group possibly views of one tensor, which PyTorch lets nobody write to in place.
 
     Raises:
-        ValueError, RuntimeError: as `s2_linear`.
+        ValueError: as `s2_linear`; no weight or more than three, weights unlike each other, not as many coefficients,
+            or `made_from` unlike x.
+        RuntimeError: as `s2_linear`.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, not one of {', '.join(BACKENDS)}")
