@@ -7,6 +7,7 @@ PyTorch's operations run as they are, on operands so small that next to nothing 
 in none of it. Processor time, so that other work on the machine does not count.
 """
 
+import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,7 @@ def measure(layer: str, rounds: int = 60) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for layer in ("encoder-layer", "decoder-layer"):
         for row in record(RESULTS / "host.jsonl", measure(layer)):
             print(f"{row['layer']} {row['provider']} {row['pass']}: {row['p50_ms']} ms")

@@ -139,7 +139,7 @@ class S2LoraConfig(PeftConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}")
-        if not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
+        if type(self.r) is not int or not 1 <= self.r <= MAX_RANK:
             raise ValueError(f"r={self.r} is not a whole number between 1 and {MAX_RANK}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} is not in [0, 1)")

@@ -247,17 +247,18 @@ class S2Linear(nn.Module):
     s starts at 0, and `linear` itself is kept and frozen.
 
     Raises:
-        ValueError: r is not from 1 to 256; of a call what `s2_linear` raises.
+        ValueError: r is not from 1 to 256, or there is no such backend; of a call what `s2_linear` raises.
     """
 
     def __init__(self, linear: nn.Linear, r: int = 8, *, backend: Backend = "auto") -> None:
         super().__init__()
+        config = S2LoraConfig(r=r, backend=backend)
         self.linear = linear.requires_grad_(False)
         self.backend: Backend = backend
         weight = linear.weight
         # At least float32: in half precision the steps of an optimizer are lost.
         like = torch.empty(0, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
-        up, down = initial_factors(linear.out_features, linear.in_features, S2LoraConfig(r=r), like)
+        up, down = initial_factors(linear.out_features, linear.in_features, config, like)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.coefficients = nn.Parameter(torch.zeros(r, device=up.device, dtype=up.dtype))
 

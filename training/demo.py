@@ -35,8 +35,8 @@ def demo(
     """Adapts the packaged Whisper-base with the default S2-LoRA in the trimmed window and prints what changed.
 
     Without `data`, synthetic child-like speech is made in `output`/speech: sentences and voices of the test are not in
-    the training. With `data` (and `test`) the same is done with real recordings. Called again, it goes on where it was,
-    or with `fresh` trains anew.
+    the training. With `data` (and `test`) the same is done with real recordings, passed over as often as `train` does.
+    Called again, it goes on where it was, or with `fresh` trains anew.
 
     Raises:
         UserError: `test` without `data` or the other way round; anything `train` refuses.
@@ -45,10 +45,13 @@ def demo(
     if (data is None) != (test is None):
         raise UserError("give --data and --test together: recordings to train on, and others to test on")
     folder = Path(output)
+    epochs = None
     if data is None or test is None:
         data, test = _synthetic(folder / "speech", console)
+        epochs = 1.0  # which is enough here, and quick
+    run = str(folder / "run")
     evaluations = train(
-        TrainOptions(data=[data], test=[f"test={test}"], output=str(folder / "run"), window="trim", epochs=1.0, seed=0),
+        TrainOptions(data=[data], test=[f"test={test}"], output=run, window="trim", epochs=epochs, seed=0),
         fresh=fresh,
         console=console,
     )

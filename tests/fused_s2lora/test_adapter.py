@@ -371,6 +371,14 @@ def test_a_plain_layer_trains_in_no_less_than_float32(dtype):
     assert layer(torch.ones(2, 12, dtype=dtype)).dtype == layer.linear.weight.dtype == dtype
 
 
+def test_a_plain_layer_refuses_what_there_is_not_before_it_freezes_anything():
+    linear = nn.Linear(12, 9)
+    for wrong in ({"r": 0}, {"backend": "cuda"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            S2Linear(linear, **wrong)
+    assert linear.weight.requires_grad
+
+
 def test_plain_layer_learns_and_merges():
     linear = nn.Linear(12, 9)
     target = nn.Linear(12, 9)

@@ -66,6 +66,7 @@ def test_unshared_is_lora(tiny_whisper):
         ("r", 0),
         ("r", 257),
         ("r", 8.0),
+        ("r", True),
         ("sparsity_weight", float("nan")),
         ("threshold", float("nan")),
         ("norm_weight", float("inf")),

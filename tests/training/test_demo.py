@@ -44,6 +44,7 @@ def test_synthetic_speech_is_made_and_trained_on(small: None, trained: list[Trai
     (options,) = trained
     assert options.method == "s2lora"
     assert options.window == "trim"
+    assert options.epochs == 1
     training = load_speech(options.data[0], progress=False)
     test = load_speech(options.test[0].removeprefix("test="), progress=False)
     assert (len(training), len(test)) == (10, 6)
@@ -72,6 +73,7 @@ def test_own_recordings_are_used_as_they_are(small: None, trained: list[TrainOpt
     (options,) = trained
     assert options.data == [str(tmp_path / "mine")]
     assert options.test == [f"test={tmp_path / 'theirs'}"]
+    assert options.epochs is None  # little speech is passed over until there are steps enough
     assert not list(output.rglob("*.flac"))
 
 
