@@ -41,6 +41,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         self.group: ProjectionGroup | None = None
         self.share(pair, transposed)
         self._frozen_ranks: dict[str, tuple[Any, Tensor]] = {}
+        self._union: tuple[list[Tensor], Tensor] | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -179,6 +180,20 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         if values.is_cuda:  # which the line above waited for
             self._frozen_ranks[adapter_name] = key, live
         return live
+
+    def together_with_others(self, alive: list[Tensor]) -> Tensor:
+        """All ranks in `alive`, of this layer and others it is computed with, in order.
+
+        Put together once for what was looked up once: on a GPU each time would wait for all that it has to do.
+        """
+        if self._union is not None:
+            known, union = self._union
+            if len(known) == len(alive) and all(one is other for one, other in zip(known, alive, strict=True)):
+                return union
+        with torch.inference_mode(False):
+            union = torch.cat(alive).unique()
+        self._union = alive, union
+        return union
 
     def _separate_paths(self, x: Tensor, names: list[str]) -> Tensor:
         """The frozen map and the low-rank path apart, where they cannot be one operation (see `fusable`)."""

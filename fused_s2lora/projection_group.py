@@ -147,6 +147,6 @@ def ranks_computed(layers: Sequence[S2LoraLinear], adapter_name: str) -> Tensor 
     known = [ranks for ranks in alive if ranks is not None]
     if len(known) < len(alive):
         return None
-    live = known[0] if len(known) == 1 else torch.cat(known).unique()
+    live = known[0] if len(known) == 1 else layers[0].together_with_others(known)
     saves = not len(live) or rank_block(len(live)) < rank_block(layers[0].configs[adapter_name].r)
     return live if saves else None

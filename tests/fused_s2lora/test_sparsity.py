@@ -6,6 +6,7 @@ from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_s2lora import S2LoraConfig, S2LoraLinear, fuse_whisper, projection_group, s2_linear, unfuse_whisper
 from fused_s2lora import layer as layer_module
@@ -82,12 +83,13 @@ def test_factors_still_learn_behind_compacted_ranks():
     torch.testing.assert_close(got, expected)
 
 
+class OnGpu(nn.Parameter):
+    """As of a GPU, where ranks are looked up once."""
+
+    is_cuda = True
+
+
 def test_ranks_looked_up_for_inference_serve_training():
-    """On a GPU, where they are looked up once."""
-
-    class OnGpu(nn.Parameter):
-        is_cuda = True
-
     _, layer = one_layer(r=40, live=10)
     x = torch.randn(5, 24)
     expected = torch.autograd.grad(layer(x).square().sum(), layer.s2lora_up["default"])
@@ -96,6 +98,51 @@ def test_ranks_looked_up_for_inference_serve_training():
         layer(x)
     assert layer._frozen_ranks
     torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), layer.s2lora_up["default"]), expected)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what has a GPU's host wait for a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._unique2)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_waited_for_once(tiny_whisper):
+    """A pruned attention in inference and in training: what is known of its ranks is no other at the second call."""
+    model = adapted(tiny_whisper, r=40)
+    fuse_whisper(model)
+    attention = model.get_base_model().model.encoder.layers[0].self_attn
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    x = torch.randn(1, 50, 32)
+    with torch.no_grad():
+        for first, layer in enumerate(layers):
+            values = layer.s2lora_coefficients["default"]
+            values[:first], values[first + 10 :] = 0, 0
+        expected = [layer(x) for layer in layers]
+        for layer in layers:
+            values = layer.s2lora_coefficients["default"].detach()
+            layer.s2lora_coefficients["default"] = OnGpu(values, requires_grad=False)
+    with Waits() as waits:
+        with torch.inference_mode():
+            found = [layer(x) for layer in layers]
+        assert waits.count == len(layers) + 1
+        trained = [layer(x) for layer in layers]
+        assert waits.count == len(layers) + 1
+        with torch.no_grad():
+            layers[2].s2lora_coefficients["default"][30] = 1.0
+        woken = layers[2](x)
+        assert waits.count == len(layers) + 3
+    for one, other, reference in zip(found, trained, expected, strict=True):
+        torch.testing.assert_close(one, reference)
+        torch.testing.assert_close(other, reference)
+    assert not torch.allclose(woken, expected[2])
+    sum(y.sum() for y in trained).backward()
+    assert layers[0].s2lora_up["default"].grad is not None
 
 
 def test_a_coefficient_that_wakes_is_noticed(ranks_seen):
