@@ -15,6 +15,7 @@ status=0
 tests=(tests/training/test_cuda_graphs.py tests/kernels tests/fused_s2lora --ignore=tests/kernels/test_{aot,attention,choice}.py)
 timeout --signal=INT --kill-after=10 180 "$python" -m pytest "${tests[@]}" -q -n 8 --maxfail=20 2>&1 \
     | tee "$results/gpu-tests.txt" | tail -n 25 || status=1
-timeout $((530 - SECONDS)) "$python" -m bench.run --minutes $(((440 - SECONDS) / 60)) --results "$results" || status=1
+timeout $((530 - SECONDS)) "$python" -m bench.run --minutes $(((440 - SECONDS) / 60)) --results "$results" \
+    || { status=1; timeout 40 "$python" -m bench.report "$results"; }  # tables of what there is
 tail -n 3 "$results/gpu-tests.txt"
 exit $status

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-# Its tests end when they are interrupted, and tell then what failed, as pytest does.
+# Its tests end when they are interrupted, and tell then what failed, as pytest does; its benchmarks are cut short.
 PYTHON = """#!/usr/bin/env bash
 trap 'echo "FAILED test_of_a_kernel"; exit 2' INT
 echo "$@" >> "$CALLS"
 if [ "$2" = pytest ]; then
     for _ in $(seq 300); do sleep 0.1; done
 fi
+[ "$2" != bench.run ] || exit 124
 """
 TIMEOUT = """#!/usr/bin/env bash
 exec "$REAL" "${@/#180/1}"
@@ -29,7 +30,7 @@ def script(folder: Path, name: str, text: str) -> Path:
     return file
 
 
-def test_what_failed_is_told_where_the_tests_take_too_long(tmp_path):
+def test_what_takes_too_long_leaves_what_was_found(tmp_path):
     commands = tmp_path / "commands"
     commands.mkdir()
     python = script(commands, "python-in-hand", PYTHON)
@@ -45,7 +46,8 @@ def test_what_failed_is_told_where_the_tests_take_too_long(tmp_path):
     assert "FAILED test_of_a_kernel" in (results / "gpu-tests.txt").read_text()
     assert "FAILED test_of_a_kernel" in done.stdout
     assert done.returncode == 1
-    asked, tests, benchmarks = calls.read_text().splitlines()
+    asked, tests, benchmarks, tables = calls.read_text().splitlines()
     assert "cuda.is_available" in asked
     assert "-m pytest tests/training/test_cuda_graphs.py tests/kernels tests/fused_s2lora" in tests
     assert re.fullmatch(rf"-m bench\.run --minutes [67] --results {re.escape(str(results))}", benchmarks)
+    assert tables == f"-m bench.report {results}"
