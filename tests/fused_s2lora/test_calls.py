@@ -93,6 +93,21 @@ def test_a_forward_that_raised_holds_no_activations(tiny_whisper, monkeypatch):
     torch.testing.assert_close(logits(model.eval()), logits(unfused))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_merged_adapter_is_taken_out_to_be_disabled(tiny_whisper, fused):
+    """As PEFT's own layers do, or what is asked for as the original model would be the adapted one."""
+    model = adapted(tiny_whisper, r=4)
+    if fused:
+        fuse_whisper(model)
+    expected = logits(model)
+    original = logits(tiny_whisper())
+    assert (expected - original).abs().max() > 1e-3
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), original, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_biases_written_in_inference_mode_are_seen(tiny_whisper):
     """Where PyTorch counts no writes."""
     with torch.inference_mode():
@@ -106,6 +121,23 @@ def test_biases_written_in_inference_mode_are_seen(tiny_whisper):
         unfuse_whisper(model)
         torch.testing.assert_close(fused, logits(model))
     assert (fused - before).abs().max() > 0.1
+
+
+def test_an_adapter_may_be_switched_between_q_and_k(tiny_whisper):
+    """Where they are computed together, with the adapter that was active when q was asked for."""
+    model = adapted(tiny_whisper)
+    model.add_adapter("other", S2LoraConfig())
+    awaken(model, seed=3)
+    fuse_whisper(model)
+    attention = model.get_base_model().model.encoder.layers[0].self_attn
+    x = torch.randn(2, 5, 32)
+    attention.q_proj(x)
+    model.set_adapter("other")
+    other = attention.k_proj(x)
+    unfuse_whisper(model)
+    torch.testing.assert_close(other, attention.k_proj(x))
+    model.set_adapter("default")
+    assert not torch.allclose(other, attention.k_proj(x))
 
 
 def test_an_adapter_for_each_row_is_refused(tiny_whisper):
