@@ -107,6 +107,32 @@ def test_proximal_step_leaves_frozen_coefficients_alone(tiny_whisper):
         assert torch.equal(now, torch.cat(values[name])) != changes
 
 
+@pytest.mark.parametrize("backend", ["auto", "merged", "split", "reference"])
+def test_two_adapters_at_once_have_gradients_of_their_own(backend):
+    """Two maps with one pair of factors for each adapter: y = x (W + Σ B diag(s) A)ᵀ + b, in float64."""
+    config = {"target_modules": ["0", "1"], "backend": backend}
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)).double(), S2LoraConfig(r=4, **config))
+    model.add_adapter("second", S2LoraConfig(r=3, scaling=2.0, **config))
+    model.base_model.set_adapter(["default", "second"])
+    awaken(model)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert len(trained) == 2 * (2 + 2)
+    x, dy = torch.randn(2, 70, 12, dtype=torch.float64)
+    (model(x) * dy).sum().backward()
+    got = {name: value.grad for name, value in trained.items()}
+    model.zero_grad()
+    (pair,) = model.base_model.s2lora_factors.pairs()
+    y = x
+    for layer in model.base_model.model:
+        weight = layer.base_layer.weight
+        for name, scaling in (("default", 1.0), ("second", 2.0)):
+            weight = weight + scaling * pair.up[name] @ torch.diag(layer.s2lora_coefficients[name]) @ pair.down[name]
+        y = nn.functional.linear(y, weight, layer.base_layer.bias)
+    (y * dy).sum().backward()
+    for name, value in trained.items():
+        torch.testing.assert_close(got[name], value.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_two_ratios_of_learning_rates_are_refused(tiny_whisper):
     model = adapted(tiny_whisper, r=4, coefficient_lr_ratio=2.0)
     model.add_adapter("second", S2LoraConfig(r=4, coefficient_lr_ratio=10.0))
