@@ -1,5 +1,7 @@
 """An adapter scaled down after training lies on the line between the original model and the adapted one."""
 
+import copy
+
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
@@ -89,6 +91,8 @@ def test_whole_modules_trained_beside_the_adapter_are_refused(tiny_whisper):
         ({"bias": "all"}, "biases"),
         ({"bias": "lora_only"}, "biases"),
         ({"init_lora_weights": "pissa"}, "changed base model"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed base model"),
+        ({"init_lora_weights": "OLoRA"}, "changed base model"),
     ],
     ids=str,
 )
@@ -96,6 +100,26 @@ def test_lora_that_is_not_on_the_line_is_refused(tiny_whisper, options, named):
     model = trained(tiny_whisper(), LoraConfig(r=4, target_modules=TARGETS, **options))
     with pytest.raises(ValueError, match=named):
         interpolate(model, 0.5)
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga"])
+def test_starts_that_need_data_or_a_gpu_are_refused_by_name(tiny_whisper, start):
+    model = trained(tiny_whisper(), LoraConfig(r=4, target_modules=TARGETS))
+    model.peft_config["default"].init_lora_weights = start
+    with pytest.raises(ValueError, match=rf"changed base model \({start}\)"):
+        interpolate(model, 0.5)
+
+
+@pytest.mark.parametrize("config", ["S2-LoRA", "LoRA"])
+def test_an_adapter_that_is_not_active_stays_as_it_is(tiny_whisper, config):
+    model = trained(tiny_whisper(), CONFIGS[config])
+    kept = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    model.add_adapter("other", copy.deepcopy(CONFIGS[config]))
+    for active in ("other", "default"):
+        model.set_adapter(active)
+        interpolate(model, 0.5)
+        same = all(torch.equal(model.get_parameter(name), value) for name, value in kept.items())
+        assert same == (active == "other")
 
 
 @pytest.mark.parametrize("config", ["S2-LoRA", "LoRA", "AdaLoRA"])
