@@ -98,6 +98,14 @@ def test_a_trained_weight_is_cast_each_time_and_has_its_gradient(fused):
     assert found[name].abs().max() > 0
 
 
+def test_products_in_another_dtype_have_a_cast_of_their_own(fused):
+    trained(fused)
+    x, weight = torch.randn(3, 32), projection(fused).weight
+    with torch.autocast("cpu", torch.float16):
+        y = projection(fused)(x)
+    assert torch.equal(y, nn.functional.linear(x.half(), weight.half()))
+
+
 def test_nothing_is_kept_where_nothing_is_trained(fused):
     assert trained(fused, gradients=False)[0] == 1
     assert projection(fused).weight not in output_projection._casts
