@@ -107,6 +107,14 @@ def test_seeds_that_differ_widen_a_difference():
     assert (alone.low, alone.high) == pytest.approx((10, 10))
 
 
+def test_seeds_of_two_systems_are_drawn_apart():
+    """A system against one whose seeds differ as its own do: the spread of both is in the interval."""
+    counts = np.array([[10], [20], [30]]) * np.ones((1, 50))
+    found = difference(counts, counts, np.full(50, 100), resamples=20_000)
+    assert found.points == 0
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(2 * 100 / 3), rel=0.1)
+
+
 @given(st.lists(st.sampled_from("abcde"), min_size=1), st.lists(st.sampled_from("abcde")))
 def test_counts_agree_with_lengths(reference, hypothesis):
     (errors,) = score([" ".join(reference)], [" ".join(hypothesis)], language="xx")
