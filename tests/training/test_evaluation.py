@@ -1,5 +1,6 @@
 """Scoring what a run left, on a tiny Whisper."""
 
+import csv
 import io
 import json
 import shutil
@@ -149,6 +150,18 @@ def test_a_transcript_of_hours_is_read_again(tmp_path):
     assert again.rates["all"]["wer"].deletions == 1_000
 
 
+def test_counts_are_in_the_columns_of_their_names(tmp_path):
+    (test,) = named_sets([f"t={write_folder(tmp_path / 't', ('GO HOME NOW', 'IT IS RED', 'SEE'))}"], "en").values()
+    heard = [Heard("Go home now, please.", True), Heard("It red.", False), Heard("Sea.", True, again=True)]
+    Evaluation("after", [score_set("t", test, heard)]).write(tmp_path / "after")
+    with (tmp_path / "after" / "t.tsv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    counts = ("substitutions", "deletions", "insertions", "length")
+    found = [[[int(row[f"{unit}_{name}"]) for name in counts] for unit in ("word", "character")] for row in rows]
+    assert found == [[[0, 0, 1, 3], [0, 0, 7, 11]], [[0, 1, 0, 3], [0, 3, 0, 9]], [[1, 0, 0, 1], [1, 0, 0, 3]]]
+    assert [(row["cut_off"], row["decoded_again"]) for row in rows] == [("0", "0"), ("1", "0"), ("0", "1")]
+
+
 @pytest.fixture
 def prompts(monkeypatch):
     """Language and task of each decoded batch, which is not decoded."""
@@ -217,8 +230,11 @@ def test_a_translation_is_scored_as_english(options, tiny_folder, tones, tmp_pat
 
 @pytest.mark.parametrize(
     ("age", "group"),
-    [("7.5", "6-8"), ("18", "18+"), ("-1", "unknown"), ("nan", "unknown"), ("", "unknown"), ("teens", "teens")],
-)
+    [
+        ("7.5", "6-8"), ("8.9", "6-8"), ("9", "9-12"), ("17.5", "13-17"), ("18", "18+"), ("-1", "unknown"),
+        ("nan", "unknown"), ("", "unknown"), ("teens", "teens"),
+    ],
+)  # fmt: skip
 def test_groups_of_ages(age, group):
     assert evaluation_module._group_name("age", age) == group
 
@@ -291,6 +307,25 @@ def test_scoring_that_was_stopped_goes_on(tiny_folder, tmp_path, monkeypatch):
     scored("two")
     assert heard == [len(TEXTS)]
     assert sorted(file.name for file in (tmp_path / "scored").iterdir()) == ["results.json", "two.tsv"]
+
+
+def test_transcripts_that_are_kept_are_scored_by_the_references_of_now(tiny_folder, tmp_path, monkeypatch):
+    """Also in the files, where nothing is left to be heard."""
+    model, processor = load_base(str(tiny_folder))
+    speech = write_folder(tmp_path / "speech", TEXTS[:2])
+    monkeypatch.setattr(evaluation_module, "transcribe_speech", lambda *_, **__: [Heard("HELLO", True)] * 2)
+    scored = {"label": "x", "window": AudioWindow(), "folder": tmp_path / "scored", "progress": False}
+    rates = []
+    for right in (TEXTS[0], "HELLO"):
+        table = speech / "metadata.csv"
+        table.write_text(table.read_text().replace(TEXTS[0], right))
+        evaluation_module.evaluate_sets(model, processor, named_sets([f"one={speech}"], "en"), **scored)
+        written = json.loads((tmp_path / "scored" / "results.json").read_text())["sets"]["one"]
+        rates.append(written["groups"]["all"]["wer"]["rate"])
+        with (tmp_path / "scored" / "one.tsv").open(encoding="utf-8") as stream:
+            assert next(csv.DictReader(stream, delimiter="\t"))["reference"] == right
+        monkeypatch.setattr(evaluation_module, "transcribe_speech", lambda *_, **__: pytest.fail("heard again"))
+    assert rates == [100, 80]  # four words of five
 
 
 def test_groups_are_sorted_by_number(tmp_path):
