@@ -30,6 +30,16 @@ def test_manifests(tmp_path, kind):
     )
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path, kind):
+    """Excel writes one before the first column."""
+    line = json.dumps({"path": "one.wav", "text": "A."})
+    content = {"csv": "path,text\none.wav,A.\n", "tsv": "path\ttext\none.wav\tA.\n", "jsonl": f"{line}\n"}[kind]
+    manifest = write_lines(tmp_path, f"list.{kind}")
+    manifest.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert load_speech(manifest).dataset["utterance"][:] == ["one.wav"]
+
+
 def test_malformed_tables(tmp_path):
     manifest = write_lines(
         tmp_path,
@@ -91,6 +101,18 @@ def test_other_recordings_of_a_hub_data_set_are_left_alone(tmp_path, monkeypatch
     with pytest.raises(UserError, match="it has noisy, speech, text, age; name it with --audio-column"):
         load_speech("someone/speech")
     assert len(load_speech("someone/speech", audio_column="speech")) == 1
+
+
+def test_audio_comes_before_a_path_beside_it(tmp_path, monkeypatch):
+    """As in Common Voice, whose paths are of another machine."""
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    content = {"bytes": (tmp_path / "one.wav").read_bytes(), "path": "one.wav"}
+    hub = datasets.Dataset.from_list([{"client_id": "a", "path": "/elsewhere/one.mp3", "audio": content, "text": "A."}])
+    hub = hub.cast_column("audio", datasets.Audio())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=hub))
+    (row,) = load_speech("someone/speech").dataset
+    assert row["path"] == "/elsewhere/one.mp3"
+    assert len(read_audio(row["audio"])) == 8000
 
 
 def test_saved_data_sets(tmp_path):
