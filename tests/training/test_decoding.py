@@ -16,7 +16,7 @@ from fused_s2lora.training.audio import read_audio
 from fused_s2lora.training.audio_window import AudioWindow
 from fused_s2lora.training.cli import app
 from fused_s2lora.training.data import load_speech
-from fused_s2lora.training.decoding import Decoding, Heard, transcribe_speech
+from fused_s2lora.training.decoding import Decoding, Heard, Segment, transcribe_speech
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
 from fused_s2lora.training.evaluation import read_sets, results_table
@@ -97,6 +97,26 @@ def test_what_does_not_end_is_decoded_again(tiny_folder, tones, endless):
     assert not any(one.again for one in heard)
     with pytest.raises(UserError, match="--beams is 0; give at least 1"):
         Decoding(beams=0)
+
+
+def test_what_repeats_itself_and_what_is_long_in_one_batch(tiny_folder, tones, monkeypatch):
+    """The long one is decoded on alone, then the other anew, to all that the text context holds."""
+    model, processor = load_base(str(tiny_folder))
+    (cat,) = processor.tokenizer(" cat", add_special_tokens=False).input_ids
+    words = processor.tokenizer(" dog sun hat bear red go home now", add_special_tokens=False).input_ids
+    said = iter([[[cat] * 8, words], [[*words, *words[:4]]], [[cat]]])
+    asked = []
+
+    def generate(model, features, *_, max_new_tokens, **search):
+        asked.append((len(features), max_new_tokens, search["num_beams"]))
+        return torch.tensor(next(said))
+
+    monkeypatch.setattr(decoding_module, "_generate", generate)
+    monkeypatch.setattr(decoding_module, "MAX_NEW_TOKENS", 8)
+    audio = load_speech(tones).dataset["audio"][:2]
+    heard = list(transcribe_speech(model, processor, audio, window=AudioWindow("trim"), language="en"))
+    assert asked == [(2, 8, 1), (1, 16, 1), (1, 16, 5)]
+    assert heard == [Heard("cat", True, again=True), Heard("dog sun hat bear red go home now dog sun hat bear", True)]
 
 
 GEORGIAN = "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით."
@@ -180,6 +200,43 @@ def test_a_language_is_detected_as_transformers_does(tiny_folder, tones):
     (found,) = model.detect_language(features.input_features).tolist()
     language = processor.tokenizer.convert_ids_to_tokens(found).strip("<|>")
     assert heard == list(transcribe_speech(model, processor, [entry], language=language, **options))
+
+
+def test_the_language_asked_for_comes_before_the_models_own(tiny_folder, tones, monkeypatch):
+    model, processor = load_base(str(tiny_folder))
+    model.generation_config.language = "<|de|>"
+    asked, ended = [], torch.tensor([[processor.tokenizer.pad_token_id]])
+    monkeypatch.setattr(decoding_module, "_generate", lambda *given, **_: asked.append(given[3]) or ended)
+    for language in ("sw", None):
+        audio = load_speech(tones).dataset["audio"][:1]
+        list(transcribe_speech(model, processor, audio, window=AudioWindow(), language=language))
+    assert asked == ["sw", "de"]
+
+
+def test_a_generation_configuration_is_given_back(tiny_folder):
+    """A model that was scored before it is trained is saved as it was, also after a Ctrl-C."""
+    model, _ = load_base(str(tiny_folder))
+    own = model.generation_config
+    own.return_timestamps = True
+
+    def stop():
+        assert not model.generation_config.return_timestamps
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), decoding_module.as_trained(model, pad=7):
+        stop()
+    assert model.generation_config is own
+    assert own.return_timestamps
+
+
+def test_a_recording_is_what_its_segments_come_to():
+    stretches = [(0, torch.zeros(16_000)), (32_000, torch.zeros(8_000)), (48_000, torch.zeros(4_000))]
+    heard = [Heard("Go home.", True), Heard("", True, again=True), Heard("Now.", True)]
+    joined = decoding_module._joined(stretches, heard, "en")
+    assert joined == Heard("Go home. Now.", True, again=True)
+    assert joined.segments == (Segment(0.0, 1.0, "Go home."), Segment(2.0, 0.5, ""), Segment(3.0, 0.25, "Now."))
+    heard[2] = Heard("Now.", False)
+    assert decoding_module._joined(stretches, heard, "zh") == Heard("Go home.Now.", False, again=True)
 
 
 def test_each_of_a_batch_has_its_language(tiny_folder, tones, monkeypatch):
