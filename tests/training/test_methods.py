@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from fused_s2lora import S2LoraLinear
-from fused_s2lora.training import published
+from fused_s2lora.training import fitting, published
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.fitting import parameter_counts
 from fused_s2lora.training.methods import METHODS, PRESETS, adalora_start, adapt, interpolation, learning_rate
@@ -161,6 +161,43 @@ def test_adalora_without_a_part_lacks_it(tiny_whisper):
     }  # fmt: skip
     schedule = config("adalora")
     assert (schedule.tinit, schedule.tfinal, schedule.total_step) == (20, 60, 200)
+
+
+def test_methods_are_set_up_as_published():
+    """LoRA's scale, α-LoRA without penalties, when AdaLoRA gives up ranks, and the learning rates."""
+
+    def config(method):
+        return METHODS[method].config(options(method=method, rank=4), 1000)
+
+    assert (config("lora").r, config("lora").lora_alpha) == (4, 8)
+    alpha = config("alpha-lora")
+    assert (alpha.coefficient, alpha.init, alpha.coefficient_lr_ratio) == ("scalar", "normal", 1.0)
+    assert (alpha.sparsity_weight, alpha.norm_weight) == (0.0, 0.0)
+    schedule = config("adalora")
+    assert (schedule.tinit, schedule.tfinal, schedule.deltaT, schedule.lora_alpha) == (100, 300, 10, 24)
+    rates = {method: learning_rate(options(method=method)) for method in METHODS}
+    assert rates == {**dict.fromkeys(METHODS, 1e-3), "s2lora": 8e-3, "full": 1e-4}
+    assert {learning_rate(options(preset=preset)) for preset in ("paper", "unshared")} == {1e-3}
+
+
+@pytest.mark.parametrize("method", ["adalora", "adalora-without-orthogonality"])
+def test_a_killed_adalora_run_starts_anew(method, quick, tmp_path, monkeypatch):
+    """What its ranks are given up by is in no checkpoint."""
+    run = tmp_path / "run"
+    made = options(**{**quick, **UNSCORED, "output": str(run), "method": method, "rank": 2})
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.StepTimes, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(made, console=QUIET)
+    assert (run / "checkpoints" / "checkpoint-2").is_dir()
+    train(made, console=QUIET)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["resumed_at_step"], summary["steps"]) == (0, 3)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("s2lora", "lora")])
