@@ -337,20 +337,20 @@ def test_the_command_says_how_many_steps_are_enough():
 
 def test_masking_is_of_the_run_that_asks_for_it(options, tiny_folder, tmp_path, monkeypatch):
     """And not of a later one on the model that was saved, or on another that was saved with it."""
+    names = ("apply_spec_augment", "mask_time_prob", "mask_feature_prob")
     masked = []
     monkeypatch.setattr(
         WhisperModel,
         "_mask_input_features",
-        lambda self, features, **_: masked.append(self.config.apply_spec_augment) or features,
+        lambda self, features, **_: masked.append([getattr(self.config, name) for name in names]) or features,
     )
     train(options(tmp_path / "first", method="full", spec_augment=True, max_steps=1), console=QUIET)
     saved = tmp_path / "first" / "model"
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (tiny_folder, saved))
-    names = ("apply_spec_augment", "mask_time_prob", "mask_feature_prob")
     assert {name: before[name] for name in names} == {name: after[name] for name in names}
     (saved / "config.json").write_text(json.dumps(after | {"apply_spec_augment": True}))
     train(options(tmp_path / "second", model=str(saved), max_steps=1), console=QUIET)
-    assert masked == [True, False]
+    assert masked == [[True, 0.05, 0.05], [False, 0.05, 0.05]]
 
 
 def test_a_share_of_the_update_is_kept(options, tmp_path):
