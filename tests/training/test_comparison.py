@@ -121,6 +121,21 @@ def test_a_row_says_how_its_transcripts_are_decoded(tmp_path, quick, monkeypatch
         read_comparison(write(tmp_path, quick, [row | {"beams": 0}]), tmp_path / "out")
 
 
+def test_the_model_as_it_is_is_heard_as_its_row_says(tmp_path, quick, monkeypatch):
+    row = {"method": "zero-shot", "margin": 8, "task": "translate", "eval_batch_size": 3}
+    comparison = read_comparison(write(tmp_path, quick, [row]), tmp_path / "out")
+    asked = []
+    monkeypatch.setattr(
+        comparison_module, "evaluate", lambda *_, **given: asked.append(given) or Evaluation("zero-shot", [])
+    )
+    list(run_comparison(comparison, console=QUIET))
+    wanted = {
+        "model": quick["model"], "window": "trim", "margin": 8, "task": "translate", "precision": "fp32",
+        "batch_size": 3, "group_by": ["age"],
+    }  # fmt: skip
+    assert {name: asked[0][name] for name in wanted} == wanted
+
+
 def test_what_another_process_finished_meanwhile_is_not_run(tmp_path, quick, monkeypatch):
     comparison = read_comparison(write(tmp_path, quick, ROWS[3:4]), tmp_path / "out")
     (cell,) = comparison.cells
@@ -188,6 +203,18 @@ def test_a_finished_cell_is_not_shown_for_other_options(compared, tmp_path, quic
     assert not (tmp_path / "out" / "s2-lora-r8-seed0").exists()
     comparison = read_comparison(write(tmp_path, quick | {"eval_batch_size": 3}, rows), tmp_path / "out")
     assert [cell.finished() for cell in comparison.cells] == [True, False]
+
+
+def test_what_is_scored_may_change_until_a_cell_is_finished(compared, tmp_path, quick):
+    copy = tmp_path / "out" / "lora-r8-seed0"
+    shutil.copytree(compared / "out" / "lora-r8-seed0", copy)
+    (copy / "cell.json").unlink()
+    row = {"name": "LoRA", "method": "lora", "test": [], "group_by": []}
+    (cell,) = read_comparison(write(tmp_path, quick, [row]), tmp_path / "out").cells
+    assert not cell.finished()
+    (cell,) = read_comparison(write(tmp_path, quick, [row | {"lr": 0.01}]), tmp_path / "out").cells
+    with pytest.raises(UserError, match=r"lora-r8-seed0: was begun with lr = None, not 0\.01"):
+        cell.finished()
 
 
 def test_options_added_since_a_cell_was_finished_count_as_unset(compared, tmp_path, quick):

@@ -70,12 +70,25 @@ def test_tables_hold_our_figures_and_the_published_ones(compared):
         assert entry["same WER rate"] == results["sets"]["same"]["groups"]["all"]["wer"]["rate"]
 
 
+def test_the_papers_figures_are_of_rank_8(compared):
+    comparison = read_comparison(compared / "comparison-file.yaml", compared / "out")
+    write_tables(comparison)
+    records = {entry["cell"]: entry for entry in json.loads((compared / "out" / "comparison.json").read_text())}
+    for cell, expected in (
+        ("lora-r8-seed0", [0.31, 9.32, 14.73, 7.52, 33.30, 7.35]),
+        ("lora-r2-seed0", [None] * 6),
+        ("zero-shot", [None, 11.29, 19.25, 9.79, 31.14, 7.93]),
+    ):
+        assert [value for name, value in records[cell].items() if name.startswith("published_")] == expected, cell
+
+
 def test_how_a_cell_is_written():
     rates = {"rate": [130.0, 150.0], "capped_rate": [90.0, 92.0]}
     line = SimpleNamespace(rates=lambda column, kind="rate": rates[kind])
     assert comparison_tables._rate(line, None) == "140.0 ± 14.1 (91.0)"
     assert comparison_tables._points(Difference(-2, -3, -1)) == "**−2.0** [−3.0, −1.0]"
     assert comparison_tables._points(Difference(0.5, -0.5, 1.5)) == "+0.5 [−0.5, +1.5]"
+    assert comparison_tables._points(Difference(-0.04, -0.5, 0.4)) == "+0.0 [−0.5, +0.4]"
 
 
 def test_tables_have_the_sets_of_every_row(compared, tmp_path, quick, tones):
