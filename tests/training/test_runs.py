@@ -395,3 +395,13 @@ def test_a_last_step_that_breaks_the_weights_is_no_end(options, tmp_path):
         train(options(run, max_steps=1, warmup=0.0, lr=1e38), console=QUIET)
     assert not (run / "adapter").exists()
     assert not (run / "summary.json").exists()
+
+
+def test_one_weight_that_is_not_finite_is_no_end_either(options, tmp_path, monkeypatch):
+    def broken(self, **given):
+        torch.nn.init.constant_(next(weight for weight in self.model.parameters() if weight.requires_grad), torch.inf)
+
+    monkeypatch.setattr(fitting.SpeechTrainer, "train", broken)
+    with pytest.raises(DivergedError, match="the last step left weights that are not finite"):
+        train(options(tmp_path / "run"), console=QUIET)
+    assert not (tmp_path / "run" / "adapter").exists()
