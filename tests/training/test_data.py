@@ -61,6 +61,7 @@ def test_audiofolder_becomes_sentence_case(tmp_path):
     assert load_speech(tmp_path, leading_space=False).dataset["target"][0] == "We call it bear."
     assert load_speech(tmp_path, language="tr").dataset["target"][-1] == " It ıs red."
     assert len(load_speech(tmp_path, limit=2)) == 2
+    assert (speech.recased, load_speech(tmp_path, keep_case=True).recased) == (6, 0)
 
 
 def test_columns_of_our_names_do_not_replace_ours(tmp_path):
@@ -161,6 +162,7 @@ def test_targets_are_composed_as_whisper_writes(tmp_path):
     speech = load_speech(write_lines(tmp_path, "list.jsonl", json.dumps({"path": "one.wav", "text": decomposed})))
     assert speech.dataset["text"][0] == decomposed
     assert speech.dataset["target"][0] == " Größe"
+    assert speech.recased == 0
 
 
 def test_audio_that_is_no_path_is_named(tmp_path):

@@ -287,6 +287,8 @@ def test_whole_speakers_are_held_out_by_seed(quick):
     speakers = [dev.dataset["speaker"][:] for dev in held]
     assert all(first == second for first, second in speakers)
     assert len({first for first, _ in speakers}) > 1
+    most = training_speech(options(**quick, dev_share=0.6))[1]  # of three
+    assert len({*most.dataset["speaker"]}) == 2
 
 
 def test_utterances_are_drawn_by_seed(quick):
