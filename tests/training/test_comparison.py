@@ -152,6 +152,32 @@ def test_what_another_process_finished_meanwhile_is_not_run(tmp_path, quick, mon
     assert list(run_comparison(comparison, console=QUIET)) == []
 
 
+@pytest.fixture
+def half_run(tmp_path, quick):
+    """A comparison of which two cells of four are finished, after an hour and after two."""
+    rows = [{"name": name, "method": "lora"} for name in ("LoRA", "LoRA again")]
+    rows += [{"name": "LoRA, a half", "method": "lora", "interpolation": 0.5}, {"name": "IA3", "method": "ia3"}]
+    comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
+    for hours, cell in zip((1, 2), comparison.cells, strict=False):
+        RunFolder(cell.options)
+        (cell.path / "cell.json").write_text(json.dumps({"seconds": 3600 * hours}))
+    return comparison
+
+
+def test_the_work_that_is_left_is_told(half_run):
+    told = comparison_module._progress(half_run, half_run.cells[2])
+    assert told == "3 of 4: lora-a-half-r8-seed0, about 3 h 00 min of work left"
+
+
+def test_only_another_share_is_taken_from_a_run(half_run, monkeypatch):
+    """A run that is asked for twice is trained twice."""
+    monkeypatch.setattr(comparison_module, "trained_share", lambda run: ({}, 1.0))
+    first, again, half, _ = half_run.cells
+    assert comparison_module._differs_in_share(first, half)
+    assert not comparison_module._differs_in_share(first, again)
+    assert not comparison_module._differs_in_share(half, first)  # it has not been trained
+
+
 def test_a_cell_whose_loss_breaks_is_named_and_the_rest_runs(quick, tmp_path, short_decoding):
     rows = [{"name": "Broken", "method": "full", "lr": 1e30}, {"name": "LoRA", "method": "lora"}]
     comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
