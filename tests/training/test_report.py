@@ -15,6 +15,7 @@ from fused_s2lora.training.comparison_figures import draw_figures
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.figures import run_svg
 from fused_s2lora.training.report import marked, write_report
+from fused_s2lora.training.run import last_command
 from tests.training.comparisons import write
 from tests.training.speech import TEXTS
 
@@ -73,6 +74,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path, tiny_folder):
     for folder in (tmp_path, tiny_folder):  # a model has a config.json too
         with pytest.raises(UserError, match="holds neither a run"):
             write_report(folder)
+
+
+def test_the_last_command_is_the_runs(tmp_path):
+    """A run that was stopped as it began has none."""
+    assert last_command(tmp_path) == ""
+    (tmp_path / "command.txt").touch()
+    assert last_command(tmp_path) == ""
+    (tmp_path / "command.txt").write_text("s2lora train --seed 0\ns2lora train --seed 1\n")
+    assert last_command(tmp_path) == "s2lora train --seed 1"
 
 
 def test_a_damaged_file_of_a_comparison_is_named(compared, tmp_path):

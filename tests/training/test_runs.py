@@ -23,7 +23,7 @@ from fused_s2lora.training.errors import DivergedError, UserError
 from fused_s2lora.training.methods import PRESETS
 from fused_s2lora.training.models import remembered_speech
 from fused_s2lora.training.options import LEAST_STEPS
-from fused_s2lora.training.run import RunFolder, last_command
+from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
 from tests.training.speech import TEXTS, adapter_of, write_folder
@@ -53,15 +53,6 @@ def test_run_folder_tells_the_whole_story(finished, capsys):
     assert len(lines) == 1 + len(TEXTS)
     assert "WE CALL IT BEAR" in lines[1]
     assert list((finished / "checkpoints").rglob("events.out.tfevents*"))
-
-
-def test_the_last_command_is_the_runs(tmp_path):
-    """A run that was stopped as it began has none."""
-    assert last_command(tmp_path) == ""
-    (tmp_path / "command.txt").touch()
-    assert last_command(tmp_path) == ""
-    (tmp_path / "command.txt").write_text("s2lora train --seed 0\ns2lora train --seed 1\n")
-    assert last_command(tmp_path) == "s2lora train --seed 1"
 
 
 def test_adapter_remembers_the_window(finished):
