@@ -7,7 +7,6 @@ PyTorch's operations run as they are, on operands so small that next to nothing 
 in none of it. Processor time, so that other work on the machine does not count.
 """
 
-import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from unittest import mock
 
 import torch
 import triton
+import typer
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -105,9 +105,13 @@ def measure(layer: str, rounds: int = 60) -> list[dict[str, Any]]:
     return rows
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main() -> None:
+    """Measures the host's time of an encoder and of a decoder layer, and adds it to bench/results/host.jsonl."""
     for layer in ("encoder-layer", "decoder-layer"):
         for row in record(RESULTS / "host.jsonl", measure(layer)):
             print(f"{row['layer']} {row['provider']} {row['pass']}: {row['p50_ms']} ms")
     report.write(RESULTS)
+
+
+if __name__ == "__main__":
+    typer.run(main)

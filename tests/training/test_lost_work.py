@@ -23,6 +23,7 @@ from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
+from tests.training.kills import train_until
 from tests.training.speech import TEXTS, tone, write_folder
 
 FULL = [
@@ -199,18 +200,11 @@ def test_an_evaluation_hears_recordings_of_another_length_again(scored, tmp_path
     assert scored() == [len(TEXTS)]
 
 
-def test_a_run_does_not_go_on_with_other_transcripts(options, tmp_path, monkeypatch):
+def test_a_run_does_not_go_on_with_other_transcripts(options, tmp_path):
     data = write_folder(tmp_path / "speech")
 
-    def killed(times, args, state, control, **more):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
     asked = options(tmp_path / "run", data=[str(data)])
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.StepTimes, "on_step_end", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(asked, console=QUIET)
+    train_until(3, asked)
     table = data / "metadata.csv"
     right = table.read_text()
     refusal = pytest.raises(UserError, match="run: was begun with other utterances or transcripts; restore them, give")

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from fused_s2lora import S2LoraLinear
-from fused_s2lora.training import fitting, published
+from fused_s2lora.training import published
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.fitting import parameter_counts
 from fused_s2lora.training.methods import METHODS, PRESETS, adalora_start, adapt, interpolation, learning_rate
@@ -27,6 +27,7 @@ from fused_s2lora.training.train import train
 from fused_s2lora.training.trainer import AdaLoraCallback, _orthogonality
 from tests.fused_s2lora.adapters import batch
 from tests.training.comparisons import QUIET, UNSCORED, options
+from tests.training.kills import train_until
 from tests.training.speech import TEXTS, write_folder
 
 ADALORA = [name for name in METHODS if name.startswith("adalora")]
@@ -181,19 +182,12 @@ def test_methods_are_set_up_as_published():
 
 
 @pytest.mark.parametrize("method", ["adalora", "adalora-without-orthogonality"])
-def test_a_killed_adalora_run_starts_anew(method, quick, tmp_path, monkeypatch):
+def test_a_killed_adalora_run_starts_anew(method, quick, tmp_path):
     """What its ranks are given up by is in no checkpoint."""
     run = tmp_path / "run"
     made = options(**{**quick, **UNSCORED, "output": str(run), "method": method, "rank": 2})
 
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.StepTimes, "on_step_end", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(made, console=QUIET)
+    train_until(3, made)
     assert (run / "checkpoints" / "checkpoint-2").is_dir()
     train(made, console=QUIET)
     summary = json.loads((run / "summary.json").read_text())

@@ -26,6 +26,7 @@ from fused_s2lora.training.options import LEAST_STEPS
 from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
+from tests.training.kills import train_until
 from tests.training.speech import TEXTS, adapter_of, write_folder
 
 
@@ -142,14 +143,7 @@ def test_a_run_that_goes_on_in_a_later_epoch_finds_its_order(window, options, tm
     assert len(whole) == 12
     assert whole[:6] != whole[6:]
 
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == 9:  # the last checkpoint is the second of the second epoch's six steps
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.StepTimes, "on_step_end", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(given("killed"), console=QUIET)
+    train_until(9, given("killed"))  # the last checkpoint is the second of the second epoch's six steps
     batches.clear()
     train(given("killed"), console=QUIET)
     assert batches == whole[8:]
@@ -157,16 +151,9 @@ def test_a_run_that_goes_on_in_a_later_epoch_finds_its_order(window, options, tm
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
-def test_a_run_that_goes_on_saves_as_often_as_it_is_asked_now(options, tmp_path, monkeypatch):
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
+def test_a_run_that_goes_on_saves_as_often_as_it_is_asked_now(options, tmp_path):
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.StepTimes, "on_step_end", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(options(run, save_steps=2, logging_steps=1), console=QUIET)
+    train_until(3, options(run, save_steps=2, logging_steps=1))
     train(options(run, save_steps=5, logging_steps=2), console=QUIET)
     assert {path.name for path in (run / "checkpoints").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
     logged = [entry["step"] for entry in json.loads((run / "metrics.json").read_text()) if "cross_entropy" in entry]
@@ -236,21 +223,14 @@ def test_best_checkpoint_and_early_stopping(options, tones, tmp_path):
     assert len(losses) >= 2
 
 
-def test_checks_without_gain_are_counted_over_an_interruption(options, tones, tmp_path, monkeypatch):
+def test_checks_without_gain_are_counted_over_an_interruption(options, tones, tmp_path):
     def given(name):
         return options(tmp_path / name, dev=str(tones), early_stopping=3, lr=5.0, warmup=0.0, epochs=20.0, save_steps=1)
 
     train(given("whole"), console=QUIET)
     steps = json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"]
 
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == steps - 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.StepTimes, "on_step_end", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(given("killed"), console=QUIET)
+    train_until(steps - 1, given("killed"))
     train(given("killed"), console=QUIET)
     summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
     assert (summary["resumed_at_step"], summary["steps"]) == (steps - 2, steps)
@@ -259,14 +239,7 @@ def test_checks_without_gain_are_counted_over_an_interruption(options, tones, tm
 def test_a_run_of_other_steps_does_not_go_on(options, tmp_path, monkeypatch):
     """Such as one begun on another number of processes, whose half would be taken for the whole."""
 
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.StepTimes, "on_step_end", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(options(tmp_path / "run"), console=QUIET)
+    train_until(3, options(tmp_path / "run"))
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "processes", lambda: 2)
         with pytest.raises(UserError, match=r"was begun with 6 steps in all, and would have 4 now; go on with as many"):
