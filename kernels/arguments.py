@@ -43,6 +43,9 @@ def check_arguments(
             raise ValueError(f"{name} has shape {found}, not {shape} as {needed}")
         if tensor.device != weight.device:
             raise ValueError(f"{name} is on {tensor.device} and weight on {weight.device}: move them to one device")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}: s2_linear takes floating-point tensors, cast it to one")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} and weight on {weight.device}: move them to one device")
     if any(other.dtype != weight.dtype for other in weights):

@@ -167,8 +167,9 @@ def s2_linear(
         y, [..., N], in x's dtype; under `torch.autocast`, in its dtype, as `torch.nn.functional.linear`.
 
     Raises:
-        ValueError: shapes or devices that do not fit together; x of another dtype than weight, but under autocast; a
-            weight or bias that requires a gradient; a backend, here or in S2LORA_BACKEND, that there is not.
+        ValueError: shapes or devices that do not fit together; x of another dtype than weight, but under autocast; x or
+            weight of integers; a weight or bias that requires a gradient; a backend, here or in S2LORA_BACKEND, that
+            there is not.
         RuntimeError: backend "fused" where no Triton kernel can run; a second derivative of another than "reference".
     """
     (y,) = s2_linear_group(x, [weight], bias, down, up, [coefficients], backend=backend)
@@ -210,7 +211,7 @@ def s2_linear_group(
 
     Raises:
         ValueError: as `s2_linear`; no weight or more than three, weights unlike each other, not as many coefficients,
-            or `made_from` unlike x.
+            or `z` or `made_from` unlike x.
         RuntimeError: as `s2_linear`.
     """
     if backend not in BACKENDS:
@@ -229,6 +230,8 @@ def s2_linear_group(
             f"made_from is {made_from.dtype} {tuple(made_from.shape)}, x {x.dtype} {tuple(x.shape)}: not alike"
         )
     leading = x.shape[:-1]
+    if z is not None and z.shape != (*leading, down.shape[0]):
+        raise ValueError(f"z has shape {tuple(z.shape)}, not {(*leading, down.shape[0])} as x {tuple(x.shape)} needs")
     rows = x.reshape(-1, x.shape[-1])
     operands = (rows, weights, bias, down, up, coefficients)
     strategy = _strategy(*operands, backend)

@@ -132,21 +132,25 @@ class RunFolder:
         """Notes what is trained on, or finds it to be what it was when the run was begun.
 
         Raises:
-            UserError: it is other speech, or has other transcripts.
+            UserError: it is other speech, or has other transcripts or recordings.
         """
         state = hashlib.sha256()
         for part in parts:
             for column in ("utterance", "target", "duration_s"):
                 state.update(json.dumps([] if part is None else part.dataset[column][:]).encode())
-        file, found = self.path / "speech.json", {"sha256": state.hexdigest()}
+        audio = [None if part is None else part.audio_sha256 for part in parts]
+        file, found = self.path / "speech.json", {"sha256": state.hexdigest(), "audio_sha256": audio}
         if not file.is_file():
             if world().is_main_process:
                 write_json(file, found)
-        elif read_json(file) != found:
-            raise UserError(
-                f"{self.path}: was begun with other utterances or transcripts; restore them, give another --output, or "
-                "--fresh to delete it and start anew"
-            )
+            return
+        noted = read_json(file)
+        for key, what in (("sha256", "utterances or transcripts"), ("audio_sha256", "recordings")):
+            if noted.get(key, found[key]) != found[key]:  # of recordings an older run has noted nothing
+                raise UserError(
+                    f"{self.path}: was begun with other {what}; restore them, give another --output, or --fresh to "
+                    "delete it and start anew"
+                )
 
 
 def tell_skipped(skipped: Sequence[Skipped], listed_in: Path, console: Console) -> None:

@@ -202,6 +202,13 @@ def test_a_gelu_s_input_stands_in_for_its_output(operation, kernels):
         gradients(torch.float32, lambda u, w, b, *f: (s2_linear_group(u, [w], b, *f[:2], f[2:], made_from=u[1:]), None))
 
 
+def test_z_of_another_shape_is_refused():
+    x, weight, bias, down, up, e = make_problem((2, 5), 40, 48, 8, torch.float32).operands.values()
+    for z in (x[:1] @ down.mT, (x @ down.mT)[..., 1:], (x @ down.mT).flatten(0, 1)):
+        with pytest.raises(ValueError, match=r"z has shape .* not \(2, 5, 8\) as x \(2, 5, 40\) needs"):
+            s2_linear_group(x, [weight], bias, down, up, [e], z=z)
+
+
 def test_faults_are_caught():
     """The helper's bound lets no wrong strip, swapped factor, lost coefficient, bias or split of rows pass."""
     problem = make_problem(130, 70, 200, 17, torch.float32)
@@ -334,6 +341,8 @@ def test_the_choice_is_made_for_the_shape_of_the_call(monkeypatch):
         ({"bias": torch.zeros(47)}, r"bias has shape"),
         ({"x": torch.zeros(3, 39)}, r"x has shape \(3, 39\)"),
         ({"x": torch.zeros(3, 40, dtype=torch.float64)}, "cast one of them"),
+        ({"x": torch.zeros(3, 40, dtype=torch.int64)}, r"x is torch\.int64: s2_linear takes floating-point"),
+        ({"weight": torch.zeros(48, 40, dtype=torch.int8)}, r"weight is torch\.int8: s2_linear takes floating-point"),
         ({"coefficients": torch.zeros(300)}, "between 1 and 256"),
         ({"coefficients": torch.zeros(0)}, "between 1 and 256"),
         ({"weight": torch.zeros(48, 40, requires_grad=True)}, r"weight requires a gradient.*requires_grad_\(False\)"),

@@ -18,7 +18,7 @@ from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
 from fused_s2lora.training.interpolate import interpolate_run
 from fused_s2lora.training.merge import merge
-from fused_s2lora.training.output import writing
+from fused_s2lora.training.output import read_json, write_json, writing
 from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.train import train
@@ -217,3 +217,25 @@ def test_a_run_does_not_go_on_with_other_transcripts(options, tmp_path):
     with refusal:
         train(asked, console=QUIET)
     train(asked, fresh=True, console=QUIET)
+
+
+def test_a_run_does_not_go_on_with_other_recordings(options, tmp_path):
+    """As long as they were, as after denoising."""
+    data = write_folder(tmp_path / "speech")
+    asked = options(tmp_path / "run", data=[str(data)])
+    train_until(3, asked)
+    recording = data / "u1.flac"
+    right = recording.read_bytes()
+    samples, rate = soundfile.read(recording, dtype="int16")
+    refusal = pytest.raises(UserError, match="run: was begun with other recordings; restore them, give another")
+    soundfile.write(recording, samples // 2, rate)
+    with refusal:
+        train(asked, console=QUIET)
+    recording.write_bytes(right)
+    train(asked, console=QUIET)
+    soundfile.write(recording, samples // 2, rate)
+    with refusal:
+        train(asked, console=QUIET)
+    noted = tmp_path / "run" / "speech.json"
+    write_json(noted, {"sha256": read_json(noted)["sha256"]})  # as before recordings were noted
+    train(asked, console=QUIET)
