@@ -13,6 +13,7 @@ import soundfile
 import soxr
 
 from .errors import UserError
+from .mp3 import counts_its_frames, piped
 
 SAMPLE_RATE = 16_000
 _BLOCK_FRAMES = 2**20
@@ -21,7 +22,9 @@ _ROUNDING_S = 0.05  # by how much a segment may be said to end after its file
 _SOUGHT_IN = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
 _SOUGHT = ("FLOAT", "DOUBLE", "ULAW", "ALAW", "OPUS", "MPEG_LAYER_III")
 _CHUNKS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}  # WAV, AIFF
-_MISCOUNTED_BYTES = 4096  # by which headers may be wrong, 0.1 s
+_MISCOUNTED_BYTES = 4096  # by which their headers may be wrong, 0.1 s
+_MISCOUNTED_S = 0.1  # by which that of an MP3 may be
+_MP3_FRAMES = 1024  # read at once
 _UNKNOWN_BYTES = 0x7FFF_0000  # and more: written to a pipe
 _UNKNOWN_FRAMES = 2**62  # and more: a FLAC written to a pipe, which has no length in its header
 
@@ -101,7 +104,7 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
     bytes are such, but for segments, nor is what is longer than `longest_s` by its header or as a segment.
 
     Raises:
-        UserError: as `read_audio`, or a WAV or AIFF that was cut short.
+        UserError: as `read_audio`, a WAV, AIFF or MP3 that was cut short, or an MP3 of unknown length that would be.
     """
     with _opened(entry) as file:
         if entry.get("offset_s") is None:
@@ -113,7 +116,34 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
                 return entry["length_s"]
         elif plain or (header_s > longest_s and file.frames < _UNKNOWN_FRAMES):
             return header_s
-        return sum(len(samples) for samples in _blocks(file, entry)) / file.samplerate
+        found_s = sum(len(samples) for samples in _blocks(file, entry)) / file.samplerate
+        if file.format == "MP3" and entry.get("offset_s") is None:
+            _check_whole_mp3(entry, header_s, found_s)
+        return found_s
+
+
+def _check_whole_mp3(entry: dict[str, Any], header_s: float, found_s: float) -> None:
+    """Raises UserError where there is less than the header tells of, or more than is guessed without one."""
+    content = entry.get("bytes")
+    with io.BytesIO(content) if content is not None else open(entry["path"], "rb") as stream:
+        if counts_its_frames(stream):
+            if found_s + _MISCOUNTED_S < header_s:
+                raise UserError(
+                    f"{_name(entry)}: was cut short, for its header tells of {header_s:.1f} s and there are "
+                    f"{found_s:.1f} s"
+                )
+            return
+        frames = 0
+        with piped(stream) as pipe, _Stream(pipe, closefd=False) as file:
+            with contextlib.suppress(soundfile.LibsndfileError):  # a last frame that is cut short
+                while read := len(file.read(_MP3_FRAMES, dtype="float32")):
+                    frames += read
+            whole_s = frames / file.samplerate
+    if whole_s > found_s + _MISCOUNTED_S:
+        raise UserError(
+            f"{_name(entry)}: an MP3 of a bit rate that changes, without its length in it, of whose {whole_s:.1f} s "
+            f"only {found_s:.1f} s would be read; write it again, as FLAC"
+        )
 
 
 def _check_whole(entry: dict[str, Any]) -> None:

@@ -63,6 +63,44 @@ def test_a_file_shorter_than_its_header_says_is_told(tmp_path, name, order):
     assert duration_s({"path": str(file)}) == 3.0
 
 
+def _without_count(content: bytes) -> bytes:
+    """An MP3 as one written to a pipe: its first frame, which counts the others, is not there."""
+    first = content.index(b"\xff")
+    counts = max(content.find(b"Info"), content.find(b"Xing"))
+    return content[content.index(content[first : first + 2], counts) :]
+
+
+@pytest.mark.parametrize("cover", [b"", b"ID3\3\0\0\0\0\x50\0" + bytes(80 * 128)], ids=["bare", "tagged"])
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_that_would_not_be_read_to_its_end_is_told(tmp_path, mode, cover):
+    """Libsndfile takes half of one for all of it, and of a bit rate that changes guesses the length by its first."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000 * 4).astype(np.float32)
+    file = tmp_path / "one.mp3"
+    soundfile.write(file, np.concatenate([tone(2.0), noise]), 16_000, bitrate_mode=mode, compression_level=0.5)
+    whole = file.read_bytes()
+
+    def check(content: bytes) -> float:
+        file.write_bytes(cover + content)
+        told = duration_s({"path": str(file)})
+        assert told == len(read_audio({"path": None, "bytes": cover + content})) / 16_000
+        return told
+
+    assert check(whole) == pytest.approx(6.0)
+    with pytest.raises(
+        UserError, match=r"one\.mp3: was cut short, for its header tells of 6\.0 s and there are [1-4]\."
+    ):
+        check(whole[: len(whole) // 2])
+    bare = _without_count(whole)
+    if mode == "CONSTANT":
+        assert check(bare) == pytest.approx(6.0, abs=0.15)
+        assert check(bare[:-100]) == pytest.approx(6.0, abs=0.15)
+    else:
+        with pytest.raises(
+            UserError, match=r"one\.mp3: an MP3 of a bit rate that changes, .* of whose 6\.\d s only [1-5]"
+        ):
+            check(bare)
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_samples_that_are_not_finite_are_named(tmp_path, number):
     samples = tone(0.5)
