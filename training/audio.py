@@ -165,7 +165,8 @@ def unreadable(entry: dict[str, Any], error: Exception) -> str:
     path = entry.get("path")
     if entry.get("bytes") is None and (path is None or not Path(path).is_file()):
         return f"{path}: no such audio file"
-    return f"{_name(entry)}: not readable as audio ({getattr(error, 'error_string', error)})"
+    why = str(getattr(error, "error_string", error)).rstrip(".")
+    return f"{_name(entry)}: not readable as audio ({why}); convert it to FLAC, as ffmpeg -i FILE FILE.flac does"
 
 
 def _name(entry: dict[str, Any]) -> str:

@@ -44,6 +44,7 @@ def test_cut_off_or_damaged_audio_is_found_before_training(tmp_path):
         file.write_bytes(content)
         (skipped,) = load_speech(folder).skipped
         assert skipped.reason.startswith(f"{file}: not readable as audio (")
+        assert skipped.reason.endswith("); convert it to FLAC, as ffmpeg -i FILE FILE.flac does")
         with pytest.raises(UserError, match=r"u1\.flac: not readable as audio"):
             read_audio({"path": str(file), "bytes": None})
 
