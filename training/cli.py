@@ -60,14 +60,18 @@ def train(
         typer.Option(
             help="Training speech: audiofolder, .csv/.tsv/.jsonl manifest, folder of `save_to_disk`, or hub id "
             "ORG/SET, ORG/SET:SPLIT or ORG/SET:CONFIG:SPLIT. A row with offset and duration, in seconds, is a segment "
-            "of its file. Repeat."
+            "of its file. Repeat. SOURCE@LANGUAGE: in another language than --language."
         ),
     ],
     output: Annotated[str, typer.Option(help="Folder of this run.")] = "runs/s2lora",
     model: Model = "packaged-base",
     test: Test = [],  # noqa: B006
     dev: Annotated[
-        str | None, typer.Option(help="Development speech, to keep the best checkpoint. Hub id: split validation.")
+        str | None,
+        typer.Option(
+            help="Development speech SOURCE@LANGUAGE, language optional, to keep the best checkpoint. Hub id: split "
+            "validation."
+        ),
     ] = None,
     dev_share: Annotated[float, typer.Option(help="Or this share of the training data, whole speakers.")] = 0.0,
     language: Language = "en",

@@ -31,6 +31,8 @@ class SpeechCollator:
     language's token unless `learn_language`: it says which language the speech sounds like, which is not to be learnt
     from speech all in one, and is given in decoding.
 
+    Rows with a `prompt_language`, those of speech in another language than the tokenizer's, have that in the prefix.
+
     Rows of `with_answers` have their `target_language` in the prefix, and no labels but for task and time stamps: which
     language it is is not to be learnt from this speech. What is to be written after the prefix is in
     "answer_tokens" and "answer_probabilities" [B, ANSWER_TOKENS, candidates], with zeros for other rows, where a row of
@@ -79,6 +81,8 @@ class SpeechCollator:
             language = row.get("target_language")
             if language is None:
                 ids = self.tokenizer(row["target"]).input_ids
+                if multilingual and (spoken := row.get("prompt_language")) is not None:
+                    ids[:prefix] = prefix_in(self.tokenizer, spoken)
                 kept = ids[1:]
             else:
                 ids = [*prefix_in(self.tokenizer, language), *row["answer"]]

@@ -35,7 +35,7 @@ _STORED = datasets.Features({"audio": {"path": datasets.Value("string"), "bytes"
 _OFFSET, _DURATION = "offset", "duration"  # of a segment in its file, in seconds, as NeMo's manifests call them
 _TAKEN_AT_ONCE = 128
 _NO_SECONDS = 1e7  # four months are no place in a file
-_TARGET = ("target", "target_language")
+_TARGET = ("target", "target_language", "prompt_language")
 _WHOLE: dict[str, Any] = {"path": None, "bytes": None, "offset_s": None, "length_s": None}  # an audio entry
 _LONGEST_METADATUM = 10_000  # characters
 _WHISPERS_MARK = re.compile(r"<\|[^|>]*\|>")  # such as <|endoftext|> or <|0.00|>
@@ -55,7 +55,8 @@ class Speech:
     it begins), audio (path or bytes, undecoded), offset_s and length_s (of a segment in its audio, else None), text (as
     published), target (what a model is trained to write), duration_s, and every further column of the source not named
     like one of these, as text, None where a row lacks it. Where `target` is in another language than the speech,
-    target_language has that one's code. Audio of a data set stays in its files on disk until it is read."""
+    target_language has that one's code; where the speech is in another than the run's, prompt_language has its code.
+    Audio of a data set stays in its files on disk until it is read."""
 
     dataset: datasets.Dataset
     source: str
@@ -106,6 +107,7 @@ def load_speech(
     keep_case: bool = False,
     leading_space: bool = True,
     language: str | None = "en",
+    prompt_language: str | None = None,
     longest_s: float = MAX_AUDIO_S,
     strict: bool = False,
     progress: bool = True,
@@ -124,6 +126,7 @@ def load_speech(
         keep_case: leave transcripts as they are where they are published in capitals, instead of sentence case.
         leading_space: begin targets with a space, as Whisper's transcripts do in languages with spaces between words.
         language: of the transcripts, as Whisper's code.
+        prompt_language: that of the speech, where it is not the run's; noted with each utterance.
         longest_s: an utterance that is longer is bad; Whisper hears 30 s at once.
         strict: stop at the first bad utterance instead of skipping it.
         progress: show a bar while files are checked.
@@ -147,6 +150,8 @@ def load_speech(
     taken = (text_column, audio_column, "audio", *_TARGET, *_OWN_FEATURES)
     further = [name for name in columns if name not in taken]
     strings = {name: datasets.Value("string") for name in (*further, "target")}
+    if prompt_language is not None:
+        strings["prompt_language"] = datasets.Value("string")
     features = datasets.Features(_OWN_FEATURES | strings)
     path = Path(source)
     check = functools.partial(
@@ -182,6 +187,8 @@ def load_speech(
         text = unicodedata.normalize("NFC", row["text"])  # as Whisper writes; decomposed it has tokens of its own
         text = sentence_case(text, language) if recase else text
         row["target"] = as_written(text, language) if leading_space else text
+        if prompt_language is not None:
+            row["prompt_language"] = prompt_language
     audio = _audio_column(rows, audio_column, files)
     dataset = datasets.concatenate_datasets([datasets.Dataset.from_list(checked, features), audio], axis=1)
     return Speech(dataset if not skipped else dataset.select(usable), source, skipped)

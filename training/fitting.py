@@ -23,6 +23,7 @@ from .output import read_json, write_json
 from .precision import autocast_dtype, resolved
 from .rank_maps import write_rank_maps
 from .run import RunFolder, peak_memory_mib, reset_peak_memory, versions
+from .text import source_and_language
 from .trainer import AdaLoraCallback, SavingAsAsked, SpeechTrainer, StepTimes
 from .world import processes, world
 
@@ -92,13 +93,13 @@ def fit(
     if world().is_main_process:
         model.save_pretrained(str(run.adapter if wrapped else run.model))
         if wrapped:
-            language = check_language(whisper, options.language)
-            remember_speech(run.adapter, options.audio_window(), language, options.task)
+            remember_speech(run.adapter, options.audio_window(), language_to_remember(options, whisper), options.task)
         else:
             save_processor(processor, run.model)
         write_rank_maps(model, run.path)
         write_json(run.path / "metrics.json", trainer.state.log_history)
         trainable, total = parameter_counts(model)
+        sources = [source_and_language(given)[0] for given in options.data]
         summary = {
             "steps": trainer.state.global_step,
             "epochs": round(trainer.state.epoch or 0, 3),
@@ -109,16 +110,23 @@ def fit(
             "trainable_parameters": trainable,
             "parameters": total,
             "utterances": utterances,
+            "languages": options.spoken_languages(),
             "answers_in_other_languages": len(speech) - utterances,
             "precision": resolved(options.precision),
             "learning_rate": learning_rate(options),
             "interpolation": share,
-            "from_hub": [source for source in (options.model, *options.data) if on_hub(source)],
+            "from_hub": [source for source in (options.model, *sources) if on_hub(source)],
             # A run may be scored later and elsewhere than it was trained.
             **{name: value for name, value in versions().items() if name in ("commit", "device", "utc")},
         }
         write_json(run.path / "summary.json", summary)
     world().wait_for_everyone()
+
+
+def language_to_remember(options: TrainOptions, model: Any) -> str | None:
+    """The language that the model is prompted in from now on; None, for it to detect it, of speech in several."""
+    spoken = options.spoken_languages()
+    return check_language(model, spoken[0]) if len(spoken) == 1 else None
 
 
 def _arguments(options: TrainOptions, run: RunFolder, epochs: float, has_dev: bool) -> Seq2SeqTrainingArguments:

@@ -11,7 +11,7 @@ from .evaluation import ALL, unit_of
 from .methods import METHODS
 from .models import PACKAGED, on_hub
 from .output import markdown_table, write_text
-from .text import language_code
+from .text import language_code, source_and_language
 
 _PACKAGED_FROM = "openai/whisper-base"
 _TASK = "automatic-speech-recognition"
@@ -59,14 +59,16 @@ def write_model_card(
     base = options["model"] if options["model"] in from_hub else None
     if options["model"] == PACKAGED:
         base = _PACKAGED_FROM
-    language = language_code(options["language"]) or "en"
-    title = f"{base or 'Whisper'} adapted to {LANGUAGES[language].title()} speech"
+    languages = summary.get("languages") or [language_code(options["language"]) or "en"]
+    spoken = " and ".join(LANGUAGES[code].title() for code in languages)
+    title = f"{base or 'Whisper'} adapted to {spoken} speech"
+    sources = [source_and_language(given)[0] for given in options["data"]]
     sets = results[-1]["sets"] if results else {}
     data = ModelCardData(
         base_model=base,
-        datasets=[source.split(":")[0] for source in options["data"] if source in from_hub] or None,
+        datasets=[source.split(":")[0] for source in sources if source in from_hub] or None,
         eval_results=[_result(name, scored) for name, scored in sets.items()] or None,
-        language=language,
+        language=languages if len(languages) > 1 else languages[0],
         library_name="transformers" if whole else "peft",
         metrics=sorted({unit_of(scored) for scored in sets.values()}) or None,
         model_name=title,

@@ -7,7 +7,7 @@ from .audio_window import AudioWindow
 from .decoding import Decoding
 from .errors import UserError
 from .precision import check_precision
-from .text import language_code
+from .text import language_code, source_and_language
 
 QUANTIZATIONS = ("int8", "nf4")
 LEAST_STEPS = 250  # by default; so many are what little speech is trained for, in as many epochs as that takes
@@ -84,7 +84,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if not self.data:
             raise UserError("no training data: name a folder, manifest or hub id with --data")
-        codes = [language_code(one) for one in (self.language, *self.keep_languages)]
+        spoken, kept = self.spoken_languages(), [language_code(one) for one in self.keep_languages]
         self.audio_window()
         self.decoding()
         if self.task not in ("transcribe", "translate"):
@@ -111,7 +111,7 @@ class TrainOptions:
         for name in ("dev_share", "full_share", "keep_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a share from 0 up to 1")
-        if self.keep_languages and len(set(codes)) == 1:
+        if kept and not set(kept) - set(spoken):
             raise UserError("--keep-languages names the language of the speech alone; name others")
         if self.keep_languages and not self.keep_share:
             raise UserError("--keep-languages needs a share of the utterances; give --keep-share, such as 0.25")
@@ -146,6 +146,16 @@ class TrainOptions:
         for option, given in without.items():
             if given:
                 raise UserError(f"--cuda-graphs does not go with {option}; leave out one of them")
+
+    def spoken_languages(self) -> list[str]:
+        """Codes of the languages of the speech that is trained on or held out, each once.
+
+        Raises:
+            UserError: Whisper does not know one of them.
+        """
+        given = [*self.data, *([] if self.dev is None else [self.dev])]
+        codes = [language_code(source_and_language(one)[1] or self.language) for one in given]
+        return list(dict.fromkeys(code for code in codes if code is not None))
 
     def audio_window(self) -> AudioWindow:
         """The window of training."""

@@ -3,8 +3,6 @@
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -13,7 +11,7 @@ from .data import Speech, load_speech, speakers
 from .errors import UserError
 from .evaluation import TestSet
 from .options import TrainOptions
-from .text import language_code
+from .text import language_code, source_and_language
 
 
 def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
@@ -22,21 +20,26 @@ def training_speech(options: TrainOptions) -> tuple[Speech, Speech | None]:
     Raises:
         UserError: as `load_speech`, or too few utterances to hold a share out.
     """
-    written = "en" if options.task == "translate" else language_code(options.language)
-    reading: dict[str, Any] = {
-        "text_column": options.text_column, "audio_column": options.audio_column, "keep_case": options.keep_case,
-        "leading_space": options.leading_space,
-        "language": written, "strict": options.strict,
-    }  # fmt: skip
-    sources = [load_speech(source, limit=options.limit, **reading) for source in options.data]
-    speech = _joined(sources)
+    speech = _joined([_read(given, options) for given in options.data])
     if options.utterances is not None:
         speech = _drawn(speech, options.utterances, options.seed)
     if options.dev is not None:
-        return speech, load_speech(options.dev, split="validation", limit=options.limit, **reading)
+        return speech, _read(options.dev, options, split="validation")
     if options.dev_share == 0:
         return speech, None
     return _hold_out(speech, options.dev_share, options.seed)
+
+
+def _read(given: str, options: TrainOptions, split: str = "train") -> Speech:
+    """Speech to train on, or of development, from "SOURCE@LANGUAGE"."""
+    source, own_language = source_and_language(given)
+    language = language_code(own_language or options.language)
+    return load_speech(
+        source, split=split, limit=options.limit, text_column=options.text_column, audio_column=options.audio_column,
+        keep_case=options.keep_case, leading_space=options.leading_space,
+        language="en" if options.task == "translate" else language,
+        prompt_language=language if language != language_code(options.language) else None, strict=options.strict,
+    )  # fmt: skip
 
 
 def scored_sets(options: TrainOptions) -> dict[str, TestSet]:
@@ -98,9 +101,7 @@ def parts_of(specification: str) -> tuple[str, str, str]:
             f"--test {specification}: the set's name {name!r} has a / in it; give NAME=SOURCE, and a name also "
             "where the source has an = in it"
         )
-    path, at, language = source.rpartition("@")
-    if not at or "/" in language or Path(source).exists():  # a path with @ in it
-        path, language = source, ""
+    path, language = source_and_language(source)
     return name or os.path.basename(os.path.abspath(path)), path, language
 
 

@@ -4,6 +4,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
@@ -34,6 +35,14 @@ def language_code(language: str | None) -> str | None:
     if key in TO_LANGUAGE_CODE:
         return TO_LANGUAGE_CODE[key]
     raise UserError(f"language {language!r} is not one Whisper knows; give a code such as en, zh or sw")
+
+
+def source_and_language(given: str) -> tuple[str, str]:
+    """Source and language, "" without one, of speech that is given as "SOURCE@LANGUAGE"."""
+    path, at, language = given.rpartition("@")
+    if not at or "/" in language or Path(given).exists():  # a path with @ in it
+        return given, ""
+    return path, language
 
 
 def in_capitals(texts: Sequence[str]) -> list[bool]:

@@ -13,7 +13,7 @@ from .audio_window import AudioWindow
 from .data import Speech, drop_overlong
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, check_sets, evaluate_sets, results_table
-from .fitting import fit, steps_an_epoch, steps_of
+from .fitting import fit, language_to_remember, steps_an_epoch, steps_of
 from .methods import adapt, check
 from .model_card import write_model_card
 from .models import (
@@ -80,10 +80,14 @@ def _given(options: TrainOptions, fresh: bool) -> _Given:
     quantization_of(options.quantize, autocast_dtype(options.precision))
     model, processor = load_base(options.model)
     language = check_language(model, options.language)
-    for further in (*options.keep_languages, *(test.language for test in tests.values())):
+    for further in (*options.spoken_languages(), *options.keep_languages, *(test.language for test in tests.values())):
         check_language(model, further)
     if options.keep_share and language is None:
         raise UserError(f"--keep-share on {options.model}, an English-only model without others to keep; leave it out")
+    if options.keep_share and not _languages_to_keep(options, model):
+        raise UserError(
+            "--keep-share keeps Whisper's largest languages, and the speech is in all; add --keep-languages"
+        )
     if options.task == "translate" and language is None:
         raise UserError(f"--task translate with {options.model}, an English-only model; give a multilingual Whisper")
     tokenizer = processor.tokenizer
@@ -176,7 +180,7 @@ def _adapted(options: TrainOptions, run: RunFolder, given: _Given, console: Cons
     console.print(f"{steps} steps, {epochs:.3g} passes over {len(speech)} utterances", markup=False)
     adapted: Any = adapt(model, options, steps=steps)
     if not isinstance(adapted, PeftModel):
-        set_speech(adapted, given.language, options.task)
+        set_speech(adapted, language_to_remember(options, adapted), options.task)
     fit(options, run, adapted, given.processor, speech, given.dev, utterances)
     if otherwise and given.tests:
         del model, adapted
@@ -206,18 +210,22 @@ def _keeping_languages(
     if not options.keep_share:
         return given.speech, 0
     to_best_device(model)
-    wanted = [check_language(model, name) for name in options.keep_languages or LARGEST_LANGUAGES]
     return with_answers(
         given.speech,
         model,
         given.processor,
         share=options.keep_share,
-        languages=[code for code in wanted if code is not None and code != given.language],
+        languages=_languages_to_keep(options, model),
         file=run.other_languages,
         seed=options.seed,
         batch_size=options.eval_batch_size,
         dtype=autocast_dtype(options.precision),
     )
+
+
+def _languages_to_keep(options: TrainOptions, model: WhisperForConditionalGeneration) -> list[str]:
+    wanted = [check_language(model, name) for name in options.keep_languages or LARGEST_LANGUAGES]
+    return [code for code in wanted if code is not None and code not in options.spoken_languages()]
 
 
 def _trained(model: WhisperForConditionalGeneration, run: RunFolder) -> nn.Module:
