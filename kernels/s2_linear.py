@@ -230,9 +230,9 @@ def s2_linear_group(
             f"made_from is {made_from.dtype} {tuple(made_from.shape)}, x {x.dtype} {tuple(x.shape)}: not alike"
         )
     leading = x.shape[:-1]
-    if z is not None and z.shape != (*leading, down.shape[0]):
-        raise ValueError(f"z has shape {tuple(z.shape)}, not {(*leading, down.shape[0])} as x {tuple(x.shape)} needs")
     rows = x.reshape(-1, x.shape[-1])
+    if z is not None and (z.shape[-1] != down.shape[0] or z.shape[:-1].numel() != len(rows)):
+        raise ValueError(f"z has shape {tuple(z.shape)}, not {(*leading, down.shape[0])} as x {tuple(x.shape)} needs")
     operands = (rows, weights, bias, down, up, coefficients)
     strategy = _strategy(*operands, backend)
     if strategy == REFERENCE:
