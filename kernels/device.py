@@ -29,7 +29,9 @@ def triton_is_usable(x: Tensor) -> tuple[bool, str]:
         return False, f"x is on {x.device.type}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
     if INTERPRETING and x.dtype == torch.bfloat16:
         return False, "Triton's interpreter multiplies bfloat16 wrongly"
-    return True, ""
+    # Under torch.compile what is traced need not ask: each operator does when it runs.
+    too_old = _too_old(x.get_device()) if x.is_cuda and not torch.compiler.is_compiling() else ""
+    return not too_old, too_old
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -119,6 +121,18 @@ def multiplies_as_tf32(dtype: torch.dtype) -> bool:
 def precision(dtype: torch.dtype) -> str:
     """The `input_precision` of products: "tf32" where PyTorch's own may use it, else "ieee"."""
     return "tf32" if multiplies_as_tf32(dtype) else "ieee"
+
+
+@functools.cache
+def _too_old(device: int) -> str:
+    """Why Triton's products are not for this GPU; "" where they are.
+
+    Before compute capability 8.0 it multiplies without matrix instructions, and our tiles spill kilobytes a thread.
+    """
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"Triton multiplies slowly on compute capability {major}.{minor}, it needs 8.0" if major < 8 else ""
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import device
 from .adapter_gradients import adapter_gradients
 from .arguments import check_arguments
-from .choice import VARIABLE, pick
+from .choice import AUTO, VARIABLE, named_backend, pick
 from .project import project
 from .reference import s2_linear_reference
 from .shared import GradientSink, SharedInput, wide
@@ -290,7 +290,8 @@ def _strategy(
     outputs, inputs = weights[0].shape
     trained = any(tensor.requires_grad for tensor in (x, down, up, *coefficients)) and torch.is_grad_enabled()
     shape = shape_of(x.shape[0], inputs, outputs, down.shape[0], len(weights), x.dtype, weights[0].dtype, trained)
-    chosen = pick(backend, shape, x.device, _CANDIDATES)
+    without_kernels = x.is_cuda and not device.runs_triton(x) and named_backend(backend) == AUTO
+    chosen = pick(backend, shape, x.device, _WITHOUT_FUSED if without_kernels else _CANDIDATES)
     if chosen == "fused" and not device.runs_triton(x):
         usable, reason = device.triton_is_usable(x)
         if not usable:
@@ -302,3 +303,4 @@ def _strategy(
 
 
 _CANDIDATES = candidates_of(s2_linear_group, (REFERENCE, *STRATEGIES))
+_WITHOUT_FUSED = {name: candidate for name, candidate in _CANDIDATES.items() if name != "fused"}

@@ -84,7 +84,11 @@ def _merged_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     dense = _dense(x, group)
     y = _with_bias(x, dense, cast(group.bias, x.dtype))
     # A GPU writes the weights again in a few microseconds; on a CPU keeping them is the cheaper of the two.
-    return Forward(group.outputs(y), z, None if device.runs_triton(x) else dense)
+    return Forward(group.outputs(y), z, None if _on_a_gpu(x) else dense)
+
+
+def _on_a_gpu(x: Tensor) -> bool:
+    return x.is_cuda or device.runs_triton(x)
 
 
 def _with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,7 +129,7 @@ def _split_forward(x: Tensor, group: Group, z: Tensor | None) -> Forward:
     z = project(x, group.down) if z is None else z
     up = group.up.to(x.dtype).mT
     dense, weights = None, [weight.to(x.dtype) for weight in group.weights]
-    if weights[0] is not group.weights[0] and not device.runs_triton(x):
+    if weights[0] is not group.weights[0] and not _on_a_gpu(x):
         dense = torch.cat(weights) if len(weights) > 1 else weights[0]  # on a CPU the cast is kept, as W' of `merged`
     ys = [
         _plus_product(F.linear(x, weight, cast(bias, x.dtype)), z * e, up)
