@@ -220,20 +220,25 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.s2lora_coefficients:
                 continue
-            weight = self.base_linear.weight
-            merged = (weight.data + self.get_delta_weight(name).detach()).to(weight.dtype)
+            merged = self._weight_with(name, 1)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"adapter {name!r} gives a weight that is not finite; it was not merged")
-            weight.data = merged
+            self.base_linear.weight.data = merged
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Takes every merged ΔW out of the weight again."""
         if not self.merged:
             warnings.warn("no adapter is merged; nothing to unmerge", stacklevel=2)
-        weight = self.base_linear.weight
         while self.merged_adapters:
-            weight.data = (weight.data - self.get_delta_weight(self.merged_adapters.pop()).detach()).to(weight.dtype)
+            self.base_linear.weight.data = self._weight_with(self.merged_adapters.pop(), -1)
+
+    def _weight_with(self, adapter_name: str, share: int) -> Tensor:
+        """W + share · ΔW, in W's dtype."""
+        weight = self.base_linear.weight
+        # Also in inference mode: nothing could be trained with a weight that was made for inference.
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            return torch.add(weight, self.get_delta_weight(adapter_name), alpha=share).to(weight.dtype)
 
     def __repr__(self) -> str:
         return "s2lora." + super().__repr__()

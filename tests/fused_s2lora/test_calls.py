@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from fused_s2lora import S2Linear, S2LoraConfig, S2LoraLinear, fuse_whisper, rank_pattern, unfuse_whisper
-from tests.fused_s2lora.adapters import adapted, awaken, batch, logits
+from tests.fused_s2lora.adapters import adapted, assert_same, awaken, batch, in_float64, logits, step
 
 
 class LossFirst(NamedTuple):
@@ -106,6 +106,32 @@ def test_a_merged_adapter_is_taken_out_to_be_disabled(tiny_whisper, fused):
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), original, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_merged_in_inference_mode_is_trained_afterwards(tiny_whisper, fused, safe_merge):
+    """As between epochs, where transcripts are made with merged weights and the original model's for comparison."""
+    model = in_float64(tiny_whisper)
+    if fused:
+        fuse_whisper(model)
+    expected = step(model)
+    for leave in (model.unmerge_adapter, model.disable_adapter_layers):
+        with torch.inference_mode():
+            model.eval().merge_adapter(safe_merge=safe_merge)
+            leave()
+            model(**{**batch(), "input_features": batch()["input_features"].double()})
+        model.train().enable_adapter_layers()
+        assert_same(step(model), expected)
+
+
+def test_a_model_made_in_inference_mode_is_merged_there(tiny_whisper):
+    with torch.inference_mode():
+        model = adapted(tiny_whisper, r=4)
+        expected = logits(model)
+        for change in (model.merge_adapter, model.unmerge_adapter):
+            change()
+            torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_biases_written_in_inference_mode_are_seen(tiny_whisper):
