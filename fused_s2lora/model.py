@@ -293,12 +293,14 @@ class S2LoraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state = model.state_dict()
         expected = {
             key: value
-            for key, value in model.state_dict().items()
+            for key, value in state.items()
             if key.endswith(f".{adapter_name}") and ".s2lora_" in f".{key}" and not _LAYER_FACTOR.search(key)
         }
-        _check_fits(loaded, expected, adapter_name)
+        others = state.keys() - expected.keys()  # as of `modules_to_save`, which may be called s2lora_ too
+        _check_fits({key: value for key, value in loaded.items() if key not in others}, expected, adapter_name)
         loaded.update({layer_key: loaded[key] for layer_key, key in _factor_keys(model, adapter_name)})
         return loaded
 
@@ -332,7 +334,7 @@ def _with_loss(outputs: Any, loss: Tensor) -> Any:
     return outputs
 
 
-_LAYER_FACTOR = re.compile(r"\.s2lora_(up|down)\.")
+_LAYER_FACTOR = re.compile(r"\.s2lora_(up|down)\.[^.]+$")
 
 
 def _column_norms(factor: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 from fused_s2lora import S2LoraConfig
@@ -42,6 +44,25 @@ def test_saved_from_a_state_that_has_each_tensor_once(tiny_whisper, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model))
 
 
+def test_modules_and_adapters_may_have_names_like_the_adapters_parameters(tmp_path):
+    """PEFT, too, tells parameters by their place and not by a name with s2lora_ in it."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        maps = {"0": nn.Linear(8, 8), "s2lora_up": nn.Linear(8, 8), "s2lora_head": nn.Linear(8, 4)}
+        return nn.Sequential(OrderedDict(maps))
+
+    config = S2LoraConfig(r=2, target_modules=["0", "s2lora_up"], modules_to_save=["s2lora_head"])
+    model = get_peft_model(base(), config)
+    awaken(model)
+    with torch.no_grad():
+        model.base_model.model.s2lora_head.modules_to_save["default"].weight.mul_(2.0)
+    x = torch.randn(3, 8)
+    model.save_pretrained(tmp_path)
+    for name in ("default", "s2lora_first"):
+        torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path, adapter_name=name)(x), model(x))
+
+
 def test_config_survives_files_and_pickle(tmp_path):
     config = S2LoraConfig(r=4, sharing="stack", audio_window="trim", audio_window_margin=32, language="en")
     config.save_pretrained(tmp_path)
@@ -68,6 +89,8 @@ def test_file_of_another_rank_or_model_is_refused(tiny_whisper, tmp_path):
         PeftModel.from_pretrained(tiny_whisper(d_model=48, encoder_ffn_dim=96, decoder_ffn_dim=96), tmp_path / "a")
     with pytest.raises(ValueError, match="does not fit this model: it lacks"):
         PeftModel.from_pretrained(tiny_whisper(encoder_layers=3), tmp_path / "a")
+    with pytest.raises(ValueError, match="does not fit this model: it has"):
+        PeftModel.from_pretrained(tiny_whisper(encoder_layers=1), tmp_path / "a")
     config.r = 6
     with pytest.raises(ValueError, match=r"is \(4,\) in the file and \(6,\) here"):
         PeftModel.from_pretrained(tiny_whisper(), tmp_path / "a", config=config)
