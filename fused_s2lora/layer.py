@@ -98,6 +98,10 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
             return None
         return self._in_use.pairs.get(adapter_name)
 
+    def _get_available_adapters(self) -> set[str]:
+        # In `get_layer_status`: the shared dictionaries also have adapters that only other layers have.
+        return {*self.s2lora_coefficients}
+
     def names_at_work(self) -> list[str]:
         """The adapters whose ΔW is added in a forward pass; none where they are disabled or merged."""
         if self.disable_adapters or self.merged:

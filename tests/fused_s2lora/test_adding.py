@@ -109,6 +109,14 @@ def test_frozen_factors_stay_frozen_where_another_adapter_covers_more(tiny_whisp
     assert {group["name"] for group in parameter_groups(model, 1e-3)} == {"coefficients", "factors"}
 
 
+def test_each_layer_tells_its_own_adapters(tiny_whisper):
+    model = adapted(tiny_whisper, r=4, target_modules=["q_proj", "k_proj"])
+    model.add_adapter("other", S2LoraConfig(r=4, target_modules=["k_proj", "v_proj"]))
+    available = {status.name.split(".")[-1]: status.available_adapters for status in model.get_layer_status()}
+    assert available == {"q_proj": ["default"], "k_proj": ["default", "other"], "v_proj": ["other"]}
+    assert model.get_model_status().available_adapters == ["default", "other"]
+
+
 @pytest.mark.parametrize("first", ["offloaded", "adapted"])
 def test_weights_that_are_fetched_when_they_are_called(tiny_whisper, first):
     whisper = tiny_whisper()
