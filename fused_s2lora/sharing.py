@@ -93,19 +93,11 @@ class SharedFactors(nn.Module):
         return [module for module in self.children() if isinstance(module, FactorPair)]
 
     def pair(self, place: Place, adapter_name: str, config: S2LoraConfig, like: Tensor) -> FactorPair:
-        """The pair at `place`, initialised for the adapter on first use, on `like`'s device in its dtype.
-
-        Raises:
-            ValueError: for sharing "none" another weight has it.
-        """
+        """The pair at `place`, initialised for the adapter on first use, on `like`'s device in its dtype."""
         if place.pair not in self._modules:
             self.add_module(place.pair, FactorPair())
         pair = self.get_submodule(place.pair)
         assert isinstance(pair, FactorPair)
-        if adapter_name in pair.up and config.sharing == Sharing.NONE:
-            raise ValueError(
-                f"two linear maps are called {place.pair} when dots are underscores; rename one, or use other sharing"
-            )
         if adapter_name not in pair.up:
             up, down = initial_factors(place.up_rows, place.down_columns, config, like)
             pair.up[adapter_name] = nn.Parameter(up)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
 from fused_s2lora import S2LoraConfig, S2LoraLinear
 from tests.fused_s2lora.adapters import batch, logits
@@ -93,10 +92,3 @@ def test_config_refuses_what_makes_no_sense(field, value):
 def test_a_start_that_nothing_could_leave_is_refused():
     with pytest.raises(ValueError, match="init='lora' starts with B = 0"):
         S2LoraConfig(init="lora", train_factors=False)
-
-
-def test_names_that_dots_alone_tell_apart_are_not_given_one_pair():
-    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(8, 8)}), "a_b": nn.Linear(8, 8)})
-    with pytest.raises(ValueError, match="two linear maps are called a_b when dots are underscores; rename one"):
-        get_peft_model(model, S2LoraConfig(sharing="none", target_modules=["b", "a_b"]))
-    get_peft_model(model, S2LoraConfig(target_modules=["b", "a_b"]))
