@@ -39,8 +39,8 @@ class S2LoraModel(BaseTuner):
     Raises:
         ValueError: where an adapter is added: a target that is no `nn.Linear`, is of a `nn.MultiheadAttention`, has
             another method's adapter or is quantised in an unknown way; a name with a dot or of an attribute of
-            ParameterDict; factors shared otherwise than by the adapters already there. Where one is loaded: its tensors
-            are not this model's. In a call: `adapter_names`.
+            ParameterDict; factors shared otherwise than by the adapters already there, or a weight's own under a name
+            that is taken. Where one is loaded: its tensors are not this model's. In a call: `adapter_names`.
         RuntimeError: in a call: the model runs in `torch.nn.DataParallel`, or its layers were sharded one by one.
     """
 

@@ -93,11 +93,19 @@ class SharedFactors(nn.Module):
         return [module for module in self.children() if isinstance(module, FactorPair)]
 
     def pair(self, place: Place, adapter_name: str, config: S2LoraConfig, like: Tensor) -> FactorPair:
-        """The pair at `place`, initialised for the adapter on first use, on `like`'s device in its dtype."""
-        if place.pair not in self._modules:
+        """The pair at `place`, initialised for the adapter on first use, on `like`'s device in its dtype.
+
+        Raises:
+            ValueError: the pair is to be one weight's own, and its name is another's.
+        """
+        if place.pair not in self._modules and not hasattr(self, place.pair):
             self.add_module(place.pair, FactorPair())
-        pair = self.get_submodule(place.pair)
-        assert isinstance(pair, FactorPair)
+        pair = self._modules.get(place.pair)
+        if not isinstance(pair, FactorPair) or (config.sharing == Sharing.NONE and adapter_name in pair.up):
+            raise ValueError(
+                f"factors of a weight's own would have the name {place.pair!r}, which is taken: rename the module, or "
+                "name it in exclude_modules"
+            )
         if adapter_name not in pair.up:
             up, down = initial_factors(place.up_rows, place.down_columns, config, like)
             pair.up[adapter_name] = nn.Parameter(up)

@@ -117,6 +117,16 @@ def test_each_layer_tells_its_own_adapters(tiny_whisper):
     assert model.get_model_status().available_adapters == ["default", "other"]
 
 
+@pytest.mark.parametrize("names", [("a_b", "a.b"), ("pairs", "b")], ids=["of another weight", "of the container"])
+def test_factors_of_a_weights_own_whose_name_is_taken_are_refused(names):
+    maps = nn.ModuleDict({"a_b": nn.Linear(8, 8), "a": nn.ModuleDict({"b": nn.Linear(8, 8)}), "pairs": nn.Linear(8, 8)})
+    before = [name for name, _ in maps.named_modules()]
+    with pytest.raises(ValueError, match="which is taken: rename the module"):
+        get_peft_model(maps, S2LoraConfig(r=2, sharing="none", target_modules=[*names]))
+    assert [name for name, _ in maps.named_modules()] == before
+    assert get_peft_model(maps, S2LoraConfig(r=2, target_modules=[*names])).get_nb_trainable_parameters()[0] > 0
+
+
 @pytest.mark.parametrize("first", ["offloaded", "adapted"])
 def test_weights_that_are_fetched_when_they_are_called(tiny_whisper, first):
     whisper = tiny_whisper()
