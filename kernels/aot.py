@@ -74,7 +74,7 @@ def variants(target: str) -> list[Variant]:
 
 
 def compile_variant(variant: Variant, target: str) -> Report:
-    """Compiles for "80", "89", "90", "100" (CUDA compute capability × 10) or "gfx942" and reads the binary.
+    """Compiles for a target of `SHARED_MEMORY`, CUDA compute capability × 10 or "gfx942", and reads the binary.
 
     Raises:
         RuntimeError: kernels are in interpreter mode (TRITON_INTERPRET=1), where nothing can be compiled.

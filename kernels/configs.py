@@ -6,7 +6,10 @@ import torch
 import triton
 
 # Shared memory one program may use, bytes, by compute capability; AMD's gfx942 has 64 KiB of LDS.
-SHARED_MEMORY = {"80": 163 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
+SHARED_MEMORY = {
+    "80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10,
+    "gfx942": 64 << 10,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
