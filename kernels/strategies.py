@@ -94,10 +94,11 @@ def _on_a_gpu(x: Tensor) -> bool:
 def _with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b. On a CPU `F.linear` writes b into every row of a bfloat16 y first, which the product then adds to.
 
-    oneDNN adds b while it makes y, by the operator that torch.compile puts in a linear map's place there.
+    oneDNN adds b while it makes y, by the operator that torch.compile puts in a linear map's place there. It reads b
+    as if its entries were adjacent.
     """
     if bias is not None and device.adds_bias_at_once(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias.contiguous(), "none", [], "")
     return F.linear(x, weight, bias)
 
 

@@ -85,6 +85,16 @@ def test_bias_of_half_precision_on_a_cpu(there, monkeypatch):
     assert len(asked) == there
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "fused"])
+def test_a_bias_whose_entries_are_not_adjacent(backend, dtype):
+    """oneDNN takes them for adjacent."""
+    problem = make_problem(200, 40, 48, 8, dtype, padding=0.0)
+    bias = problem.operands["bias"]
+    problem.operands["bias"] = torch.stack([bias, torch.zeros_like(bias)], dim=1)[:, 0]
+    check(problem, functools.partial(s2_linear, backend=backend))
+
+
 @each_operation
 @pytest.mark.parametrize(
     "trained",
