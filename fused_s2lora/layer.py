@@ -26,7 +26,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s2lora_coefficients", "s2lora_up", "s2lora_down")
-    other_param_names = ("configs",)
+    other_param_names = ("configs", "_frozen_ranks")
 
     def __init__(
         self, base_layer: nn.Linear, adapter_name: str, pair: FactorPair, transposed: bool, config: S2LoraConfig
@@ -40,7 +40,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         self.s2lora_coefficients = AdapterParameters()
         self.group: ProjectionGroup | None = None
         self.share(pair, transposed)
-        self._frozen_ranks: dict[str, tuple[Any, Tensor]] = {}
+        self._frozen_ranks: dict[str, tuple[Tensor, Any, Tensor]] = {}
         self._union: tuple[list[Tensor], Tensor] | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -175,14 +175,14 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         values = self.s2lora_coefficients[adapter_name]
         if values.requires_grad or values.is_inference() or not device.has_values(values):
             return None
-        key = (values._version, values.data_ptr())
-        known, live = self._frozen_ranks.get(adapter_name, (None, values))
-        if known == key:
+        state = (values._version, values.data_ptr())
+        known, then, live = self._frozen_ranks.get(adapter_name, (None, None, values))
+        if known is values and then == state:  # held, so that no others come to lie where they are
             return live
         with torch.inference_mode(False):  # an index made for inference could not be kept for a backward pass
             live = values.expand(self.configs[adapter_name].r).nonzero().flatten()
         if values.is_cuda:  # which the line above waited for
-            self._frozen_ranks[adapter_name] = key, live
+            self._frozen_ranks[adapter_name] = values, state, live
         return live
 
     def together_with_others(self, alive: list[Tensor]) -> Tensor:

@@ -100,6 +100,19 @@ def test_ranks_looked_up_for_inference_serve_training():
     torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), layer.s2lora_up["default"]), expected)
 
 
+def test_coefficients_that_come_to_lie_where_others_were_are_noticed(ranks_seen):
+    """As two states loaded one after the other with `assign=True`: the second may have the memory of those before."""
+    _, layer = one_layer(r=8, live=0)
+    memory, x = bytearray(8 * 4), torch.randn(5, 24)
+    for computed in ([], [8]):
+        values = OnGpu(torch.frombuffer(memory, dtype=torch.float32), requires_grad=False)
+        layer.s2lora_coefficients["default"] = values
+        with torch.no_grad():
+            layer(x)
+        assert ranks_seen == computed
+        torch.frombuffer(memory, dtype=torch.float32).fill_(0.3)
+
+
 class Waits(TorchDispatchMode):
     """Counts what has a GPU's host wait for a size."""
 
