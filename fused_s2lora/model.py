@@ -36,6 +36,9 @@ class S2LoraModel(BaseTuner):
     FSDP is to shard the model as a whole: `fully_shard(model)`, in accelerate `fsdp_auto_wrap_policy: NO_WRAP`. Layers
     sharded one by one cannot share parameters, and `fully_shard` of the second one raises a TypeError.
 
+    `torch.func.functional_call` is to be given `tie_weights=False`. Otherwise it puts what it is given in the place of
+    shared factors once for each layer, and what it puts back is not what was there.
+
     Raises:
         ValueError: where an adapter is added: a target that is no `nn.Linear`, is of a `nn.MultiheadAttention`, has
             another method's adapter or is quantised in an unknown way; a name with a dot or of an attribute of

@@ -197,6 +197,16 @@ def test_func_grad_is_autograds(tiny_whisper):
         torch.testing.assert_close(gradients[name], value.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_a_functional_call_leaves_the_model_as_it_was(tiny_whisper):
+    model = adapted(tiny_whisper, r=4)
+    expected = logits(model)
+    zeros = {name: torch.zeros_like(value) for name, value in model.named_parameters() if ".s2lora_" in name}
+    with torch.no_grad():
+        got = torch.func.functional_call(model, zeros, (), batch(), tie_weights=False).logits
+    torch.testing.assert_close(got, logits(tiny_whisper()))
+    assert torch.equal(logits(model), expected)
+
+
 def test_a_layer_has_a_jacobian():
     layer = S2Linear(nn.Linear(8, 6), r=2)
     torch.nn.init.normal_(layer.coefficients)
