@@ -153,7 +153,6 @@ def _arguments(options: TrainOptions, run: RunFolder, epochs: float, has_dev: bo
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,
         save_steps=options.save_steps,
-        save_total_limit=2,
         eval_strategy="steps" if has_dev else "no",
         eval_steps=options.save_steps,
         load_best_model_at_end=has_dev,

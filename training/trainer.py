@@ -1,9 +1,11 @@
 """Hugging Face's Seq2SeqTrainer for waveforms, two learning rates and penalties that are logged apart."""
 
 import functools
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, WhisperFeatureExtractor
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import sort_checkpoints
 
 from fused_s2lora import S2LoraModel, parameter_groups
 from fused_s2lora.optimization import was_skipped
@@ -22,6 +25,8 @@ from .collate import IGNORED
 from .cuda_graphs import GraphedBackward
 from .errors import DivergedError, UserError
 from .features import LogMel
+
+CHECKPOINTS = 2  # kept of a run
 
 
 class SpeechTrainer(Seq2SeqTrainer):
@@ -153,7 +158,11 @@ class SpeechTrainer(Seq2SeqTrainer):
         self._part_steps += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each part since the last log, over all processes, to a training log."""
+        """Adds the mean of each part since the last log, over all processes, to a training log.
+
+        Without the Trainer's mean loss of the whole training, which of a run that goes on is that since then alone.
+        """
+        logs.pop("train_loss", None)
         if "loss" in logs and self._part_steps:
             means = {name: self.accelerator.gather(total).mean() for name, total in self._parts.items()}
             logs |= {name: round(float(mean) / self._part_steps, 5) for name, mean in means.items()}
@@ -224,10 +233,23 @@ class AdaLoraCallback(TrainerCallback):
 
 
 class SavingAsAsked(TrainerCallback):
-    """A run that goes on saves, scores and logs as often as it is asked now, not as its checkpoint says."""
+    """A run that goes on saves, scores and logs as often as it is asked now, not as its checkpoint says.
+
+    Its best checkpoint is looked for where its folder is now. The `CHECKPOINTS` of most steps are kept, or the best and
+    the last: the Trainer itself goes by their times, and deletes the last where a clock was set back.
+    """
 
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
+        best = Path(str(args.output_dir), f"checkpoint-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            found = sort_checkpoints(str(args.output_dir), best_model_checkpoint=state.best_model_checkpoint)
+            for checkpoint in found[:-CHECKPOINTS]:
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 class StepTimes(TrainerCallback):

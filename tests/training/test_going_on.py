@@ -1,0 +1,74 @@
+"""Runs that go on after a kill, in a folder that was moved, by a clock that was set back, with what a kill leaves."""
+
+import os
+import shutil
+import time
+
+import pytest
+import torch
+
+from fused_s2lora.training import fitting
+from fused_s2lora.training.output import read_json
+from fused_s2lora.training.train import train
+from tests.training.comparisons import QUIET
+from tests.training.kills import train_until
+from tests.training.speech import adapter_of
+
+
+def metrics_of(run) -> list[dict]:
+    """A run's metrics.json, but what is of the time it took."""
+    timed = ("_runtime", "_per_second")
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(timed)}
+        for entry in read_json(run / "metrics.json")
+    ]
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_metrics_are_those_of_a_run_that_was_not_stopped(step, options, tmp_path):
+    train(options(tmp_path / "whole"), console=QUIET)
+    train_until(step, options(tmp_path / "killed"))
+    train(options(tmp_path / "killed"), console=QUIET)
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+
+
+@pytest.fixture
+def worse_and_worse(monkeypatch):
+    """The first checkpoint is the best."""
+    evaluate = fitting.SpeechTrainer.evaluate
+    monkeypatch.setattr(
+        fitting.SpeechTrainer,
+        "evaluate",
+        lambda self, *args, **kwargs: evaluate(self, *args, **kwargs) | {"eval_loss": float(self.state.global_step)},
+    )
+
+
+@pytest.mark.parametrize("way", [shutil.move, shutil.copytree])
+def test_a_run_that_was_moved_finds_its_best_checkpoint(way, worse_and_worse, options, tones, tmp_path, monkeypatch):
+    """Stopped when all steps are done, so that no later checkpoint says where the best is."""
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    train(options(tmp_path / "best", max_steps=6, dev=str(tones)), console=QUIET)
+    kept = {path.name for path in (tmp_path / "best" / "checkpoints").glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-6"}
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "write_rank_maps", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(tmp_path / "killed", max_steps=6, dev=str(tones)), console=QUIET)
+    way(tmp_path / "killed", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+    train(options(tmp_path / "elsewhere", max_steps=6, dev=str(tones)), console=QUIET)
+    expected, got = adapter_of(tmp_path / "best"), adapter_of(tmp_path / "elsewhere")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_the_last_checkpoints_are_kept_by_a_clock_that_was_set_back(options, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    train_until(5, options(tmp_path / "run", epochs=4.0))
+    tomorrow = time.time() + 86_400
+    for step in (2, 4):
+        os.utime(checkpoints / f"checkpoint-{step}", (tomorrow + step, tomorrow + step))
+    train_until(9, options(tmp_path / "run", epochs=4.0))
+    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
