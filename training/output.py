@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +44,18 @@ def check_writable(file: Path) -> None:
             file.unlink()
 
 
+_claims: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _leave_claims() -> None:
+    for stream in _claims:
+        stream.close()
+
+
+# A process that reads audio outlives a killed one by seconds, and would keep its files away from those who go on.
+os.register_at_fork(after_in_child=_leave_claims)
+
+
 def claimed(stream: IO[str]) -> bool:
     """Whether this process has the open file to itself, until it is closed or the process ends, however it does.
 
@@ -53,6 +66,7 @@ def claimed(stream: IO[str]) -> bool:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    _claims.add(stream)
     return True
 
 

@@ -1,5 +1,6 @@
 """Runs that go on after a kill, in a folder that was moved, by a clock that was set back, with what a kill leaves."""
 
+import multiprocessing
 import os
 import shutil
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fused_s2lora.training import fitting
-from fused_s2lora.training.output import read_json
+from fused_s2lora.training.output import claimed, read_json
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
 from tests.training.kills import train_until
@@ -72,3 +73,26 @@ def test_the_last_checkpoints_are_kept_by_a_clock_that_was_set_back(options, tmp
         os.utime(checkpoints / f"checkpoint-{step}", (tomorrow + step, tomorrow + step))
     train_until(9, options(tmp_path / "run", epochs=4.0))
     assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+
+
+def test_what_a_killed_process_was_at_is_not_kept_by_those_that_read_audio_for_it(tmp_path):
+    """They are forked from it, and outlive it by seconds."""
+    context = multiprocessing.get_context("fork")
+    ends = context.Event()
+    stream = (tmp_path / ".alone").open("w")
+    assert claimed(stream)
+    reader = context.Process(target=ends.wait)
+    reader.start()
+    try:
+        with (tmp_path / ".alone").open("w") as other:
+            assert not claimed(other)
+        stream.close()  # as a kill does
+        with (tmp_path / ".alone").open("w") as other:
+            deadline = time.monotonic() + 10
+            while not claimed(other):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert reader.is_alive()
+    finally:
+        ends.set()
+        reader.join()
