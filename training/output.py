@@ -15,6 +15,7 @@ from typing import IO, Any
 from .errors import UserError
 
 csv.field_size_limit(sys.maxsize)  # else 131,072 characters: the transcript of three hours has more
+_MARK = ".unfinished"  # a file in a folder that is half written
 _NOT_WRITTEN = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
 
 
@@ -72,22 +73,31 @@ def claimed(stream: IO[str]) -> bool:
 
 @contextlib.contextmanager
 def writing_folder(folder: Path, argument: str = "--output") -> Iterator[None]:
-    """As `writing`; whatever stops it takes the folder along, half of which would be in the way of the next."""
+    """As `writing`; whatever stops it takes the folder along, half of which would be in the way of the next.
+
+    A kill leaves it with a mark in it, by which the next knows that it can be deleted.
+    """
     try:
         with writing(folder, argument):
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / _MARK).is_file():
+                for half in (item for item in folder.iterdir() if item.name != _MARK):
+                    shutil.rmtree(half) if half.is_dir() else half.unlink()
+            (folder / _MARK).touch()
             yield
+            (folder / _MARK).unlink()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def check_empty(folder: Path, argument: str) -> None:
-    """Nothing, where the folder that `argument` gives is empty or is yet to be made.
+    """Nothing, where the folder that `argument` gives is empty, is yet to be made, or is half of a killed writing's.
 
     Raises:
         UserError: something is there.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not (folder / _MARK).is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; give an empty {argument}")
 
 

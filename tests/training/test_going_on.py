@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from fused_s2lora.training import fitting
+from fused_s2lora.training import interpolate as interpolate_module
+from fused_s2lora.training import merge as merge_module
+from fused_s2lora.training.interpolate import interpolate_run
+from fused_s2lora.training.merge import merge
 from fused_s2lora.training.output import claimed, read_json
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
@@ -96,3 +100,25 @@ def test_what_a_killed_process_was_at_is_not_kept_by_those_that_read_audio_for_i
     finally:
         ends.set()
         reader.join()
+
+
+@pytest.mark.parametrize("module", [merge_module, interpolate_module])
+def test_half_a_model_or_adapter_of_a_killed_process_is_written_anew(module, finished, tmp_path, monkeypatch):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    def write(output):
+        if module is merge_module:
+            merge(str(finished / "adapter"), output)
+        else:
+            interpolate_run(finished, 0.5, output)
+        return {file.name for file in output.iterdir()}
+
+    whole = write(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_processor" if module is merge_module else "write_model_card", stop)
+        patch.setattr(shutil, "rmtree", lambda *given, **named: None)  # which a kill leaves no time for
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "half")
+    assert any((tmp_path / "half").iterdir())
+    assert write(tmp_path / "half") == whole
