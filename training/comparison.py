@@ -275,6 +275,7 @@ def run_comparison(
 def _claimed(cell: Cell) -> Iterator[bool]:
     """Whether this process has the cell to run, for as long as the context lasts: nobody has, or has finished it."""
     if cell.finished():
+        _clear(cell)
         yield False
         return
     file = cell.path / ".running"
@@ -287,7 +288,14 @@ def _claimed(cell: Cell) -> Iterator[bool]:
             return
         yield not cell.finished()
         if cell.finished():  # else another may be waiting for this very file
-            file.unlink(missing_ok=True)
+            _clear(cell)
+
+
+def _clear(cell: Cell) -> None:
+    """Deletes what a finished cell needs no more, also where it was killed before it had."""
+    for part in ("checkpoints", "model"):
+        shutil.rmtree(cell.path / part, ignore_errors=True)
+    (cell.path / ".running").unlink(missing_ok=True)
 
 
 def _progress(comparison: Comparison, cell: Cell) -> str:
@@ -300,11 +308,12 @@ def _progress(comparison: Comparison, cell: Cell) -> str:
 
 def _take_training(cell: Cell, cells: Iterable[Cell], console: Console) -> None:
     """Spares a cell its training where a finished one was trained alike and only keeps another share of it."""
-    if any((cell.path / part).exists() for part in ("adapter", "checkpoints")):
+    if any((cell.path / part).exists() for part in ("checkpoints", "summary.json")):
         return  # it was begun, or is trained and left to be scored
     like = next((other for other in cells if _differs_in_share(other, cell)), None)
     if like is not None:
         RunFolder(cell.options)
+        shutil.rmtree(cell.path / "adapter", ignore_errors=True)  # taken, but killed before all that goes with it was
         take_run(like.path, interpolation(cell.options), cell.path)
         console.print(f"{cell.name}: trained as {like.name}, of whose update it keeps another share", markup=False)
 
@@ -337,8 +346,6 @@ def _run_and_record(cell: Cell, console: Console) -> None:
         raise UserError(f"{cell.name}: {error}") from error
     record = {"row": cell.row, "seconds": round(time.perf_counter() - start, 1), "failed": failed}
     write_json(cell.path / "cell.json", record | {"precision": resolved(cell.options.precision), **versions()})
-    shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
-    shutil.rmtree(cell.path / "model", ignore_errors=True)
 
 
 def _run_cell(cell: Cell, console: Console) -> None:

@@ -11,11 +11,13 @@ import torch
 from fused_s2lora.training import fitting
 from fused_s2lora.training import interpolate as interpolate_module
 from fused_s2lora.training import merge as merge_module
+from fused_s2lora.training.comparison import read_comparison, run_comparison
 from fused_s2lora.training.interpolate import interpolate_run
 from fused_s2lora.training.merge import merge
 from fused_s2lora.training.output import claimed, read_json
+from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
-from tests.training.comparisons import QUIET
+from tests.training.comparisons import QUIET, write
 from tests.training.kills import train_until
 from tests.training.speech import adapter_of
 
@@ -122,3 +124,22 @@ def test_half_a_model_or_adapter_of_a_killed_process_is_written_anew(module, fin
             write(tmp_path / "half")
     assert any((tmp_path / "half").iterdir())
     assert write(tmp_path / "half") == whole
+
+
+def test_a_comparison_goes_on_with_what_a_kill_has_left(quick, tmp_path, short_decoding, monkeypatch):
+    rows = [{"name": "S2-LoRA", "method": "s2lora"}, {"name": "less", "method": "s2lora", "interpolation": 0.5}]
+    comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
+    first, less = comparison.cells
+    list(run_comparison(comparison, most=1, console=QUIET))
+    for part in ("checkpoints", "model"):  # it was finished, and not yet cleared
+        (first.path / part).mkdir()
+    (first.path / ".running").touch()
+    RunFolder(less.options)
+    (less.path / "adapter").mkdir()
+    (less.path / "adapter" / "adapter_config.json").write_text("{}")  # half of one that was taken from the first
+
+    monkeypatch.setattr("fused_s2lora.training.train.fit", None)
+    assert list(run_comparison(comparison, console=QUIET)) == [less]
+    assert not any((first.path / part).exists() for part in ("checkpoints", "model", ".running"))
+    took = read_json(first.path / "summary.json") | {"interpolation": 0.5}
+    assert read_json(less.path / "summary.json") == took
