@@ -68,14 +68,14 @@ def with_answers(
     drawn = np.random.default_rng(seed).permutation(len(speech))[: round(share * len(speech))]
     asked = [(int(row), languages[turn % len(languages)]) for turn, row in enumerate(drawn)]
     state = world()
+    part = file.with_name(f"{file.stem}-{state.process_index + 1}-of-{state.num_processes}.json")
     if not file.is_file():
         mine = asked[state.process_index :: state.num_processes]
-        part = file.with_name(f"{file.stem}-{state.process_index + 1}-of-{state.num_processes}.json")
         everyones = gather_object(_ask(speech, model, processor, mine, part, batch_size, dtype))
         if state.is_main_process:
             write_json(file, sorted(everyones, key=lambda answer: answer["row"]))
         state.wait_for_everyone()
-        part.unlink(missing_ok=True)
+    part.unlink(missing_ok=True)  # also one that a kill has left beside all of the answers
     answers = [answer for answer in _read_answers(file, speech) if answer["text"]]
     if not answers:
         return speech, len(asked)

@@ -128,6 +128,12 @@ def replacing(file: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Deletes what killed processes have left of `replacing`; for a folder into which no other writes now."""
+    for file in folder.glob(".unfinished.*"):
+        file.unlink(missing_ok=True)
+
+
 def write_text(file: Path, text: str) -> None:
     """The text in UTF-8, by `replacing`."""
     with replacing(file) as unfinished:

@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data import Skipped, Speech
 from .errors import UserError
 from .options import TrainOptions
-from .output import check_name, claimed, holds_files, read_json, write_json, write_text, writing
+from .output import check_name, claimed, clear_unfinished, holds_files, read_json, write_json, write_text, writing
 from .sets import parts_of
 from .text import source_and_language
 from .world import world
@@ -93,6 +93,8 @@ class RunFolder:
         if fresh and run_options(self.path) is not None:
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        for name in ("", "adapter", "model", "before", "after"):
+            clear_unfinished(self.path / name)
         write_json(self.path / "config.json", asdict(options))
         with (self.path / "command.txt").open("a") as stream:
             stream.write(called_as() + "\n")

@@ -1,5 +1,6 @@
 """Runs that go on after a kill, in a folder that was moved, by a clock that was set back, with what a kill leaves."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -102,6 +103,20 @@ def test_what_a_killed_process_was_at_is_not_kept_by_those_that_read_audio_for_i
     finally:
         ends.set()
         reader.join()
+
+
+def test_what_a_kill_has_left_half_written_is_cleared(options, tones, tmp_path):
+    run = tmp_path / "run"
+    wanted = options(run, keep_share=0.5)
+    train_until(3, wanted)
+    left = [run / ".unfinished.1", run / "adapter" / ".unfinished.22", run / "other_languages-1-of-1.json"]
+    left[1].parent.mkdir()
+    shutil.copy(run / "other_languages.json", left[2])
+    for file in left[:2]:
+        file.write_text("{")
+    train(wanted, console=QUIET)
+    assert not any(file.exists() for file in left)
+    assert json.loads((run / "summary.json").read_text())["resumed_at_step"] == 2
 
 
 @pytest.mark.parametrize("module", [merge_module, interpolate_module])
