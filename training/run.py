@@ -91,8 +91,12 @@ class RunFolder:
 
     def _begin(self, options: TrainOptions, fresh: bool) -> None:
         if fresh and run_options(self.path) is not None:
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+            # What tells that it is a run goes last: one who was killed can call again.
+            for item in sorted(self.path.iterdir(), key=lambda item: item.name == "config.json"):
+                if item.is_dir() and not item.is_symlink():
+                    shutil.rmtree(item)
+                elif item.name != ".alone":
+                    item.unlink()
         for name in ("", "adapter", "model", "before", "after"):
             clear_unfinished(self.path / name)
         write_json(self.path / "config.json", asdict(options))

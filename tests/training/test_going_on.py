@@ -119,6 +119,22 @@ def test_what_a_kill_has_left_half_written_is_cleared(options, tones, tmp_path):
     assert json.loads((run / "summary.json").read_text())["resumed_at_step"] == 2
 
 
+def test_a_run_is_deleted_in_a_linked_folder_too_and_stays_a_run_to_the_end(finished, options, tmp_path, monkeypatch):
+    """Else --fresh that is killed would leave a folder of other files, which the next call refuses."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    deleted = []
+    unlink = os.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            os, "unlink", lambda file, **named: deleted.append(os.path.basename(file)) or unlink(file, **named)
+        )
+        run = RunFolder(options(tmp_path / "link"), fresh=True)
+    own = [name for name in deleted if name != ".alone" and not name.startswith(".unfinished")]
+    assert own[-1] == "config.json"
+    assert {file.name for file in run.path.iterdir()} == {"command.txt", "config.json", "versions.json"}
+
+
 @pytest.mark.parametrize("module", [merge_module, interpolate_module])
 def test_half_a_model_or_adapter_of_a_killed_process_is_written_anew(module, finished, tmp_path, monkeypatch):
     def stop(*given):
