@@ -52,10 +52,12 @@ def test_what_is_from_the_hub_is_named(told, finished, tones):
     results = json.loads((finished / "results.json").read_text())[1:]
     scored = results[0]["sets"]["same"]
     results[0]["sets"] = {"own": scored, "child": scored | {"source": "org/speech:zh:test", "scoring_language": "zh"}}
-    options = {"model": "openai/whisper-small", "data": ["org/speech:zh:train", str(tones)], "language": "chinese"}
-    card = told(options | {"accumulation": 3}, {"from_hub": ["openai/whisper-small", "org/speech:zh:train"]}, results)
+    sources = ["org/speech:zh:train", "org/more@Chinese", str(tones)]
+    options = {"model": "openai/whisper-small", "data": sources, "language": "chinese", "accumulation": 3}
+    from_hub = ["openai/whisper-small", "org/speech:zh:train", "org/more"]
+    card = told(options, {"from_hub": from_hub, "languages": ["zh"]}, results)
     assert card.data.base_model == "openai/whisper-small"
-    assert card.data.datasets == ["org/speech"]
+    assert card.data.datasets == ["org/speech", "org/more"]
     assert card.data.language == "zh"
     assert sorted(card.data.metrics) == ["cer", "wer"]
     own, child = card.data.eval_results
