@@ -98,8 +98,7 @@ def _onednn_has_bfloat16() -> bool:
 
 def capability(x: Tensor) -> tuple[int, int] | None:
     """CUDA compute capability of x's device; None where there is none: on a CPU and on AMD."""
-    # PyTorch numbers AMD's gfx942 (9, 4), which would read as Hopper.
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.version.hip is None else None
+    return _capability(x.get_device()) if x.is_cuda else None
 
 
 def shared_memory(x: Tensor) -> int:
@@ -129,10 +128,16 @@ def _too_old(device: int) -> str:
 
     Before compute capability 8.0 it multiplies without matrix instructions, and our tiles spill kilobytes a thread.
     """
-    if torch.version.hip is not None or not torch.cuda.is_available():
+    found = _capability(device)
+    if found is None or found >= (8, 0):
         return ""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"Triton multiplies slowly on compute capability {major}.{minor}, it needs 8.0" if major < 8 else ""
+    return f"Triton multiplies slowly on compute capability {found[0]}.{found[1]}, it needs 8.0"
+
+
+def _capability(device: int) -> tuple[int, int] | None:
+    # PyTorch numbers AMD's gfx942 (9, 4), which would read as Hopper.
+    there = torch.cuda.is_available() and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if there else None
 
 
 @functools.cache

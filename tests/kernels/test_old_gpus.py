@@ -15,12 +15,11 @@ def operands(monkeypatch):
     """What `s2_linear` takes, without data, on a GPU of a compute capability that can be given."""
 
     def make(*capability: int) -> list:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(device, "_capability", lambda index: capability)
         device._too_old.cache_clear()
         sizes = (300, 48), (32, 48), (32,), (8, 48), (32, 8), (8,)
         return [torch.empty(*size, dtype=torch.float16, device="cuda") for size in sizes]
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
         yield make
     device._too_old.cache_clear()
