@@ -32,6 +32,7 @@ _PROMPT_TOKENS = 4
 _BEAMS_AGAIN = 5
 _TOKENS_ONCE = 3  # that may not come twice in a second decoding
 _SPELT_IN_BYTES = 1.5  # tokens a character, above which a script is written mostly in bytes
+_MOST_BYTES = 4  # of a character
 _CHARACTERS_ONCE = 10  # that may not come twice there
 
 
@@ -214,7 +215,7 @@ class _Transcriber:
                 max_new_tokens=most, **search,
             )  # fmt: skip
             decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            # What ended has no end token left, but padding up to the longest of them, or is the longest itself.
+            # What ended has its end token, which is that of padding too, and padding up to the longest of them.
             ended = (tokens[:, -1] == self.tokenizer.pad_token_id) | (tokens.shape[1] < most)
             for row, text, whole in zip(rows, decoded, ended.tolist(), strict=True):
                 heard[batch[row]] = Heard(text.strip(), whole, again)
@@ -226,9 +227,11 @@ class _Transcriber:
             left = hear(long, self.longest, num_beams=self.decoding.beams)
             endless = {row: tokens for row, tokens in endless.items() if row not in long} | left
         if endless and not self.decoding.once:
-            rows = sorted(endless)
-            once = max(_tokens_once(heard[batch[row]].text, endless[row]) for row in rows)
-            hear(rows, self.longest, again=True, num_beams=_BEAMS_AGAIN, no_repeat_ngram_size=once)
+            alike: dict[int, list[int]] = {}
+            for row in sorted(endless):
+                alike.setdefault(_tokens_once(heard[batch[row]].text, endless[row]), []).append(row)
+            for once, rows in alike.items():
+                hear(rows, self.longest, again=True, num_beams=_BEAMS_AGAIN, no_repeat_ngram_size=once)
         return heard
 
 
@@ -260,9 +263,13 @@ def _repeats(tokens: list[int], least: int) -> bool:
 
 
 def _tokens_once(text: str, tokens: list[int]) -> int:
-    """How many tokens may not come twice: in a script that Whisper writes in bytes, three are but a letter or two."""
+    """How many tokens may not come twice: in a script that Whisper writes in bytes, three are but a letter or two.
+
+    Where there are more than the bytes of a character for each, most are blanks or marks that are no text.
+    """
     per_character = len(tokens) / max(1, len(text))
-    return _TOKENS_ONCE if per_character <= _SPELT_IN_BYTES else math.ceil(_CHARACTERS_ONCE * per_character)
+    in_bytes = _SPELT_IN_BYTES < per_character <= _MOST_BYTES
+    return math.ceil(_CHARACTERS_ONCE * per_character) if in_bytes else _TOKENS_ONCE
 
 
 def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -308,6 +315,7 @@ def as_trained(model: Any, pad: int) -> Iterator[Any]:
     something else, or hide where a transcript ends."""
     found = model.generation_config
     model.generation_config = configured = copy.deepcopy(found)
+    configured.num_return_sequences = 1
     configured.update(return_timestamps=False, return_dict_in_generate=False, pad_token_id=pad)
     others = ["compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"]
     others += [] if configured.is_multilingual else ["language", "task"]
@@ -344,10 +352,15 @@ def _generate(
     with as_trained(model, pad) as configured, window_of(model, mel_frames), autocast(features.device, dtype):
         task = task or getattr(configured, "task", None) or "transcribe"
         prompt = {"language": language, "task": task} if configured.is_multilingual else {}
-        return model.generate(
+        # Else what has time stamps, though none are asked for, would be heard again from the last of them on, for ever
+        # where that is the first. So given, tokens have the prompt before them.
+        configured.force_unique_generate_call = True
+        tokens: torch.Tensor = model.generate(
             input_features=features.to(weight_dtype),
             attention_mask=torch.ones(features.shape[0], mel_frames, dtype=torch.long, device=features.device),
             do_sample=False,
             **prompt,
             **search,
         )
+        last = (tokens[0] == configured.no_timestamps_token_id).nonzero()[:1]  # of the prompt
+        return tokens[:, int((last + 1).sum()) :]

@@ -157,6 +157,62 @@ def test_what_may_not_come_twice_is_more_than_letters(tiny_folder):
     assert 20 <= once["ka"] <= 30
 
 
+def test_each_that_does_not_end_is_decoded_again_by_its_own_script(tiny_folder, tones, monkeypatch):
+    """A batch's other transcripts do not change what may not come twice in one; blanks are no script."""
+    model, processor = load_base(str(tiny_folder))
+    spelt = [processor.tokenizer(text, add_special_tokens=False).input_ids for text in (" cat", "ყ", " ")]
+    assert [len(tokens) for tokens in spelt] == [1, 3, 1]
+    endless = torch.tensor([(tokens * 12)[:12] for tokens in spelt])
+    asked = []
+
+    def generate(model, features, *_, no_repeat_ngram_size=0, **search):
+        asked.append((len(features), no_repeat_ngram_size))
+        return endless[: len(features)]
+
+    monkeypatch.setattr(decoding_module, "_generate", generate)
+    audio = load_speech(tones).dataset["audio"][:3]
+    options = {"window": AudioWindow("trim"), "language": "ka", "max_new_tokens": 12}
+    assert len(list(transcribe_speech(model, processor, audio, **options))) == 3
+    assert asked == [(3, 0), (2, 3), (1, 30)]
+
+
+def test_time_stamps_that_were_not_asked_for_are_not_heard_from_again(tiny_folder, tones, monkeypatch):
+    """Of a model that writes nothing else, which would be for ever."""
+    model, processor = load_base(str(tiny_folder))
+    embedding, last = model.get_decoder().embed_tokens.weight, model.get_decoder().layer_norm
+    stamp = processor.tokenizer.convert_tokens_to_ids("<|0.00|>")
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(100 * embedding[stamp])
+    real, passes = WhisperForConditionalGeneration.generate_with_fallback, []
+
+    def counted(*given, **options):
+        passes.append(len(options["decoder_input_ids"]))
+        assert len(passes) == 1
+        return real(*given, **options)
+
+    monkeypatch.setattr(WhisperForConditionalGeneration, "generate_with_fallback", counted)
+    speech = load_speech(tones, limit=2)
+    options = {"window": AudioWindow(), "language": "en", "max_new_tokens": 6, "decoding": Decoding(once=True)}
+    assert list(transcribe_speech(model, processor, speech.audio(), **options)) == [
+        Heard("", ended=False, segments=(Segment(0.0, len(read_audio(entry)) / 16_000, ""),))
+        for entry in speech.audio()
+    ]
+    assert passes == [2]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_one_transcript_is_returned_of_each(tiny_folder, tones, beams):
+    """Also by a model that was saved to return several."""
+    model, processor = load_base(str(tiny_folder))
+    speech = load_speech(tones, limit=2)
+    options = {"window": AudioWindow("trim"), "language": "en", "max_new_tokens": 4}
+    options["decoding"] = Decoding(beams=beams, once=True)
+    expected = list(transcribe_speech(model, processor, speech.audio(), **options))
+    model.generation_config.num_return_sequences = 2
+    assert list(transcribe_speech(model, processor, speech.audio(), **options)) == expected
+
+
 @pytest.mark.parametrize(
     ("tokens", "repeats"),
     [
