@@ -85,7 +85,7 @@ def score(
             output = process(reference, hypothesis)
             counts = (output.hits, output.substitutions, output.deletions, output.insertions)
         else:
-            counts = (0, 0, 0, len(hypothesis.split()) if unit == "wer" else len(hypothesis))
+            counts = (0, 0, 0, len(hypothesis.split() if unit == "wer" else hypothesis.strip()))
         scored.append(UtteranceErrors(reference, hypothesis, *counts))
     return scored
 

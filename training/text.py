@@ -105,7 +105,7 @@ def normalizer(language: str | None) -> Callable[[str], str]:
     if language in UNSPACED_LANGUAGES:
         return lambda text: basic(text).replace(" ", "")
     if language in _DOTTED_I_LANGUAGES:
-        return lambda text: basic(text.translate(_DOTTED_I)).strip()
+        return lambda text: basic(unicodedata.normalize("NFC", text).translate(_DOTTED_I)).strip()
     return lambda text: basic(text).strip()
 
 

@@ -32,6 +32,7 @@ def test_characters_of_chinese_after_simplification():
     assert counts("房价上涨", "訪價上漲", language="zh", unit="cer") == (1, 0, 0, 4)
     assert counts("[noise]", "上", language="zh", unit="cer") == (0, 0, 1, 0)
     assert counts("[lachen]", "Hallo Welt.", language="de", unit="cer") == (0, 0, 10, 0)
+    assert counts("[noise]", "$ and", language="en", unit="cer") == (0, 0, 3, 0)  # the sign leaves a space
 
 
 def test_summary_and_cap():

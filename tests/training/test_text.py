@@ -75,6 +75,7 @@ def test_normalizers():
     assert normalizer(None)("Hallo, Welt!") == "hallo welt"
     assert normalizer("tr")("KIZIM GELİYOR") == normalizer("tr")("Kızım geliyor.") == "kızım geliyor"
     assert normalizer("az")("İstanbul") == normalizer("az")("istanbul")
+    assert normalizer("tr")("I\u0307stanbul") == "istanbul"  # the dot a character of its own
 
 
 def test_vowel_signs_are_part_of_a_word():
