@@ -342,9 +342,12 @@ def _counted(evaluations: Sequence[Evaluation], of: str) -> str:
 
 
 def _write_utterances(file: Path, result: SetResult) -> None:
-    """One line an utterance: its metadata, reference, hypothesis, both normalised, word and character errors."""
+    """One line an utterance: its metadata, reference, hypothesis, both normalised, word and character errors.
+
+    Metadata named like one of these, as another system's hypothesis, is left out: a column's name comes once.
+    """
     dataset = result.speech.dataset
-    metadata = [name for name in dataset.column_names if name not in _OWN_COLUMNS]
+    metadata = [name for name in dataset.column_names if name not in (*_OWN_COLUMNS, *SCORED_COLUMNS)]
     header = ["utterance", *metadata, *SCORED_COLUMNS]
     rows = dataset.remove_columns("audio")
     with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:

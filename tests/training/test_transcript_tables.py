@@ -1,0 +1,29 @@
+"""Tables of transcripts that an evaluation leaves."""
+
+import csv
+
+import soundfile
+
+from fused_s2lora.training.decoding import Heard
+from fused_s2lora.training.evaluation import Evaluation, read_sets, score_set
+from fused_s2lora.training.sets import named_sets
+from tests.training.speech import tone
+
+
+def test_no_column_of_a_table_of_transcripts_comes_twice(tmp_path):
+    """Of a test set that has what another system heard, and how many words it has wrong."""
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    table = tmp_path / "speech.csv"
+    table.write_text("file_name,text,age,hypothesis,word_insertions\none.wav,go home,7,theirs,5\n")
+    sets = named_sets([f"same={table}"], "en")
+    result = score_set("same", sets["same"], [Heard("ours", True)], ["hypothesis"])
+    assert "hypothesis theirs" in result.rates
+    Evaluation("zero-shot", [result]).write(tmp_path / "out")
+    with (tmp_path / "out" / "same.tsv").open(newline="") as stream:
+        header, row = csv.reader(stream, delimiter="\t")
+    assert len({*header}) == len(header)
+    assert (
+        dict(zip(header, row, strict=True)).items()
+        >= {"age": "7", "hypothesis": "ours", "word_insertions": "0"}.items()
+    )
+    assert read_sets(tmp_path / "out", sets)["same"].heard == [Heard("ours", True)]
