@@ -1,5 +1,6 @@
 """The report's page: what is in the file, and in a browser sorting, filtering, hovering, transcripts."""
 
+import csv
 import json
 import re
 import shutil
@@ -244,4 +245,33 @@ def test_an_endless_repetition_does_not_stretch_the_page(browser, compared, tmp_
     opened = browser.new_page(viewport={"width": 1200, "height": 800})
     opened.goto(write_report(run).as_uri())
     assert opened.locator("td.text", has_text="trulytruly").bounding_box()["width"] < 800
+    opened.close()
+
+
+def test_the_page_finds_marks_sorts_decimals_and_shows_ranks_without_a_size(browser, compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "out" / "s2-lora-r8-seed0", run)
+    with (run / "after" / "same.tsv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    values = ["0.5", "0.25", "-1", "10", "9", "-2"]
+    for row, value in zip(rows, values, strict=True):
+        row["age"] = value
+    rows[1]["reference"] = "<unk> " + rows[1]["reference"]
+    with (run / "after" / "same.tsv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    patterns = json.loads((run / "rank_pattern.json").read_text())
+    patterns[0]["mean_magnitude"][0][0] = float("nan")
+    (run / "rank_pattern.json").write_text(json.dumps(patterns))
+    opened = browser.new_page()
+    opened.goto(write_report(run).as_uri())
+    opened.locator("#search").fill("<unk>")
+    assert column(opened, "reference", tables="#utterances") == [rows[1]["reference"]]
+    opened.locator("#search").fill("<s>")  # the marks of errors are no words
+    assert column(opened, "reference", tables="#utterances") == []
+    opened.locator("#search").fill("")
+    opened.locator("#utterances th", has_text="age").click()
+    assert column(opened, "age", tables="#utterances") == sorted(values, key=float)
+    assert opened.locator(".map td").first.get_attribute("title").endswith("mean |s| –")
     opened.close()
