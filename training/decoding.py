@@ -312,10 +312,13 @@ def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 @contextlib.contextmanager
 def as_trained(model: Any, pad: int) -> Iterator[Any]:
     """The model's generation configuration, for now without what would give another prompt than in training, return
-    something else, or hide where a transcript ends."""
+    something else, or hide where a transcript ends. What it generates is to be read `without_prompt`."""
     found = model.generation_config
     model.generation_config = configured = copy.deepcopy(found)
     configured.num_return_sequences = 1
+    # Else what has time stamps, though none are asked for, would be heard again from the last of them on, for ever
+    # where that is the first.
+    configured.force_unique_generate_call = True
     configured.update(return_timestamps=False, return_dict_in_generate=False, pad_token_id=pad)
     others = ["compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"]
     others += [] if configured.is_multilingual else ["language", "task"]
@@ -326,6 +329,12 @@ def as_trained(model: Any, pad: int) -> Iterator[Any]:
         yield configured
     finally:
         model.generation_config = found
+
+
+def without_prompt(tokens: torch.Tensor, configured: Any) -> torch.Tensor:
+    """What was generated as `as_trained` configures it, [B, tokens], from the first token after the prompt on."""
+    last = (tokens[0] == configured.no_timestamps_token_id).nonzero()[:1]  # of the prompt
+    return tokens[:, int((last + 1).sum()) :]
 
 
 @torch.inference_mode()
@@ -352,9 +361,6 @@ def _generate(
     with as_trained(model, pad) as configured, window_of(model, mel_frames), autocast(features.device, dtype):
         task = task or getattr(configured, "task", None) or "transcribe"
         prompt = {"language": language, "task": task} if configured.is_multilingual else {}
-        # Else what has time stamps, though none are asked for, would be heard again from the last of them on, for ever
-        # where that is the first. So given, tokens have the prompt before them.
-        configured.force_unique_generate_call = True
         tokens: torch.Tensor = model.generate(
             input_features=features.to(weight_dtype),
             attention_mask=torch.ones(features.shape[0], mel_frames, dtype=torch.long, device=features.device),
@@ -362,5 +368,4 @@ def _generate(
             **prompt,
             **search,
         )
-        last = (tokens[0] == configured.no_timestamps_token_id).nonzero()[:1]  # of the prompt
-        return tokens[:, int((last + 1).sum()) :]
+        return without_prompt(tokens, configured)

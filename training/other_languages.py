@@ -22,7 +22,7 @@ from .audio import read_audio
 from .audio_window import AudioWindow
 from .collate import ANSWER_TOKENS, prefix_in
 from .data import Speech, audio_entry
-from .decoding import as_trained
+from .decoding import as_trained, without_prompt
 from .errors import UserError
 from .features import LogMel
 from .output import read_json, write_json
@@ -153,7 +153,7 @@ def _answers(
 
 def _begun(model: Any, tokenizer: WhisperTokenizer, encoded: BaseModelOutput, language: str) -> list[list[int]]:
     """The first `ANSWER_TOKENS` tokens of each greedy answer, fewer and the end where it is over before."""
-    with as_trained(model, tokenizer.pad_token_id):
+    with as_trained(model, tokenizer.pad_token_id) as configured:
         written = model.generate(
             encoder_outputs=encoded,
             language=language,
@@ -164,7 +164,7 @@ def _begun(model: Any, tokenizer: WhisperTokenizer, encoded: BaseModelOutput, la
         )
     end = tokenizer.eos_token_id
     answers = []
-    for ids in written.tolist():
+    for ids in without_prompt(written, configured).tolist():
         text = ids[: ids.index(end)] if end in ids else ids  # what ended is padded with ends, or has none
         answers.append([*text, end][:ANSWER_TOKENS])
     return answers
