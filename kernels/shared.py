@@ -69,22 +69,22 @@ def same_tensor(one: Tensor, other: Tensor) -> bool:
 
 
 class _PassSums:
-    """Sums of one backward pass, by name.
-
-    What is still there when another pass begins belongs to one that never asked for it: it raised, or was told to make
-    other gradients alone.
-    """
+    """Sums by name, of each backward pass for itself: one may begin within another, or raise and be begun again."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._pass = -1
+        self._sums: dict[int, dict[str, Tensor]] = {}  # by pass
 
     def so_far(self) -> dict[str, Tensor]:
-        """The sums of the pass under way; empty where it is another than at the last call."""
-        last, self._pass = self._pass, torch._C._current_graph_task_id()
-        if last != self._pass:
-            self._sums.clear()
-        return self._sums
+        """The sums of the pass under way; those that nobody asks for, as of other gradients alone, go with its end."""
+        current = torch._C._current_graph_task_id()
+        if current not in self._sums:
+            self._sums[current] = {}
+
+            def let_go() -> None:
+                self._sums.pop(current, None)
+
+            torch.autograd.Variable._execution_engine.queue_callback(let_go)
+        return self._sums[current]
 
 
 class FactorGradients:

@@ -246,3 +246,26 @@ def test_two_threads_have_gradients_of_their_own(tiny_whisper, fused):
     found[0] = gradients(0)
     for index, reference in enumerate(expected):
         torch.testing.assert_close(found[index], reference, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_backward_pass_within_another_has_gradients_of_its_own(tiny_whisper, fused):
+    """Both go through one graph, as where a hook asks how large the gradients are going to be."""
+    model = adapted(tiny_whisper, r=4).train()
+    if fused:
+        fuse_whisper(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(model(**batch()).loss, trained)
+    outputs, passes = model(**batch()), []
+
+    def begin_another(*_) -> None:
+        if not passes:  # the decoder's maps have left their gradients
+            passes.append(None)
+            passes[0] = torch.autograd.grad(outputs.loss, trained, retain_graph=True)
+
+    outputs.encoder_last_hidden_state.register_hook(begin_another)
+    passes.append(torch.autograd.grad(outputs.loss, trained, retain_graph=True))
+    assert len(passes) == 2
+    for found in passes:
+        for got, reference in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-7)
