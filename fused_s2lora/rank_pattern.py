@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .layer import S2LoraLinear
 from .model import tuner_of
@@ -59,7 +60,7 @@ def rank_pattern(
     """Live ranks by layer and matrix, one `RankPattern` for each stack (encoder and decoder in Whisper).
 
     adapter_name defaults to the active adapter, threshold to its config's. A model without an encoder or a decoder is
-    one stack named "model".
+    one stack named "model". Of a model that `fully_shard` has shared out every process is to ask at once.
 
     Raises:
         ValueError: the model has no S2-LoRA adapter of that name.
@@ -75,11 +76,15 @@ def rank_pattern(
     config = tuner.peft_config[name]
     limit = config.threshold if threshold is None else threshold
     coefficients = {
-        key: layer.s2lora_coefficients[name]
+        key: _whole(layer.s2lora_coefficients[name])
         for key, layer in tuner.model.named_modules()
         if isinstance(layer, S2LoraLinear) and name in layer.s2lora_coefficients
     }
     return tabulate(coefficients, config.r, limit)
+
+
+def _whole(values: Tensor) -> Tensor:
+    return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def tabulate(coefficients: Mapping[str, Tensor], r: int, threshold: float) -> list[RankPattern]:

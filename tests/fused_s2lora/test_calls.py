@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_s2lora import S2Linear, S2LoraConfig, S2LoraLinear, fuse_whisper, rank_pattern, unfuse_whisper
 from tests.fused_s2lora.adapters import adapted, assert_same, awaken, batch, in_float64, logits, step
+from tests.training.ranks import run_ranks
 
 
 class LossFirst(NamedTuple):
@@ -181,6 +182,26 @@ def test_without_an_adapter_left_there_is_no_penalty_and_no_pattern(tiny_whisper
     assert [value.item() for value in model.base_model.penalty()] == [0.0, 0.0]
     with pytest.raises(ValueError, match="every S2-LoRA adapter of the model was deleted"):
         rank_pattern(model)
+
+
+SHARED_OUT = """
+import torch
+from peft import get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from fused_s2lora import S2LoraConfig, rank_pattern
+
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), S2LoraConfig(target_modules=["0"]))
+model.base_model.model[0].s2lora_coefficients["default"].data.copy_(torch.arange(8))
+expected = rank_pattern(model)
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+assert rank_pattern(model) == expected, rank_pattern(model)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_the_pattern_of_a_model_that_two_processes_share():
+    run_ranks(SHARED_OUT)
 
 
 def test_func_grad_is_autograds(tiny_whisper):
