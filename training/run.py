@@ -99,6 +99,7 @@ class RunFolder:
                     item.unlink()
         for name in ("", "adapter", "model", "before", "after"):
             clear_unfinished(self.path / name)
+        self.last_checkpoint()  # removes what was half written, which all of them would be at in `fit`
         write_json(self.path / "config.json", asdict(options))
         with (self.path / "command.txt").open("a") as stream:
             stream.write(called_as() + "\n")

@@ -74,6 +74,11 @@ class SpeechTrainer(Seq2SeqTrainer):
             epoch=lambda: int(self.state.epoch or 0),
         )
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The Trainer's file of each process; its state, by which a checkpoint is whole, comes after all of them."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what the arguments name) over the groups of `parameter_groups`."""
         if self.optimizer is None:

@@ -38,6 +38,29 @@ from fused_s2lora.training.train import train
 for options in sys.argv[1:]:
     train(TrainOptions(**json.loads(options)))
 """
+RANK_1_DELETES_LATER = """
+import os, shutil, time
+rmtree = shutil.rmtree
+def later(*given, **named):
+    time.sleep(2 * int(os.environ["RANK"]))
+    rmtree(*given, **named)
+shutil.rmtree = later
+"""
+RANK_1_SAVES_LATER = """
+import os, time
+from pathlib import Path
+import torch
+from transformers import TrainerState
+
+save, save_to_json = torch.save, TrainerState.save_to_json
+def later(*given, **named):
+    time.sleep(2 * int(os.environ["RANK"]))
+    save(*given, **named)
+def checked(self, file):
+    assert (Path(file).parent / "rng_state_1.pth").is_file()
+    save_to_json(self, file)
+torch.save, TrainerState.save_to_json = later, checked
+"""
 # Model, folder to write, test sets; `heard-RANK` beside the folder has a line for each set with how many were heard.
 EVALUATE = """
 import os, sys
@@ -73,6 +96,24 @@ def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path, ca
     again = adapter_of(tmp_path / "whole")
     assert all(torch.equal(expected[key], again[key]) for key in expected)
     assert (tmp_path / "whole" / "command.txt").read_text().count("\n") == 1
+
+
+def test_half_a_checkpoint_is_in_nobodys_way(quick, tmp_path):
+    run = tmp_path / "run"
+    asked = json.dumps({**quick, **UNSCORED, "epochs": 2, "output": str(run)})
+    run_ranks(TRAIN, asked, 3)
+    half = run / "checkpoints" / "checkpoint-3"
+    half.mkdir()
+    (half / "optimizer.pt").touch()
+    run_ranks(RANK_1_DELETES_LATER + TRAIN, asked)
+    assert not half.exists()
+    assert json.loads((run / "summary.json").read_text())["resumed_at_step"] == 2
+
+
+def test_a_checkpoint_is_whole_when_all_have_written_it(quick, tmp_path):
+    """Else one whose second process was killed meanwhile would be gone on from with other random numbers, or never."""
+    run_ranks(RANK_1_SAVES_LATER + TRAIN, json.dumps({**quick, **UNSCORED, "output": str(tmp_path / "run")}))
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file()
 
 
 def test_adalora_in_two_processes(quick, tmp_path):
