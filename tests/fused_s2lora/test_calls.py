@@ -185,6 +185,8 @@ def test_without_an_adapter_left_there_is_no_penalty_and_no_pattern(tiny_whisper
 
 
 SHARED_OUT = """
+import os
+
 import torch
 from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -196,7 +198,8 @@ model.base_model.model[0].s2lora_coefficients["default"].data.copy_(torch.arange
 expected = rank_pattern(model)
 fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
 assert rank_pattern(model) == expected, rank_pattern(model)
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # as PyTorch 2.11 ends in order, gloo's threads may abort
 """
 
 
