@@ -153,9 +153,12 @@ class TrainOptions:
         Raises:
             UserError: Whisper does not know one of them.
         """
-        given = [*self.data, *([] if self.dev is None else [self.dev])]
-        codes = [language_code(source_and_language(one)[1] or self.language) for one in given]
+        codes = [language_code(language or self.language) for _, language in self.learnt_from()]
         return list(dict.fromkeys(code for code in codes if code is not None))
+
+    def learnt_from(self) -> list[tuple[str, str]]:
+        """Source and language, "" without one, of all speech that is trained on or held out."""
+        return [source_and_language(given) for given in (*self.data, self.dev) if given is not None]
 
     def audio_window(self) -> AudioWindow:
         """The window of training."""

@@ -28,7 +28,6 @@ from .errors import UserError
 from .options import TrainOptions
 from .output import check_name, claimed, clear_unfinished, holds_files, read_json, write_json, write_text, writing
 from .sets import parts_of
-from .text import source_and_language
 from .world import world
 
 _PACKAGES = ("fused-s2lora", "torch", "transformers", "peft", "datasets", "accelerate", "jiwer")
@@ -184,7 +183,7 @@ def check_folder(options: TrainOptions, *, fresh: bool = False) -> None:
     if found is not None and not fresh:
         _check_same(found, asdict(options), path)
     elif found is not None:
-        trained = [source_and_language(given)[0] for given in (*options.data, *filter(None, [options.dev]))]
+        trained = [source for source, _ in options.learnt_from()]
         tested = [parts_of(specification)[1] for specification in options.test]
         for source in (*trained, *tested):
             if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):

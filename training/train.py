@@ -224,8 +224,9 @@ def _keeping_languages(
 
 
 def _languages_to_keep(options: TrainOptions, model: WhisperForConditionalGeneration) -> list[str]:
+    spoken = options.spoken_languages()
     wanted = [check_language(model, name) for name in options.keep_languages or LARGEST_LANGUAGES]
-    return [code for code in wanted if code is not None and code not in options.spoken_languages()]
+    return [code for code in wanted if code is not None and code not in spoken]
 
 
 def _trained(model: WhisperForConditionalGeneration, run: RunFolder) -> nn.Module:

@@ -205,13 +205,18 @@ def test_two_threads_have_outputs_of_their_own(tiny_whisper, monkeypatch):
         torch.testing.assert_close(found[index], reference)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_two_threads_have_gradients_of_their_own(tiny_whisper, fused):
-    """The second is in its forward pass while the first makes its own, and backward while the first is half done."""
+def in_training(tiny_whisper, fused: bool) -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
+    """An adapted tiny Whisper, fused or not, and what is trained of it."""
     model = adapted(tiny_whisper, r=4).train()
     if fused:
         fuse_whisper(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_threads_have_gradients_of_their_own(tiny_whisper, fused):
+    """The second is in its forward pass while the first makes its own, and backward while the first is half done."""
+    model, trained = in_training(tiny_whisper, fused)
 
     def gradients(seed: int) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(model(**batch(seed)).loss, trained)
@@ -251,10 +256,7 @@ def test_two_threads_have_gradients_of_their_own(tiny_whisper, fused):
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_backward_pass_within_another_has_gradients_of_its_own(tiny_whisper, fused):
     """Both go through one graph, as where a hook asks how large the gradients are going to be."""
-    model = adapted(tiny_whisper, r=4).train()
-    if fused:
-        fuse_whisper(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, trained = in_training(tiny_whisper, fused)
     expected = torch.autograd.grad(model(**batch()).loss, trained)
     outputs, passes = model(**batch()), []
 

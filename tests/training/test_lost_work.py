@@ -200,22 +200,27 @@ def test_an_evaluation_hears_recordings_of_another_length_again(scored, tmp_path
     assert scored() == [len(TEXTS)]
 
 
+def refused_while_changed(asked, file, other: bytes, what: str) -> None:
+    """Of a stopped run, and of a finished one; in between it goes on with the file as it was."""
+    right = file.read_bytes()
+    refusal = pytest.raises(UserError, match=f"run: was begun with other {what}; restore them, give another")
+    train_until(3, asked)
+    file.write_bytes(other)
+    with refusal:
+        train(asked, console=QUIET)
+    file.write_bytes(right)
+    train(asked, console=QUIET)
+    file.write_bytes(other)
+    with refusal:
+        train(asked, console=QUIET)
+
+
 def test_a_run_does_not_go_on_with_other_transcripts(options, tmp_path):
     data = write_folder(tmp_path / "speech")
-
     asked = options(tmp_path / "run", data=[str(data)])
-    train_until(3, asked)
     table = data / "metadata.csv"
-    right = table.read_text()
-    refusal = pytest.raises(UserError, match="run: was begun with other utterances or transcripts; restore them, give")
-    table.write_text(right.replace(TEXTS[0], "SOMETHING ELSE"))
-    with refusal:
-        train(asked, console=QUIET)
-    table.write_text(right)
-    train(asked, console=QUIET)
-    table.write_text(right.replace(TEXTS[0], "SOMETHING ELSE"))
-    with refusal:
-        train(asked, console=QUIET)
+    other = table.read_bytes().replace(TEXTS[0].encode(), b"SOMETHING ELSE")
+    refused_while_changed(asked, table, other, "utterances or transcripts")
     train(asked, fresh=True, console=QUIET)
 
 
@@ -223,19 +228,9 @@ def test_a_run_does_not_go_on_with_other_recordings(options, tmp_path):
     """As long as they were, as after denoising."""
     data = write_folder(tmp_path / "speech")
     asked = options(tmp_path / "run", data=[str(data)])
-    train_until(3, asked)
-    recording = data / "u1.flac"
-    right = recording.read_bytes()
-    samples, rate = soundfile.read(recording, dtype="int16")
-    refusal = pytest.raises(UserError, match="run: was begun with other recordings; restore them, give another")
-    soundfile.write(recording, samples // 2, rate)
-    with refusal:
-        train(asked, console=QUIET)
-    recording.write_bytes(right)
-    train(asked, console=QUIET)
-    soundfile.write(recording, samples // 2, rate)
-    with refusal:
-        train(asked, console=QUIET)
+    samples, rate = soundfile.read(data / "u1.flac", dtype="int16")
+    soundfile.write(tmp_path / "other.flac", samples // 2, rate)
+    refused_while_changed(asked, data / "u1.flac", (tmp_path / "other.flac").read_bytes(), "recordings")
     noted = tmp_path / "run" / "speech.json"
     write_json(noted, {"sha256": read_json(noted)["sha256"]})  # as before recordings were noted
     train(asked, console=QUIET)
