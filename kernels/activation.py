@@ -28,7 +28,7 @@ from .configs import (
 from .device import precision
 from .launch import launch
 from .ops import kernel_op
-from .project import project
+from .project import project, unit_columns
 from .variants import PRODUCT_DTYPES, TRITON_TYPES, Variant, precision_of
 
 
@@ -56,7 +56,6 @@ def _activation_project_kernel(
     rank,
     z_columns,
     stride_xm,
-    stride_xk,
     stride_dr,
     stride_dk,
     stride_hm,
@@ -81,7 +80,7 @@ def _activation_project_kernel(
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         mask = mask_m[:, None] & mask_k[None, :]
-        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
         x_tile = tl.load(x_tile_ptr, mask=mask, other=0.0)
         h_tile = gelu(x_tile, h_ptr.dtype.element_ty) if GELU else x_tile.to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows[:, None] * stride_hm + offs_k[None, :], h_tile, mask=mask)
@@ -103,13 +102,10 @@ def _activation_input_gradient_kernel(
     K,
     rank,
     stride_hm,
-    stride_hk,
     stride_gm,
-    stride_gr,
     stride_dr,
     stride_dk,
     stride_xm,
-    stride_xk,
     stride_dxm,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,19 +123,19 @@ def _activation_input_gradient_kernel(
     mask_k = offs_k < K
     mask = mask_m[:, None] & mask_k[None, :]
     rows = offs_m.to(tl.int64)
-    dh_tile_ptr = dh_ptr + rows[:, None] * stride_hm + offs_k[None, :] * stride_hk
+    dh_tile_ptr = dh_ptr + rows[:, None] * stride_hm + offs_k[None, :]
     dx = tl.load(dh_tile_ptr, mask=mask, other=0.0).to(tl.float32)
     if not GELU:
         for start in range(0, rank, BLOCK_R):
             offs_r = start + tl.arange(0, BLOCK_R)
             mask_r = offs_r < rank
-            ge_tile_ptr = ge_ptr + rows[:, None] * stride_gm + offs_r[None, :] * stride_gr
+            ge_tile_ptr = ge_ptr + rows[:, None] * stride_gm + offs_r[None, :]
             ge_tile = tl.load(ge_tile_ptr, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             down_tile_ptr = down_ptr + offs_r[:, None] * stride_dr + offs_k[None, :] * stride_dk
             down_tile = tl.load(down_tile_ptr, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
             dx = tl.dot(ge_tile, down_tile.to(ge_tile.dtype), dx, input_precision=PRECISION)
     if GELU:
-        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
         x_tile = tl.load(x_tile_ptr, mask=mask, other=0.0).to(tl.float32)
         density = 0.3989422804014327 * tl.exp(-0.5 * x_tile * x_tile)
         dx *= _normal_distribution(x_tile) + x_tile * density
@@ -166,13 +162,14 @@ def activation_project(
     h, z = _outputs(x, down, out_dtype, spare)
     if rows == 0:
         return h, z
+    x = unit_columns(x)
     z_out = h[:, inputs:] if spare else z
     padded_rank = rank_block(rank)
     tiles = ACTIVATION[activation_config_name(rows, padded_rank, out_dtype)]
     launch(
         _activation_project_kernel, (cdiv(rows, tiles.BLOCK_M),),
         x, down, h, z_out, rows, inputs, rank, z_out.shape[1],
-        *x.stride(), *down.stride(), h.stride(0), z_out.stride(0),
+        x.stride(0), *down.stride(), h.stride(0), z_out.stride(0),
         GELU=gelu, PRECISION=precision(out_dtype), R=padded_rank, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -193,7 +190,7 @@ def _fake_gelu_input_gradient(dh, x):
 def gelu_input_gradient(dh: Tensor, x: Tensor) -> Tensor:
     """One launch: dh [M, K], x [M, K] -> dx [M, K] in x's dtype."""
     dx = x.new_empty(x.shape)
-    _launch_input_gradient(dh, None, None, x, dx)
+    _launch_input_gradient(unit_columns(dh), None, None, unit_columns(x), dx)
     return dx
 
 
@@ -213,14 +210,14 @@ def _launch_input_gradient(dh: Tensor, ge: Tensor | None, down: Tensor | None, x
     rows, inputs = dx.shape
     if rows == 0:
         return
-    rank, strides = 1, [0, 0, 0, 0]
+    rank, strides = 1, [0, 0, 0]
     if ge is not None and down is not None:
-        rank, strides = down.shape[0], [*ge.stride(), *down.stride()]
+        rank, strides = down.shape[0], [ge.stride(0), *down.stride()]
     tiles = ACTIVATION_INPUT_GRADIENT[activation_gradient_config_name(dh.dtype)]
     launch(
         _activation_input_gradient_kernel, (cdiv(rows, tiles.BLOCK_M), cdiv(inputs, tiles.BLOCK_K)),
         dh, ge, down, x, dx, rows, inputs, rank,
-        *dh.stride(), *strides, *((0, 0) if x is None else x.stride()), dx.stride(0),
+        dh.stride(0), *strides, 0 if x is None else x.stride(0), dx.stride(0),
         GELU=x is not None, PRECISION=precision(dh.dtype),
         BLOCK_R=gradient_rank_tile(rank, dh.dtype), BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -241,7 +238,7 @@ def variants(target: str) -> list[Variant]:
         for rows, gelu in itertools.product((512, 24_000), (True, False)):
             config = activation_config_name(rows, rank, dtype)
             direction = "gelu" if gelu else "copy"
-            constants: dict[str, Any] = {"GELU": gelu, "R": rank, "stride_xk": 1, "stride_dk": 1}
+            constants: dict[str, Any] = {"GELU": gelu, "R": rank, "stride_dk": 1}
             found[config, direction, name, rank, x_type] = _variant(
                 config, direction, name, x_type, rank, _activation_project_kernel, ACTIVATION[config], constants
             )
@@ -250,9 +247,8 @@ def variants(target: str) -> list[Variant]:
             if (gelu and name == "tf32") or (not gelu and x_type != name):  # no product; added in place
                 continue
             direction = "input gradient of gelu" if gelu else "input gradient of copy with low rank"
-            constants = {"GELU": gelu, "BLOCK_R": 16 if gelu else block_r, "stride_hk": 1}
-            absent = {"stride_xk": 1, "ge_ptr": None, "down_ptr": None}
-            constants |= absent if gelu else {"x_ptr": None, "stride_gr": 1, "stride_dk": 1}
+            constants = {"GELU": gelu, "BLOCK_R": 16 if gelu else block_r}
+            constants |= {"ge_ptr": None, "down_ptr": None} if gelu else {"x_ptr": None, "stride_dk": 1}
             padded_rank = 0 if gelu else block_r
             found[config, direction, name, padded_rank, x_type] = _variant(
                 config, direction, name, x_type, padded_rank, _activation_input_gradient_kernel,

@@ -16,6 +16,7 @@ from torch import Tensor
 from .configs import NORM, NORM_INPUT_GRADIENT, NORM_MAX_RANK, NORM_MAX_WIDTH, PassTiles, cdiv, rank_block
 from .launch import launch
 from .ops import kernel_op
+from .project import unit_columns
 from .variants import Variant
 
 
@@ -34,7 +35,6 @@ def _layer_norm_project_kernel(
     z_columns,
     eps,
     stride_xm,
-    stride_xk,
     stride_dr,
     stride_dk,
     stride_hm,
@@ -58,7 +58,7 @@ def _layer_norm_project_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
         x_tile = tl.load(x_tile_ptr, mask=mask_m[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
         total += x_tile
         x_tiles += (x_tile,)  # type: ignore[assignment]
@@ -107,9 +107,7 @@ def _layer_norm_input_gradient_kernel(
     dx_ptr,
     M,
     stride_hm,
-    stride_hk,
     stride_xm,
-    stride_xk,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -132,9 +130,9 @@ def _layer_norm_input_gradient_kernel(
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         mask = mask_m[:, None] & mask_k[None, :]
-        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        x_tile_ptr = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
         normal = (tl.load(x_tile_ptr, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
-        dh_tile_ptr = dh_ptr + rows[:, None] * stride_hm + offs_k[None, :] * stride_hk
+        dh_tile_ptr = dh_ptr + rows[:, None] * stride_hm + offs_k[None, :]
         d_tile = tl.load(dh_tile_ptr, mask=mask, other=0.0).to(tl.float32)
         d_tile *= tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
         total += d_tile
@@ -169,13 +167,14 @@ def layer_norm_project(
     h, z, mean, rstd = _outputs(x, down, out_dtype, spare)
     if rows == 0:
         return h, z, mean, rstd
+    x = unit_columns(x)
     z_out = h[:, inputs:] if spare else z
     tiles = NORM
     fused = rank <= NORM_MAX_RANK
     launch(
         _layer_norm_project_kernel, (cdiv(rows, tiles.BLOCK_M),),
         x, weight.contiguous(), bias.contiguous(), down, h, z_out, mean, rstd,
-        rows, rank if fused else 0, z_out.shape[1], eps, *x.stride(), *down.stride(), h.stride(0), z_out.stride(0),
+        rows, rank if fused else 0, z_out.shape[1], eps, x.stride(0), *down.stride(), h.stride(0), z_out.stride(0),
         K=inputs, R=rank_block(rank), BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K, num_warps=tiles.num_warps,
     )  # fmt: skip
     if not fused:
@@ -201,10 +200,10 @@ def layer_norm_input_gradient(dh: Tensor, x: Tensor, weight: Tensor, mean: Tenso
     dx = x.new_empty(rows, inputs)
     if rows == 0:
         return dx
-    tiles = NORM_INPUT_GRADIENT
+    dh, x, tiles = unit_columns(dh), unit_columns(x), NORM_INPUT_GRADIENT
     launch(
         _layer_norm_input_gradient_kernel, (cdiv(rows, tiles.BLOCK_M),),
-        dh, x, weight.contiguous(), mean, rstd, dx, rows, *dh.stride(), *x.stride(),
+        dh, x, weight.contiguous(), mean, rstd, dx, rows, dh.stride(0), x.stride(0),
         K=inputs, BLOCK_M=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_K, num_warps=tiles.num_warps,
     )  # fmt: skip
     return dx
@@ -219,10 +218,10 @@ def variants(target: str) -> list[Variant]:
         types = {"down_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
         types |= dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "dx_ptr"), f"*{x_type}")
         for rank in (16, 32, 256):
-            constants: dict[str, Any] = {"R": rank, "stride_xk": 1, "stride_dk": 1}
+            constants: dict[str, Any] = {"R": rank, "stride_dk": 1}
             found.append(_variant("forward", dtype, x_type, rank, _layer_norm_project_kernel, NORM, constants, types))
-        constants, kernel = {"stride_hk": 1, "stride_xk": 1}, _layer_norm_input_gradient_kernel
-        found.append(_variant("input gradient", dtype, x_type, 16, kernel, NORM_INPUT_GRADIENT, constants, types))
+        kernel = _layer_norm_input_gradient_kernel
+        found.append(_variant("input gradient", dtype, x_type, 16, kernel, NORM_INPUT_GRADIENT, {}, types))
     return found
 
 
