@@ -33,7 +33,7 @@ def write_errors(run: Path, evaluation: Evaluation) -> None:
         for name, words, characters in zip(names, result.words, result.characters, strict=True):
             rows.append((result.name, name, words.length, words.errors, characters.length, characters.errors))
     with replacing(run / _FILE) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream, lineterminator="\n").writerows(rows)
+        csv.writer(stream).writerows(rows)  # its \r\n has a \r in a name quoted
 
 
 def read_errors(run: Path) -> dict[str, SetErrors]:

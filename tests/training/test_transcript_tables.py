@@ -1,12 +1,14 @@
 """Tables of transcripts that an evaluation leaves."""
 
 import csv
+import json
 
 import soundfile
 
 from fused_s2lora.training.decoding import Heard
 from fused_s2lora.training.evaluation import Evaluation, read_sets, score_set
 from fused_s2lora.training.sets import named_sets
+from fused_s2lora.training.utterance_errors import read_errors, write_errors
 from tests.training.speech import tone
 
 
@@ -27,3 +29,19 @@ def test_no_column_of_a_table_of_transcripts_comes_twice(tmp_path):
         >= {"age": "7", "hypothesis": "ours", "word_insertions": "0"}.items()
     )
     assert read_sets(tmp_path / "out", sets)["same"].heard == [Heard("ours", True)]
+
+
+def test_names_with_line_breaks_are_read_again(tmp_path):
+    """A lone carriage return, as in files from old Macs, ends a line of a table too."""
+    names = ["a\rb.wav", "a\nb.wav", 'a"b,\tc.wav', "=1+1.wav"]
+    for name in names:
+        soundfile.write(tmp_path / name, tone(0.5), 16_000)
+    with (tmp_path / "speech.jsonl").open("w") as stream:
+        stream.writelines(json.dumps({"file_name": name, "text": "go home", "note": "x\ry"}) + "\n" for name in names)
+    sets = named_sets([f"same={tmp_path / 'speech.jsonl'}"], "en")
+    heard = [Heard("go\rhome", True)] * len(names)
+    evaluation = Evaluation("after", [score_set("same", sets["same"], heard)])
+    evaluation.write(tmp_path / "after")
+    write_errors(tmp_path, evaluation)
+    assert read_errors(tmp_path)["same"].utterances == names
+    assert read_sets(tmp_path / "after", sets)["same"].heard == heard
