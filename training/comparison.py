@@ -64,6 +64,11 @@ class Cell:
     base: dict[str, Any] = field(default_factory=dict)  # options that the file gives every row of the method
 
     @property
+    def label(self) -> str:
+        """What the row is called, with the values of what is varied in it."""
+        return ", ".join([self.row, *(f"{key} {value}" for key, value in self.varied.items())])
+
+    @property
     def path(self) -> Path:
         """The run's folder."""
         return Path(self.options.output)
@@ -135,17 +140,23 @@ def read_comparison(file: str | Path, output: str | Path) -> Comparison:
         raise UserError(f"{file}: the method {unknown[0]!r} under `methods` is not one of {', '.join(METHODS)}")
     cells: dict[str, Cell] = {}
     firsts: dict[str, Cell] = {}
+    lines: dict[tuple[str, int], str] = {}
     for row in content["rows"]:
         if not isinstance(row, dict) or "method" not in row:
             raise UserError(f"{file}: the row {row!r} has no `method`")
-        name = str(row.get("name") or row["method"])
+        name = " ".join(str(row.get("name") or row["method"]).split())
         own = {key: value for key, value in row.items() if key != "name"}
         base = methods.get(str(row["method"]), {})
         for cell in _cells(file, name, {**common, **base, **own}, base, output):
             _check_same_line(file, firsts.setdefault(cell.line, cell), cell)
+            if (line := lines.setdefault((cell.label, cell.options.rank), cell.line)) != cell.line:
+                raise UserError(
+                    f"{file}: two rows, {line} and {cell.line}, are called {cell.label!r}; give one another name"
+                )
             cells.setdefault(cell.name, cell)
     _check_sets(file, cells.values())
-    return Comparison(str(content.get("title") or file.stem), output, list(cells.values()), source, timed)
+    title = " ".join(str(content.get("title") or file.stem).split())
+    return Comparison(title, output, list(cells.values()), source, timed)
 
 
 def _check_same_line(file: Path, first: Cell, cell: Cell) -> None:

@@ -126,17 +126,13 @@ def lines_of(comparison: Comparison) -> list[Line]:
             if found["summary"] and not comparison.timed:
                 found["summary"] |= {"step_s": None, "peak_memory_mib": None}
             groups.setdefault(cell.line, []).append((cell, found))
-    return [Line(_label(cells[0][0]), [found for _, found in cells]) for cells in groups.values()]
+    return [Line(cells[0][0].label, [found for _, found in cells]) for cells in groups.values()]
 
 
 def names_of(lines: list[Line]) -> dict[str, Line]:
     """Each line by its label, with the rank where several lines have it."""
     labels = [line.label for line in lines]
     return {line.label + f", r = {line.rank}" * (labels.count(line.label) > 1): line for line in lines}
-
-
-def _label(cell: Cell) -> str:
-    return ", ".join([cell.row, *(f"{key} {value}" for key, value in cell.varied.items())])
 
 
 def columns_of(lines: list[Line]) -> list[Column]:

@@ -159,6 +159,6 @@ def read_json(file: Path) -> Any:
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown, the first column to the left, the others to the right."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    head, *body = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in [heads, *rows]]
     rule = ["---" if index == 0 else "--:" for index in range(len(heads))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *escaped])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *body])

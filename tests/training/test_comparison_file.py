@@ -19,6 +19,12 @@ def test_names_in_other_scripts_give_folders_of_their_own(tmp_path, quick):
     assert [cell.name for cell in comparison.cells] == ["方法一-r8-seed0", "方法二-r8-seed0", "größe-a-r8-seed0"]
 
 
+def test_a_name_or_title_over_several_lines_is_one_line(tmp_path, quick):
+    rows = [{"name": "S2-LoRA\nof old\n", "method": "s2lora"}]
+    comparison = read_comparison(write(tmp_path, quick, rows, title="Two\nlines\n"), tmp_path / "out")
+    assert (comparison.title, comparison.cells[0].row) == ("Two lines", "S2-LoRA of old")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -38,6 +44,10 @@ def test_names_in_other_scripts_give_folders_of_their_own(tmp_path, quick):
         (
             {"rows": [{"name": "a!", "method": "lora"}, {"name": "A", "method": "glora", "seed": 1}]},
             "two different cells are called a-r8: method is 'lora' in 'a!' and 'glora' in 'A'",
+        ),
+        (
+            {"rows": [{"name": "a", "method": "lora"}, {"name": "a", "method": "full"}]},
+            "two rows, a-r8 and a, are called 'a'; give one another name",
         ),
         ({"rows": [{"name": "x", "method": "zero-shot", "seed": [0, 1]}]}, "are called x: seed is 0 in 'x' and 1 in"),
         (

@@ -18,6 +18,7 @@ from fused_s2lora.training.comparison_tables import write_tables
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.metrics import Difference
 from fused_s2lora.training.options import TrainOptions
+from fused_s2lora.training.output import markdown_table
 from fused_s2lora.training.report import write_report
 from fused_s2lora.training.utterance_errors import read_errors
 from tests.training.comparisons import QUIET, REPRODUCTION, ROWS, write
@@ -209,3 +210,9 @@ def test_figures_over_one_option_leave_out_rows_trained_otherwise():
     assert [list(line.get_xdata()) for line in magnitudes] == [[0, 0.05, 0.2]] * 6
     default = comparison_figures._sizes(json.loads((folder / "s2-lora-r8-seed0" / "rank_pattern.json").read_text()))
     assert [line.get_ydata()[1] for line in magnitudes] == [size for size, _ in default.values()]
+
+
+def test_a_markdown_table_holds_any_name():
+    """Of a test set or a group, too, which are heads."""
+    table = markdown_table(["row", "a|b, room c\rd WER"], [["x\ny|z", "1"]]).split("\n")
+    assert table == ["| row | a\\|b, room c d WER |", "| --- | --: |", "| x y\\|z | 1 |"]
