@@ -2,12 +2,14 @@
 
 import itertools
 import statistics
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
@@ -40,7 +42,8 @@ def draw_figures(comparison: Comparison) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, (title, build) in figures.items():
-        with plt.rc_context(STYLE):
+        with plt.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # names are text in SVG: the viewer has the fonts
             figure = build()
             if figure is not None:
                 drawn[title] = folder / f"{name}.svg"
@@ -140,7 +143,9 @@ def _panels(
     lines = [line for line in lines if line.first["results"]]
     if len(lines) < 2 or not columns:
         return None
-    height = max(3.6, 0.17 * len({series_of(line) for line in lines}))  # of a panel, and of the names beside them
+    looks = _looks("os^Dv", map(series_of, lines))
+    drawn: dict[str, Any] = {}
+    height = max(3.6, 0.17 * len(looks))  # of a panel, and of the names beside them
     figure, grid = plt.subplots(1, len(columns), figsize=(4 * len(columns) + 2, height), squeeze=False)
     for axes, column in zip(grid[0], columns, strict=True):
         series: dict[str, list[tuple[float, list[float]]]] = {}
@@ -148,22 +153,14 @@ def _panels(
             rates = line.rates(column, "capped_rate")
             if rates:
                 series.setdefault(series_of(line), []).append((position(line), rates))
-        looks = itertools.product("os^Dv", plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
-        for (name, points), (shape, colour) in zip(series.items(), looks, strict=False):
+        for name, points in series.items():
             points.sort(key=lambda point: point[0])
             means = [statistics.fmean(rates) for _, rates in points]
             reach = [[mean - min(rates) for mean, (_, rates) in zip(means, points, strict=True)],
                      [max(rates) - mean for mean, (_, rates) in zip(means, points, strict=True)]]  # fmt: skip
-            axes.errorbar(
-                [x for x, _ in points],
-                means,
-                yerr=reach,
-                marker=shape,
-                color=colour,
-                markersize=4,
-                linewidth=0.8,
-                label=name,
-            )
+            shape, colour = looks[name]
+            style = {"marker": shape, "color": colour, "markersize": 4, "linewidth": 0.8}
+            drawn[name] = axes.errorbar([x for x, _ in points], means, yerr=reach, **style)
         axes.set(xscale="log", xlabel=label, ylabel=f"{column}, capped, %")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -174,9 +171,20 @@ def _panels(
         if all(after > 1.8 * before for before, after in itertools.pairwise(positions)) and len(positions) < 6:
             axes.set_xticks(positions, [f"{value:,}" for value in positions])
             axes.minorticks_off()
-    grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _name_beside(grid[0][-1], {name: drawn[name] for name in looks if name in drawn}, fontsize=7)
     figure.tight_layout()
     return figure
+
+
+def _looks(shapes: Iterable[str], names: Iterable[str]) -> dict[str, tuple[str, Any]]:
+    """A shape and a colour of each name, the same in every panel; those of the first again where there are no more."""
+    looks = itertools.product(shapes, plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
+    return dict(zip(dict.fromkeys(names), itertools.cycle(looks), strict=False))
+
+
+def _name_beside(axes: Axes, drawn: dict[str, Any], *, fontsize: float) -> None:
+    """A legend of what was drawn by these names, which Matplotlib would leave out where they begin with _."""
+    axes.legend([*drawn.values()], [*drawn], fontsize=fontsize, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
@@ -185,40 +193,52 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
     Rows that differ in nothing but the share kept of their update are one curve, with the shares at its points, where
     there are two or more of them; the methods with nothing changed are points, zero-shot is a line.
     """
+    if len(columns) < 2:
+        return None
     curves: list[list[Line]] = []
-    for line in (line for line in lines if line.trainable and line.first["results"]):
+    for line in (line for line in lines if line.trainable and line.rates(columns[0])):
+        if not any(map(line.rates, columns[1:])):
+            continue
         alike = next((curve for curve in curves if line.unlike(curve[0]) <= {"interpolation"}), None)
         curves.append([line]) if alike is None else alike.append(line)
     shown = [curve for curve in curves if len({line.share for line in curve} - {None}) > 1]
-    if not shown or len(columns) < 2:
+    if not shown:
         return None
     shown += [
         curve for curve in curves if curve not in shown and curve[0].rank == 8 and not _own_options(curve[0])
     ]  # fmt: skip
+    named = {_curve_name(curve): curve for curve in shown}
+    looks = _looks("os^Dv", named)
+    drawn: dict[str, Any] = {}
     width = 5.2 * (len(columns) - 1)
     figure, grid = plt.subplots(1, len(columns) - 1, figsize=(width, 4.6), squeeze=False)
     for axes, column in zip(grid[0], columns[1:], strict=True):
-        looks = itertools.product("os^Dv", plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
-        for curve, (shape, colour) in zip(shown, looks, strict=False):
-            plain = min(curve, key=lambda line: (line.varied, len(line.changed)))
+        for label, curve in named.items():
             told = [line for line in curve if line.share is not None] or curve
             points = {line.share: [line.mean_rate(one, "capped_rate") for one in (columns[0], column)] for line in told}
             placed = sorted((share or 0, *point) for share, point in points.items() if None not in point)
-            label = plain.label + (f", r = {plain.rank}" if plain.rank != 8 else "")
+            if not placed:
+                continue  # not scored on both
+            shape, colour = looks[label]
             style = {"marker": shape, "color": colour, "markersize": 4, "linewidth": 0.9}
-            axes.plot([x for _, x, _ in placed], [y for _, _, y in placed], label=label, **style)
+            (drawn[label],) = axes.plot([x for _, x, _ in placed], [y for _, _, y in placed], **style)
             for share, x, y in placed if len(placed) > 1 else []:
                 offset = {"xytext": (3, 3), "textcoords": "offset points"}
                 axes.annotate(f"{share:g}", (x, y), fontsize=6, color=colour, **offset)
         for line in (line for line in lines if line.method == ZERO_SHOT):
             if (y := line.mean_rate(column, "capped_rate")) is not None:
-                axes.axhline(y, color="grey", linewidth=0.8, linestyle=":", label=line.label)
+                drawn[line.label] = axes.axhline(y, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel=f"{columns[0]}, capped, %", ylabel=f"{column}, capped, %")
-        if min(y for line in axes.get_lines() for y in line.get_ydata()) > 0:
+        if min((y for line in axes.get_lines() for y in line.get_ydata()), default=0) > 0:
             scale_by_logarithm(axes)  # of a language that is lost it may be five times that of one that is kept
-    grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _name_beside(grid[0][-1], drawn, fontsize=7)
     figure.tight_layout()
     return figure
+
+
+def _curve_name(curve: list[Line]) -> str:
+    plain = min(curve, key=lambda line: (line.varied, len(line.changed)))
+    return plain.label + (f", r = {plain.rank}" if plain.rank != 8 else "")
 
 
 def learning_figure(lines: list[Line]) -> Figure | None:
@@ -243,12 +263,13 @@ def learning_figure(lines: list[Line]) -> Figure | None:
         return None
     figure, grid = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 4.2), squeeze=False, sharey=True)
     for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
-        looks = itertools.product(("-", "--", ":"), plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
-        for (label, (steps, losses)), (dashes, colour) in zip(curves.items(), looks, strict=False):
-            axes.plot(*running_mean(steps, losses), linewidth=1, linestyle=dashes, color=colour, label=label)
+        drawn = {}
+        for label, (dashes, colour) in _looks(("-", "--", ":"), curves).items():
+            means = running_mean(*curves[label])
+            (drawn[label],) = axes.plot(*means, linewidth=1, linestyle=dashes, color=colour)
         axes.set(xlabel="step", ylabel="cross-entropy per token", title=title)
         scale_by_logarithm(axes)
-        axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
+        _name_beside(axes, drawn, fontsize=6.5)
     figure.tight_layout()
     return figure
 

@@ -71,6 +71,35 @@ def test_a_row_may_have_dollars_in_its_name(compared, quick, tmp_path):
     assert ">$b$<" in draw_figures(comparison)["Error against trainable parameters"].read_text()
 
 
+def test_a_row_may_begin_with_an_underscore_and_be_scored_on_sets_of_its_own(compared, quick, tmp_path, recwarn):
+    """Matplotlib leaves such names out of a legend. Colours are those of the row in every panel."""
+    rows = [
+        {"name": "_a", "method": "lora"},
+        {"name": "_b", "method": "lora", "interpolation": [0.5]},
+        {"name": "方法", "method": "adalora", "test": ["other=x"]},
+    ]
+    comparison = read_comparison(write(tmp_path, quick, rows), tmp_path / "out")
+    for cell in comparison.cells:
+        shutil.copytree(compared / "out" / f"{cell.options.method}-r8-seed0", cell.path)
+        (cell.path / "config.json").write_text(json.dumps(asdict(cell.options)))
+        summary = json.loads((cell.path / "summary.json").read_text())
+        (cell.path / "summary.json").write_text(
+            json.dumps(summary | {"interpolation": cell.options.interpolation or 1})
+        )
+        if cell.options.test != quick["test"]:
+            results = (cell.path / "results.json").read_text()
+            (cell.path / "results.json").write_text(results.replace('"same": {', '"other": {'))
+    drawn = draw_figures(comparison)
+    assert "Error in other speech, by the share of the update" not in drawn  # no row is scored on both sets
+    learning = drawn["Learning curves"].read_text()
+    assert ">_a<" in learning
+    assert ">方法<" in learning
+    parameters = drawn["Error against trainable parameters"].read_text()
+    assert ">_a<" in parameters
+    assert ">方法<" in parameters
+    assert [str(one.message) for one in recwarn if "Glyph" in str(one.message) or "artists" in str(one.message)] == []
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, tiny_folder):
     for folder in (tmp_path, tiny_folder):  # a model has a config.json too
         with pytest.raises(UserError, match="holds neither a run"):
