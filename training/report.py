@@ -196,25 +196,44 @@ def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[st
         order = list(units)
         files = folder.glob("*.tsv")
         for file in sorted(files, key=lambda file: (order.index(file.stem) if file.stem in order else 99, file.stem)):
-            with file.open(encoding="utf-8", newline="") as stream:
-                rows = list(csv.DictReader(stream, delimiter="\t"))
+            rows = _table(file)
             unit = units.get(file.stem, "wer")
             found = sets.setdefault(file.stem, {"unit": unit, "rows": {}})
             for position, row in enumerate(rows):
                 metadata = {key: value for key, value in row.items() if key not in _HIDDEN}
                 entry = found["rows"].setdefault(
                     (position, row["utterance"], row["reference"]),  # a table may name one file several times
-                    {"utterance": row["utterance"], **metadata, "reference": row["reference"], "said": {}},
+                    {"utterance": row["utterance"], **metadata, "reference": row["reference"], "hypothesis": {}},
                 )
                 reference, heard = row["normalized_reference"], row["normalized_hypothesis"]
-                entry["said"][label] = marked(reference, heard, by_character=unit == "cer")
+                entry["hypothesis"][label] = marked(reference, heard, by_character=unit == "cer")
     labels = list(folders)
     return {
         "labels": labels,
         "first": "zero-shot" if "zero-shot" in labels else next(iter(labels), None),
         "second": second if second in labels else next(reversed(labels), None),
+        "names": list(sets),  # JavaScript would have those that are numbers first
         "sets": {name: {**found, "rows": list(found["rows"].values())} for name, found in sets.items()},
     }
+
+
+def _table(file: Path) -> list[dict[str, str]]:
+    """The lines of a table of transcripts.
+
+    Raises:
+        UserError: it was cut off or edited, so that a line lacks a column or has too many, or is not in UTF-8.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream, delimiter="\t"))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: is damaged ({error}); restore it, or delete it to report the rest") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values() or not {"utterance", *SCORED_COLUMNS[:4]} <= row.keys():
+            raise UserError(
+                f"{file}: is damaged (the columns of utterance {number}); restore it, or delete it to report the rest"
+            )
+    return rows
 
 
 def marked(reference: str, hypothesis: str, *, by_character: bool = False) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_columns_of_any_name_are_shown_and_a_number_that_json_lacks_is_none(comp
     data = re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", text, re.DOTALL)
     page = json.loads(data[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     rows = page["transcripts"]["sets"]["same"]["rows"]
-    assert rows[0].keys() == {"utterance", "speaker_id", "age", "reference", "said"}
+    assert rows[0].keys() == {"utterance", "speaker_id", "age", "reference", "hypothesis"}
 
 
 def test_a_row_may_have_dollars_in_its_name(compared, quick, tmp_path):
@@ -98,6 +98,21 @@ def test_a_row_may_begin_with_an_underscore_and_be_scored_on_sets_of_its_own(com
     assert ">_a<" in parameters
     assert ">方法<" in parameters
     assert [str(one.message) for one in recwarn if "Glyph" in str(one.message) or "artists" in str(one.message)] == []
+
+
+def test_a_damaged_table_of_transcripts_is_named(compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "out" / "lora-r8-seed0", run)
+    table = run / "after" / "same.tsv"
+    whole = table.read_text()
+    table.write_text(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{re.escape(str(table))}: is damaged \(the columns of utterance"):
+        write_report(run)
+    table.write_text(whole, encoding="utf-16")
+    with pytest.raises(UserError, match=rf"{re.escape(str(table))}: is damaged .*; restore it, or delete it"):
+        write_report(run)
+    table.unlink()
+    write_report(run)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, tiny_folder):
@@ -304,3 +319,30 @@ def test_the_page_finds_marks_sorts_decimals_and_shows_ranks_without_a_size(brow
     assert column(opened, "age", tables="#utterances") == sorted(values, key=float)
     assert opened.locator(".map td").first.get_attribute("title").endswith("mean |s| –")
     opened.close()
+
+
+def test_a_run_of_any_names_fits_a_narrow_window_and_paper(browser, compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "out" / "lora-r8-seed0", run)
+    results = json.loads((run / "results.json").read_text())
+    for name in ("b" * 100, "2024"):
+        results[-1]["sets"][name] = results[-1]["sets"]["same"]
+        table = (run / "after" / "same.tsv").read_text().replace("\tspeaker\t", "\tsaid\t", 1)
+        (run / "after" / f"{name}.tsv").write_text(table)
+    (run / "after" / "same.tsv").unlink()
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "after" / "results.json").write_text(json.dumps(results[-1]))
+    opened = browser.new_page(viewport={"width": 375, "height": 700})
+    opened.goto(write_report(run).as_uri())
+    assert opened.locator("#set option").all_inner_texts() == ["b" * 100, "2024"]  # as they were scored
+    assert column(opened, "said", tables="#utterances")[:3] == ["s0", "s1", "s2"]
+    assert opened.evaluate("document.documentElement.scrollWidth") == 375
+    opened.evaluate("find('utterances').tBodies[0].innerHTML = '<tr><td>a<td>b</tr>'.repeat(50)")  # more than is seen
+    assert opened.evaluate("(box => box.scrollHeight > box.clientHeight)(find('utterances').parentElement)")
+    opened.emulate_media(media="print")
+    assert opened.evaluate("(box => box.scrollHeight <= box.clientHeight)(find('utterances').parentElement)")
+    opened.close()
+
+
+def test_the_page_has_no_zero_below_zero(page):
+    assert page.evaluate("[-0.04, -0.06, 0.04, -25].map(value => shown(value, 1))") == ["0.0", "-0.1", "0.0", "-25"]
