@@ -38,9 +38,9 @@ def fuse_whisper(model: nn.Module) -> int:
     once, one z, one dA, dx added up in place. On a GPU, LayerNorms and GELU write z of what reads them; on a CPU,
     attention in bfloat16 is computed in blocks where the model's attention is PyTorch's ("sdpa"). Parameters, their
     names and what is saved stay as they are; generate(), gradient checkpointing and disabling, merging or switching
-    adapters work as before. `unfuse_whisper` undoes it, which `torch.func` needs, and forward hooks that write to the
-    output of q, k or v in place. The biases of q, k and v are kept side by side: one that is written in place through
-    `.data`, as by `bias.data.add_(1.0)`, is not seen.
+    adapters work as before. `unfuse_whisper` undoes it, which forward hooks need that write to the output of q, k or v
+    in place. The biases of q, k and v are kept side by side: one that is written in place through `.data`, as by
+    `bias.data.add_(1.0)`, is not seen.
 
     Args:
         model: a `WhisperForConditionalGeneration` with an S2-LoRA adapter, or the `PeftModel` around it.
@@ -155,7 +155,7 @@ class _CrossAttentionInput:
 
     def __call__(self, decoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         states = kwargs.get("encoder_hidden_states")
-        if states is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if states is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or device.in_transform():
             return inputs, kwargs
         names = {group.name_at_work() for group in self.groups}
         first = self.groups[0].layers[0]

@@ -52,14 +52,17 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
-def in_functorch() -> bool:
-    """Whether a transform of `torch.func`, such as `grad` or `vmap`, or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def in_transform() -> bool:
+    """Whether `torch.func`, as by `grad` or `vmap`, forward-mode differentiation or `torch.jit.trace` is under way.
+
+    None of them goes with our autograd Functions: the first two have no rule for them, a traced one cannot be saved.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def has_values(x: Tensor) -> bool:
     """Whether the entries of x can be looked at: not without data, nor while PyTorch traces or transforms what runs."""
-    if torch.compiler.is_compiling() or in_functorch() or x.is_meta or isinstance(x, FakeTensor):
+    if torch.compiler.is_compiling() or in_transform() or x.is_meta or isinstance(x, FakeTensor):
         return False
     return _get_current_dispatch_mode() is None or detect_fake_mode() is None
 
@@ -74,9 +77,12 @@ def keeps_products() -> bool:
 def attends_in_blocks(q: Tensor) -> bool:
     """Whether `attention.attention` was found faster than PyTorch's own for q: bfloat16, a CPU that multiplies it.
 
-    Not with AMX, for which PyTorch's kernel has a path of its own that was not compared, and not under torch.compile.
+    Not with AMX, for which PyTorch's kernel has a path of its own that was not compared, and not under torch.compile
+    or in a transform.
     """
-    if runs_triton(q) or q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+    if runs_triton(q) or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return False
+    if torch.compiler.is_compiling() or in_transform():
         return False
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 

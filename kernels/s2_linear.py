@@ -285,7 +285,7 @@ def _strategy(
     backend: str,
 ) -> str:
     """The strategy for operands x [M, K] of the products' dtype."""
-    if backend == "auto" and device.in_functorch():
+    if backend == "auto" and device.in_transform():
         return REFERENCE
     outputs, inputs = weights[0].shape
     trained = any(tensor.requires_grad for tensor in (x, down, up, *coefficients)) and torch.is_grad_enabled()

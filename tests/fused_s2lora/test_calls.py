@@ -207,8 +207,31 @@ def test_the_pattern_of_a_model_that_two_processes_share():
     run_ranks(SHARED_OUT)
 
 
-def test_func_grad_is_autograds(tiny_whisper):
+class _Traced(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        return self.model(input_features=features, decoder_input_ids=tokens, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and tells of every size it looks at
+def test_a_traced_model_is_saved(tiny_whisper, tmp_path):
+    model = adapted(lambda: tiny_whisper(encoder_layers=1, decoder_layers=1), r=4)
+    fuse_whisper(model)
+    whole = _Traced(model)
+    features, tokens = batch()["input_features"], batch()["labels"]
+    torch.jit.trace(whole, (features, tokens), check_trace=False).save(tmp_path / "traced.pt")
+    features = batch(1)["input_features"]
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(features, tokens), whole(features, tokens))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_func_grad_is_autograds(tiny_whisper, fused):
     model = adapted(tiny_whisper, r=4).train()
+    if fused:
+        fuse_whisper(model)
     model.get_base_model().set_attn_implementation("eager")
     model(**batch()).loss.backward()
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
