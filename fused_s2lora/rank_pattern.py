@@ -60,7 +60,8 @@ def rank_pattern(
     """Live ranks by layer and matrix, one `RankPattern` for each stack (encoder and decoder in Whisper).
 
     adapter_name defaults to the active adapter, threshold to its config's. A model without an encoder or a decoder is
-    one stack named "model". Of a model that `fully_shard` has shared out every process is to ask at once.
+    one stack named "model"; where two stacks would have one name, each has its path. Of a model that `fully_shard` has
+    shared out every process is to ask at once.
 
     Raises:
         ValueError: the model has no S2-LoRA adapter of that name.
@@ -89,21 +90,25 @@ def _whole(values: Tensor) -> Tensor:
 
 def tabulate(coefficients: Mapping[str, Tensor], r: int, threshold: float) -> list[RankPattern]:
     """Rank coefficients ([r] or one scalar) by module path, as one `RankPattern` for each stack."""
+    places = {key: _cell(key) for key in coefficients}
+    if len({*places.values()}) < len(places):  # several stacks of one name, as the two encoders of CLIP
+        places = {key: _cell(key, by_path=True) for key in coefficients}
     cells: dict[str, dict[tuple[str, str], Tensor]] = {}
-    for key, values in coefficients.items():
-        stack, row, column = _cell(key)
-        cells.setdefault(stack, {})[row, column] = values
+    for key, (stack, row, column) in places.items():
+        cells.setdefault(stack, {})[row, column] = coefficients[key]
     return [_pattern(stack, table, r, threshold) for stack, table in cells.items()]
 
 
-def _cell(key: str) -> tuple[str, str, str]:
-    """Stack, layer and matrix of a module path."""
+def _cell(key: str, by_path: bool = False) -> tuple[str, str, str]:
+    """Stack, layer and matrix of a module path; `by_path` the stack is all that comes before the layer's number."""
     parts = key.split(".")
     stack = next((part for part in parts if part in ("encoder", "decoder")), "model")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     if number is None or number + 1 == len(parts):
         return stack, "", key
     matrix = ".".join(parts[number + 1 :])
+    if by_path:
+        stack = ".".join(parts[:number]) or stack
     return stack, parts[number], _COLUMNS.get(matrix, matrix)
 
 

@@ -207,6 +207,19 @@ def test_the_pattern_of_a_model_that_two_processes_share():
     run_ranks(SHARED_OUT)
 
 
+def test_the_pattern_of_two_stacks_of_one_name():
+    """As the encoders of CLIP have it: no layer is left out."""
+
+    def tower(layers: int) -> nn.ModuleDict:
+        blocks = [nn.ModuleDict({"fc1": nn.Linear(4, 4)}) for _ in range(layers)]
+        return nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList(blocks)})})
+
+    model = nn.ModuleDict({"text": tower(2), "vision": tower(3)})
+    patterns = rank_pattern(get_peft_model(model, S2LoraConfig(r=2, target_modules=["fc1"])))
+    assert [pattern.stack for pattern in patterns] == ["text.encoder.layers", "vision.encoder.layers"]
+    assert [pattern.layers for pattern in patterns] == [["0", "1"], ["0", "1", "2"]]
+
+
 class _Traced(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
