@@ -75,9 +75,9 @@ class S2LoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter's layers and factors, as PEFT does; where that raises, the model is left as it was."""
-        if "." in adapter_name or hasattr(AdapterParameters(), adapter_name):
+        if not adapter_name or "." in adapter_name or hasattr(AdapterParameters(), adapter_name):
             raise ValueError(
-                f"adapter_name {adapter_name!r} has a dot or is an attribute of torch's ParameterDict, which "
+                f"adapter_name {adapter_name!r} is empty, has a dot or is an attribute of torch's ParameterDict, which "
                 "keeps parameters by it: give the adapter another name"
             )
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -36,11 +36,11 @@ def test_an_adapter_that_is_refused_leaves_nothing_behind(tiny_whisper, tmp_path
     assert (logits(model) - logits(tiny_whisper())).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["v1.0", "values"])
+@pytest.mark.parametrize("name", ["v1.0", "values", ""])
 def test_a_name_that_parameters_cannot_have_is_refused(tiny_whisper, name):
     model = adapted(tiny_whisper, r=4)
     before, expected = trained(model), logits(model)
-    with pytest.raises(ValueError, match=f"adapter_name '{name}' has a dot or is an attribute"):
+    with pytest.raises(ValueError, match=f"adapter_name '{name}' is empty, has a dot or is an attribute"):
         model.add_adapter(name, S2LoraConfig(r=4))
     assert list(model.peft_config) == ["default"]
     assert trained(model) == before
