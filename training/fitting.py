@@ -178,12 +178,18 @@ def _workers(options: TrainOptions) -> int:
 
 
 def _check_steps(run: RunFolder, checkpoint: Path, steps: int) -> None:
-    """Raises UserError where the run that goes on would have more steps in all, or fewer, than when it was begun."""
+    """Raises UserError where the run that goes on would have other steps than when it was begun, or other processes."""
     begun = read_json(checkpoint / "trainer_state.json")["max_steps"]
     if begun != steps:
         raise UserError(
             f"{run.path}: was begun with {begun} steps in all, and would have {steps} now; go on with as many "
             "processes and the same speech as then, or give --fresh to start anew"
+        )
+    by = len([*checkpoint.glob("rng_state*.pth")])  # each has written its own
+    if by != processes():  # of as many steps by --max-steps
+        raise UserError(
+            f"{run.path}: processes were {by} when it was begun, and are {processes()} now; go on with as many as "
+            "then, or give --fresh to start anew"
         )
 
 

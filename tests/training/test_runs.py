@@ -248,6 +248,17 @@ def test_a_run_of_other_steps_does_not_go_on(options, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_at_step"] == 2
 
 
+def test_a_run_of_as_many_steps_does_not_go_on_in_other_processes(options, tmp_path, monkeypatch):
+    """Which would pass over some of its utterances, and over others again."""
+    train_until(3, options(tmp_path / "run", max_steps=6))
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "processes", lambda: 2)
+        with pytest.raises(UserError, match=r"run: processes were 1 when it was begun, and are 2 now; go on with as"):
+            train(options(tmp_path / "run", max_steps=6), console=QUIET)
+    train(options(tmp_path / "run", max_steps=6), console=QUIET)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_at_step"] == 2
+
+
 def test_options_that_reach_the_model(options, tmp_path):
     run = tmp_path / "run"
     train(
