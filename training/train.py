@@ -31,7 +31,7 @@ from .output import read_json, write_json, writing
 from .precision import autocast_dtype, resolved
 from .run import RunFolder, check_folder
 from .sets import scored_sets, training_speech
-from .world import processes, speaks, world
+from .world import check_not_sharded, processes, speaks, world
 
 MAX_LABEL_TOKENS = 448
 
@@ -71,6 +71,7 @@ def train(options: TrainOptions, *, fresh: bool = False, console: Console | None
 def _given(options: TrainOptions, fresh: bool) -> _Given:
     """Reads speech and model; what is wrong with them or with the options is told before anything is written."""
     check(options)
+    check_not_sharded()
     if options.cuda_graphs:
         _check_one_gpu(options)
     check_folder(options, fresh=fresh)

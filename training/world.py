@@ -4,8 +4,11 @@ import os
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from .errors import UserError
+
+_SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
 
 def world() -> PartialState:
@@ -34,3 +37,17 @@ def check_alone(command: str) -> None:
             f"s2lora {command} is for one process, and {processes()} were started together; call it without torchrun"
             + " (called several times, the calls share the runs)" * (command == "compare")
         )
+
+
+def check_not_sharded() -> None:
+    """Nothing, where each process has the whole model, as under torchrun.
+
+    Raises:
+        UserError: `accelerate launch` has asked for another way, in which one of them cannot save the adapter.
+    """
+    for flag, name in _SHARDING.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
+            raise UserError(
+                f"accelerate is configured for {name}, and s2lora train has the whole model in each process; start it "
+                "with torchrun, or accelerate launch --multi_gpu"
+            )

@@ -361,3 +361,12 @@ def test_english_only_model_takes_english_only(tiny_folder, tmp_path, options):
     assert (tmp_path / "ok" / "adapter" / "adapter_model.safetensors").is_file()
     with pytest.raises(UserError, match=r"--keep-share on .*/en, an English-only model"):
         train(options(tmp_path / "keep", model=str(tmp_path / "en"), keep_share=0.5), console=QUIET)
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_a_model_shared_out_by_accelerate_is_refused(way, options, tmp_path, monkeypatch):
+    """One process saves the adapter, and would have a part of it; DeepSpeed would be an error of its import."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    with pytest.raises(UserError, match=r"accelerate is configured for (FSDP|DeepSpeed), .*; start it with torchrun"):
+        train(options(tmp_path / "run"), console=QUIET)
+    assert not (tmp_path / "run").exists()
