@@ -165,6 +165,8 @@ def _arguments(options: TrainOptions, run: RunFolder, epochs: float, has_dev: bo
         data_seed=options.seed,
         report_to=["tensorboard"],
     )
+    # As it is asked here, whatever `accelerate launch` says in the environment.
+    arguments.mixed_precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}[dtype]
     # Several GPUs in one process would be nn.DataParallel; with torchrun each has a process of its own.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

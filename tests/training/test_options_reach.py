@@ -50,6 +50,15 @@ def test_options_reach_the_trainer(options, tmp_path, monkeypatch):
     assert (sampler.batch_size, sampler.seed) == (2 * 2, 3)  # utterances of a step are of like length
 
 
+def test_the_precision_is_that_of_the_run_not_of_accelerates_configuration(options, tmp_path, monkeypatch):
+    """Which `accelerate launch` puts into the environment, and the Trainer would take where the run has fp32."""
+    train(options(tmp_path / "own", max_steps=2, warmup=0.0), console=QUIET)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(options(tmp_path / "launched", max_steps=2, warmup=0.0), console=QUIET)
+    expected, got = adapter_of(tmp_path / "own"), adapter_of(tmp_path / "launched")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
 @pytest.mark.parametrize("lengths", [None, [0.5 + (7 * index % 40) / 10 for index in range(40)]], ids=["any", "alike"])
 def test_the_order_of_utterances_is_of_seed_and_epoch(lengths):
     def order(seed: int, epoch: int) -> tuple[int, ...]:
