@@ -57,7 +57,8 @@ def with_answers(
     and for each token the most probable ones and their probabilities, in `answer_tokens` and `answer_probabilities`.
     Utterances and their languages are drawn by `seed`; the model hears 30 s, as it was trained to. An answer without
     text is left out. Answers are written to `file` and read from there when it exists, so that a run that goes on
-    trains on the same. Several processes share the asking, and each keeps what it has asked beside `file` until all is.
+    trains on the same. Several processes share the asking, and each keeps what it has asked beside `file` until all is;
+    what is kept there is taken by as many processes as ask then.
 
     Returns:
         The speech, and how many utterances were asked about.
@@ -68,14 +69,15 @@ def with_answers(
     drawn = np.random.default_rng(seed).permutation(len(speech))[: round(share * len(speech))]
     asked = [(int(row), languages[turn % len(languages)]) for turn, row in enumerate(drawn)]
     state = world()
-    part = file.with_name(f"{file.stem}-{state.process_index + 1}-of-{state.num_processes}.json")
     if not file.is_file():
         mine = asked[state.process_index :: state.num_processes]
-        everyones = gather_object(_ask(speech, model, processor, mine, part, batch_size, dtype))
+        everyones = gather_object(_ask(speech, model, processor, mine, file, batch_size, dtype))
         if state.is_main_process:
             write_json(file, sorted(everyones, key=lambda answer: answer["row"]))
         state.wait_for_everyone()
-    part.unlink(missing_ok=True)  # also one that a kill has left beside all of the answers
+    if state.is_main_process:  # also those that a kill has left beside all of the answers
+        for kept in _parts(file):
+            kept.unlink(missing_ok=True)
     answers = [answer for answer in _read_answers(file, speech) if answer["text"]]
     if not answers:
         return speech, len(asked)
@@ -85,6 +87,11 @@ def with_answers(
     for column, name in _COLUMNS.items():
         again = again.add_column(column, [answer[name] for answer in answers])
     return Speech(datasets.concatenate_datasets([own, again]), speech.source, speech.skipped), len(asked)
+
+
+def _parts(file: Path) -> list[Path]:
+    """What is kept beside `file` until all is asked, by however many processes."""
+    return sorted(file.parent.glob(f"{file.stem}-*-of-*.json"))
 
 
 def _read_answers(file: Path, speech: Speech) -> list[dict[str, Any]]:
@@ -106,14 +113,16 @@ def _ask(
     model: Any,
     processor: WhisperProcessor,
     asked: list[tuple[int, str]],
-    part: Path,
+    file: Path,
     batch_size: int,
     dtype: torch.dtype | None,
 ) -> list[dict[str, Any]]:
-    """Answers with row, utterance, language, text, ids, tokens and probabilities; in `part` those that there are."""
-    utterances = speech.dataset["utterance"]
-    answers = _read_answers(part, speech)
-    known = {answer["row"] for answer in answers}
+    """Answers with row, utterance, language, text, ids, tokens and probabilities; kept beside `file`."""
+    utterances, wanted, state = speech.dataset["utterance"], {row for row, _ in asked}, world()
+    part = file.with_name(f"{file.stem}-{state.process_index + 1}-of-{state.num_processes}.json")
+    kept = [answer for other in _parts(file) for answer in _read_answers(other, speech)]
+    known = {answer["row"]: answer for answer in kept if answer["row"] in wanted}
+    answers = [*known.values()]
     with Progress(transient=True, disable=not speaks()) as bars:
         bar = bars.add_task("asking in other languages", total=len(asked), completed=len(known))
         for language in dict.fromkeys(language for _, language in asked):

@@ -137,7 +137,9 @@ def test_answers_of_other_speech_are_refused(tmp_path, heard):
         with_answers(load_speech(folder), None, None, **options)
 
 
-def test_asking_that_was_stopped_goes_on(tmp_path, heard, monkeypatch):
+@pytest.mark.parametrize("kept", ["answers-1-of-1.json", "answers-2-of-3.json"])
+def test_asking_that_was_stopped_goes_on(kept, tmp_path, heard, monkeypatch):
+    """Also where more processes had asked than go on, whose answers would be lost, and left beside the run's."""
     speech = load_speech(write_folder(tmp_path / "speech", TEXTS * 2))
     options = {"share": 0.5, "languages": ["de", "zh"], "file": tmp_path / "answers.json", "batch_size": 2}
     whole = with_answers(speech, None, None, **{**options, "file": tmp_path / "whole.json"})[0].dataset[:]
@@ -151,6 +153,7 @@ def test_asking_that_was_stopped_goes_on(tmp_path, heard, monkeypatch):
     monkeypatch.setattr(other_languages, "_answers", stopped)
     with pytest.raises(KeyboardInterrupt):
         with_answers(speech, None, None, **options)
+    (tmp_path / "answers-1-of-1.json").rename(tmp_path / kept)
     heard.clear()
     monkeypatch.setattr(other_languages, "_answers", answer)
     assert with_answers(speech, None, None, **options)[0].dataset[:] == whole
