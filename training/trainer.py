@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import AdaLoraModel
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, WhisperFeatureExtractor
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints
 
 from fused_s2lora import S2LoraModel, parameter_groups
 from fused_s2lora.optimization import was_skipped
@@ -73,6 +74,28 @@ class SpeechTrainer(Seq2SeqTrainer):
             seed=self.args.seed,
             epoch=lambda: int(self.state.epoch or 0),
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This process's share of the batches; the Trainer's fills the last ones up with utterances of others."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = [*BatchSampler(range(len(rows)), self.args.eval_batch_size, drop_last=False)]
+        return DataLoader(
+            rows,
+            batch_sampler=batches[self.args.process_index :: self.args.world_size],
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The mean loss of the batches, each counted by its utterances: in several processes what it is in one."""
+        model: Any = self.model
+        unasked: Any = None
+        model.eval()
+        found = [(self.prediction_step(model, batch, True)[0], len(batch["labels"])) for batch in dataloader]
+        everyones = gather_object([(float(loss), count) for loss, count in found])  # type: ignore[arg-type]
+        total = sum(count for _, count in everyones)
+        mean = sum(loss * count for loss, count in everyones) / total
+        return EvalLoopOutput(predictions=unasked, label_ids=None, metrics={"eval_loss": mean}, num_samples=total)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The Trainer's file of each process; its state, by which a checkpoint is whole, comes after all of them."""

@@ -8,8 +8,10 @@ import torch
 
 from fused_s2lora.training.evaluate import evaluate
 from fused_s2lora.training.methods import METHODS
+from fused_s2lora.training.options import TrainOptions
 from fused_s2lora.training.sets import named_sets
-from tests.training.comparisons import UNSCORED
+from fused_s2lora.training.train import train
+from tests.training.comparisons import QUIET, UNSCORED
 from tests.training.ranks import run_ranks
 from tests.training.speech import TEXTS, adapter_of, write_folder
 
@@ -149,6 +151,17 @@ def test_every_method_trains_in_two_processes(quick, tmp_path):
         losses = [float(line["loss"]) for line in json.loads((tmp_path / name / "metrics.json").read_text())[:3]]
         assert len(losses) == 3
         assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_the_loss_of_development_speech_is_that_of_one_process(quick, tones, tmp_path):
+    """Before anything is learnt. The batch of two was filled up with the first two utterances, which counted twice."""
+    asked = {**quick, **UNSCORED, "dev": str(tones), "eval_batch_size": 4, "max_steps": 1, "save_steps": 1}
+    one, two = ({**asked, "output": str(tmp_path / name)} for name in ("one", "two"))
+    run_ranks(TRAIN, json.dumps(two))
+    train(TrainOptions(**one), console=QUIET)
+    histories = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    expected, got = (next(line["eval_loss"] for line in lines if "eval_loss" in line) for lines in histories)
+    assert got == pytest.approx(expected, rel=1e-6)
 
 
 def test_two_processes_score_as_one_does(quick, tmp_path, capfd, monkeypatch):
