@@ -203,18 +203,18 @@ def _check_unfinished(table: Path) -> None:
 class _Record:
     """The table of what was heard and, until all of it is, a file beside it from which a stopped run goes on.
 
-    That one has a line of settings and one for each transcript, with the time its recording was last modified. What was
-    heard with other settings, or of a recording that has changed, is heard again.
+    That one has a line of settings and one for each transcript, with the time its recording was last modified and its
+    size. What was heard with other settings, or of a recording that has changed, is heard again.
     """
 
     def __init__(self, table: Path, settings: dict[str, Any], files: Sequence[Path], timestamps: bool) -> None:
         self.table, self.timestamps = table, timestamps
         self.file = _unfinished(table)
-        self.modified = {file: file.stat().st_mtime_ns for file in files}
+        self.states = {file: [file.stat().st_mtime_ns, file.stat().st_size] for file in files}
         heading = json.dumps(settings)
         found = self.file.read_text(encoding="utf-8").split("\n")[:-1] if self.file.is_file() else []
         read = map(_from_line, found[1:] if found[:1] == [heading] else [])
-        self.done = {one.file: one for one, modified in read if self.modified.get(one.file) == modified}
+        self.done = {one.file: one for one, state in read if self.states.get(one.file) == state}
         with writing(table):
             write_text(self.file, "".join(f"{line}\n" for line in (heading, *map(self._to_line, self.done.values()))))
         self._write(self.done.values())
@@ -240,14 +240,14 @@ class _Record:
 
     def _to_line(self, one: Transcript) -> str:
         segments = [[part.offset_s, part.duration_s, part.text] for part in one.segments]
-        row = {"file": str(one.file), "modified": self.modified[one.file], "text": one.text, "ended": one.ended}
+        row = {"file": str(one.file), "state": self.states[one.file], "text": one.text, "ended": one.ended}
         return json.dumps(row | {"segments": segments})
 
 
-def _from_line(line: str) -> tuple[Transcript, int]:
+def _from_line(line: str) -> tuple[Transcript, list[int] | None]:
     row = json.loads(line)
     segments = tuple(Segment(*segment) for segment in row["segments"])
-    return Transcript(Path(row["file"]), row["text"], row["ended"], segments), row["modified"]
+    return Transcript(Path(row["file"]), row["text"], row["ended"], segments), row.get("state")
 
 
 def _append(file: Path, lines: Iterable[str]) -> None:

@@ -272,12 +272,16 @@ def test_a_stopped_command_goes_on(recordings, stopped):
     assert (read, table.read_text()) == ([], "corrected since\n")
 
 
-@pytest.mark.parametrize("change", ["recording", "setting", "model", "torn"])
+@pytest.mark.parametrize("change", ["recording", "other", "setting", "model", "torn"])
 def test_what_changed_is_heard_again(recordings, stopped, tiny_folder, change):
     options, lines, read = stopped
     record = options["output"].with_name("heard.tsv.unfinished")
     if change == "recording":
         os.utime(recordings / "a.flac", ns=(0, 0))
+    elif change == "other":  # that was unpacked with it, at the same time
+        then = (recordings / "a.flac").stat().st_mtime_ns
+        soundfile.write(recordings / "a.flac", read_audio({"path": str(recordings / "a.flac")})[:-SAMPLE_RATE], 16_000)
+        os.utime(recordings / "a.flac", ns=(then, then))
     elif change == "setting":
         options["max_segment"] = 8
     elif change == "model":
