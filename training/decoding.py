@@ -34,6 +34,12 @@ _TOKENS_ONCE = 3  # that may not come twice in a second decoding
 _SPELT_IN_BYTES = 1.5  # tokens a character, above which a script is written mostly in bytes
 _MOST_BYTES = 4  # of a character
 _CHARACTERS_ONCE = 10  # that may not come twice there
+# Settings of other searches than those of `Decoding`, which mostly lack something here, and of an end that is none.
+_OTHER_SEARCHES = (
+    "assistant_early_exit", "cache_implementation", "constraints", "dola_layers", "force_words_ids", "guidance_scale",
+    "is_assistant", "low_memory", "max_time", "num_beam_groups", "penalty_alpha", "prompt_lookup_num_tokens",
+    "stop_strings", "token_healing", "use_mtp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -311,8 +317,9 @@ def _for_decoding(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 @contextlib.contextmanager
 def as_trained(model: Any, pad: int) -> Iterator[Any]:
-    """The model's generation configuration, for now without what would give another prompt than in training, return
-    something else, or hide where a transcript ends. What it generates is to be read `without_prompt`."""
+    """The model's generation configuration, for now without what would give another prompt than in training, search
+    otherwise, return something else, or hide where a transcript ends. What it generates is to be read `without_prompt`.
+    """
     found = model.generation_config
     model.generation_config = configured = copy.deepcopy(found)
     configured.num_return_sequences = 1
@@ -320,7 +327,7 @@ def as_trained(model: Any, pad: int) -> Iterator[Any]:
     # where that is the first.
     configured.force_unique_generate_call = True
     configured.update(return_timestamps=False, return_dict_in_generate=False, pad_token_id=pad)
-    others = ["compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"]
+    others = ["compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", *_OTHER_SEARCHES]
     others += [] if configured.is_multilingual else ["language", "task"]
     for name in others:
         if hasattr(configured, name):

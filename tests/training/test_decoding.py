@@ -1,5 +1,6 @@
 """Decoding, for scoring and for transcribing files, on a tiny Whisper."""
 
+import copy
 import json
 import os
 import shutil
@@ -211,6 +212,39 @@ def test_one_transcript_is_returned_of_each(tiny_folder, tones, beams):
     expected = list(transcribe_speech(model, processor, speech.audio(), **options))
     model.generation_config.num_return_sequences = 2
     assert list(transcribe_speech(model, processor, speech.audio(), **options)) == expected
+
+
+def test_a_model_that_was_saved_to_search_otherwise_is_decoded_as_asked(tiny_folder, tones):
+    """Not refused by transformers, and not stopped after a time."""
+    model, processor = load_base(str(tiny_folder))
+    speech, own = load_speech(tones, limit=2), model.generation_config
+    options = {"window": AudioWindow("trim", 0), "language": "en", "max_new_tokens": 3}
+
+    def heard(beams: int = 1) -> list[Heard]:
+        decoding = Decoding(beams=beams, once=True)
+        return list(transcribe_speech(model, processor, speech.audio(), decoding=decoding, **options))
+
+    expected = {beams: heard(beams) for beams in (1, 2)}
+    for beams, setting in (
+        (1, {"penalty_alpha": 0.6, "top_k": 4}),
+        (1, {"dola_layers": "high"}),
+        (1, {"prompt_lookup_num_tokens": 3}),
+        (1, {"assistant_early_exit": 1}),
+        (1, {"use_mtp": True}),
+        (1, {"guidance_scale": 2.0}),
+        (1, {"stop_strings": ["the"]}),
+        (1, {"token_healing": True}),
+        (1, {"is_assistant": True, "assistant_confidence_threshold": 0.4}),
+        (1, {"cache_implementation": "quantized"}),
+        (1, {"max_time": 1e-4}),
+        (2, {"num_beam_groups": 2, "diversity_penalty": 0.5}),
+        (2, {"force_words_ids": [[5]]}),
+        (2, {"constraints": [1]}),
+        (2, {"low_memory": True}),
+    ):
+        model.generation_config = copy.deepcopy(own)
+        model.generation_config.update(**setting)
+        assert heard(beams) == expected[beams], setting
 
 
 @pytest.mark.parametrize(
