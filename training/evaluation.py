@@ -231,7 +231,8 @@ def score_set(name: str, test: TestSet, heard: Sequence[Heard], group_by: Sequen
 def read_sets(folder: Path, sets: Mapping[str, TestSet], group_by: Sequence[str] = ()) -> dict[str, SetResult]:
     """Those of the sets that `Evaluation.write` left in `folder`, scored again.
 
-    A set of another source or language, or with other utterances or recordings, is not among them.
+    A set of another source or language, or with other utterances or recordings, or whose table is damaged is not among
+    them.
     """
     written = folder / "results.json"
     found = read_json(written)["sets"] if written.is_file() else {}
@@ -242,8 +243,10 @@ def read_sets(folder: Path, sets: Mapping[str, TestSet], group_by: Sequence[str]
         was = (had.get("source"), had.get("language"), _scoring_language(had))
         if was != (test.speech.source, test.language, test.scoring_language) or not file.is_file():
             continue
-        with file.open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream, delimiter="\t"))
+        try:
+            rows = read_table(file)
+        except UserError:
+            continue
         own = test.speech.dataset
         there = [(row["utterance"], row.get("duration_s")) for row in rows]
         if there != [*zip(own["utterance"][:], map(str, own["duration_s"][:]), strict=True)]:
@@ -258,6 +261,23 @@ def read_sets(folder: Path, sets: Mapping[str, TestSet], group_by: Sequence[str]
         ]
         results[name] = score_set(name, test, heard, group_by)
     return results
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """The lines of a table of transcripts that `Evaluation.write` wrote.
+
+    Raises:
+        UserError: it was cut off or edited, so that a line lacks a column or has too many, or is not in UTF-8.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream, delimiter="\t"))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: is damaged ({error}); restore it, or delete it") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values() or not {"utterance", *SCORED_COLUMNS[:4]} <= row.keys():
+            raise UserError(f"{file}: is damaged (the columns of utterance {number}); restore it, or delete it")
+    return rows
 
 
 def unit_of(result: Mapping[str, Any]) -> Unit:

@@ -1,6 +1,5 @@
 """One self-contained HTML page of a run or a comparison: tables, figures, rank maps, transcripts with errors marked."""
 
-import csv
 import html
 import json
 import math
@@ -17,7 +16,7 @@ from .comparison_figures import draw_figures
 from .comparison_lines import Column, Line, columns_of, lines_of, names_of
 from .comparison_tables import record, write_tables
 from .errors import UserError
-from .evaluation import ALL, SCORED_COLUMNS, unit_of
+from .evaluation import ALL, SCORED_COLUMNS, read_table, unit_of
 from .figures import run_svg
 from .output import read_json, writing
 from .run import last_command, run_options
@@ -196,7 +195,7 @@ def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[st
         order = list(units)
         files = folder.glob("*.tsv")
         for file in sorted(files, key=lambda file: (order.index(file.stem) if file.stem in order else 99, file.stem)):
-            rows = _table(file)
+            rows = read_table(file)
             unit = units.get(file.stem, "wer")
             found = sets.setdefault(file.stem, {"unit": unit, "rows": {}})
             for position, row in enumerate(rows):
@@ -215,25 +214,6 @@ def _transcripts(folders: dict[str, Path], second: str | None = None) -> dict[st
         "names": list(sets),  # JavaScript would have those that are numbers first
         "sets": {name: {**found, "rows": list(found["rows"].values())} for name, found in sets.items()},
     }
-
-
-def _table(file: Path) -> list[dict[str, str]]:
-    """The lines of a table of transcripts.
-
-    Raises:
-        UserError: it was cut off or edited, so that a line lacks a column or has too many, or is not in UTF-8.
-    """
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream, delimiter="\t"))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: is damaged ({error}); restore it, or delete it to report the rest") from error
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values() or not {"utterance", *SCORED_COLUMNS[:4]} <= row.keys():
-            raise UserError(
-                f"{file}: is damaged (the columns of utterance {number}); restore it, or delete it to report the rest"
-            )
-    return rows
 
 
 def marked(reference: str, hypothesis: str, *, by_character: bool = False) -> dict[str, Any]:
