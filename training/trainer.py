@@ -91,8 +91,13 @@ class SpeechTrainer(Seq2SeqTrainer):
         model: Any = self.model
         unasked: Any = None
         model.eval()
-        found = [(self.prediction_step(model, batch, True)[0], len(batch["labels"])) for batch in dataloader]
-        everyones = gather_object([(float(loss), count) for loss, count in found])  # type: ignore[arg-type]
+        self.callback_handler.eval_dataloader = dataloader
+        found: Any = []
+        for batch in dataloader:
+            step: Any = self.prediction_step(model, batch, prediction_loss_only=True)
+            found.append((float(step[0]), len(batch["labels"])))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        everyones = gather_object(found)
         total = sum(count for _, count in everyones)
         mean = sum(loss * count for loss, count in everyones) / total
         return EvalLoopOutput(predictions=unasked, label_ids=None, metrics={"eval_loss": mean}, num_samples=total)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import WhisperForConditionalGeneration
+from transformers import ProgressCallback, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperModel
 from typer.testing import CliRunner
 
@@ -73,6 +73,15 @@ def test_overlong_development_transcripts_are_skipped(options, tmp_path):
     dev = write_folder(tmp_path / "dev", ("GO HOME NOW", "AGAIN AND " * 300))
     train(options(tmp_path / "run", dev=str(dev), max_steps=2), console=QUIET)
     assert "Whisper takes 448; split it" in (tmp_path / "run" / "skipped.tsv").read_text()
+
+
+def test_development_speech_shows_its_progress(options, tones, tmp_path, monkeypatch):
+    batches = []
+    spy = lambda self, *args, eval_dataloader, **kwargs: batches.append(len(eval_dataloader))  # noqa: E731
+    monkeypatch.setattr(ProgressCallback, "on_prediction_step", spy)
+    asked = {"dev": str(tones), "eval_batch_size": 2, "max_steps": 2, "save_steps": 1, "test": []}
+    train(options(tmp_path / "run", **asked), console=QUIET)
+    assert batches == [3] * 6  # three batches, twice
 
 
 def test_losses_fall_and_every_method_trains(options, tmp_path):
