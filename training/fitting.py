@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,7 @@ def _arguments(options: TrainOptions, run: RunFolder, epochs: float, has_dev: bo
         seed=options.seed,
         data_seed=options.seed,
         report_to=["tensorboard"],
+        disable_tqdm=not sys.stderr.isatty(),  # in a file a bar would be a line of every step
     )
     # As it is asked here, whatever `accelerate launch` says in the environment.
     arguments.mixed_precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}[dtype]

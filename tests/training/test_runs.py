@@ -75,13 +75,15 @@ def test_overlong_development_transcripts_are_skipped(options, tmp_path):
     assert "Whisper takes 448; split it" in (tmp_path / "run" / "skipped.tsv").read_text()
 
 
-def test_development_speech_shows_its_progress(options, tones, tmp_path, monkeypatch):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_has_a_bar_of_steps_and_of_development_speech(options, tones, tmp_path, monkeypatch, terminal):
     batches = []
     spy = lambda self, *args, eval_dataloader, **kwargs: batches.append(len(eval_dataloader))  # noqa: E731
     monkeypatch.setattr(ProgressCallback, "on_prediction_step", spy)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     asked = {"dev": str(tones), "eval_batch_size": 2, "max_steps": 2, "save_steps": 1, "test": []}
     train(options(tmp_path / "run", **asked), console=QUIET)
-    assert batches == [3] * 6  # three batches, twice
+    assert batches == [3] * 6 * terminal  # three batches, twice
 
 
 def test_losses_fall_and_every_method_trains(options, tmp_path):
