@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,10 +27,14 @@ from tests.oracle import DEVICE
 DEVICE_IN_HAND = Device(DEVICE, 10.0, dict.fromkeys(PRECISIONS, 0.1))
 
 
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(cases.SIZES, "tiny", TINY)
+    patch.setitem(cases.SIZES, "base", (64, 1, 1, 80))
+
+
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
-    monkeypatch.setitem(cases.SIZES, "tiny", TINY)
-    monkeypatch.setitem(cases.SIZES, "base", (64, 1, 1, 80))
+    make_small(monkeypatch)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -258,26 +264,36 @@ def test_s2lora_is_timed_with_and_without_its_attention():
     assert row["provider"] == "frozen"  # what a GPU does is the same
 
 
-@pytest.fixture
-def one_run(monkeypatch, tmp_path):
-    """Every section of a small run in a folder of its own."""
-    monkeypatch.setattr(step, "peak_mib", lambda *args: 1.0)  # a process of its own would not see the small sizes
-    monkeypatch.setattr(run, "measure_device", lambda: DEVICE_IN_HAND)
-    monkeypatch.setattr(
-        run.static,
-        "report",
-        lambda targets, ranks: [
-            dict(STATIC, target=target, R=16 * rank, section="static") for target in targets for rank in ranks
-        ],
-    )
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """Every section of a small run, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
     arguments = ["--size", "tiny", "--rows", "40", "--rows", "80", "--batch", "1", "--window", "trim", "--rounds", "3"]
     for name in ("frozen", "peft-lora", "s2-auto", "s2-merged"):
         arguments += ["--provider", name]
     for name in ("frozen", "lora-six", "s2lora"):
         arguments += ["--method", name]
-    result = CliRunner().invoke(app(), [*arguments, "--results", str(tmp_path)])
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        patch.setattr(step, "peak_mib", lambda *args: 1.0)  # a process of its own would not see the small sizes
+        patch.setattr(run, "measure_device", lambda: DEVICE_IN_HAND)
+        patch.setattr(
+            run.static,
+            "report",
+            lambda targets, ranks: [
+                dict(STATIC, target=target, R=16 * rank, section="static") for target in targets for rank in ranks
+            ],
+        )
+        result = CliRunner().invoke(app(), [*arguments, "--results", str(folder)])
     assert result.exit_code == 0, result.output
-    return tmp_path, result.output
+    return folder, result.output
+
+
+@pytest.fixture
+def one_run(finished_run, tmp_path):
+    """It in a folder of the test's own."""
+    folder, output = finished_run
+    return Path(shutil.copytree(folder, tmp_path / "run")), output
 
 
 STATIC = {
