@@ -62,19 +62,6 @@ def test_transcripts_of_recordings_replaced_by_others_of_their_length_are_not_ta
     assert read_sets(tmp_path / "after", sets())
 
 
-def test_a_damaged_table_of_transcripts_is_not_taken_over(tmp_path):
-    sets = named_sets([f"s={write_folder(tmp_path / 'speech')}"], "en")
-    Evaluation("after", [score_set("s", sets["s"], [Heard(text, True) for text in TEXTS])]).write(tmp_path / "after")
-    table = tmp_path / "after" / "s.tsv"
-    whole = table.read_text()
-    table.write_text(whole, encoding="utf-16")
-    assert not read_sets(tmp_path / "after", sets)
-    table.write_text(whole.rstrip().rpartition("\t")[0])  # the last line without its last column
-    assert not read_sets(tmp_path / "after", sets)
-    table.write_text(whole)
-    assert read_sets(tmp_path / "after", sets)
-
-
 def test_a_group_without_words_does_not_lose_the_evaluation(tmp_path, tiny_folder, short_decoding):
     folder = write_folder(tmp_path / "speech", ("WE CALL IT BEAR", "UM HMM", "THE SUN IS UP"))
     console = Console(record=True, width=200)

@@ -9,7 +9,7 @@ from fused_s2lora.training.decoding import Heard
 from fused_s2lora.training.evaluation import Evaluation, read_sets, score_set
 from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.utterance_errors import read_errors, write_errors
-from tests.training.speech import tone
+from tests.training.speech import TEXTS, tone, write_folder
 
 
 def test_no_column_of_a_table_of_transcripts_comes_twice(tmp_path):
@@ -45,3 +45,16 @@ def test_names_with_line_breaks_are_read_again(tmp_path):
     write_errors(tmp_path, evaluation)
     assert read_errors(tmp_path)["same"].utterances == names
     assert read_sets(tmp_path / "after", sets)["same"].heard == heard
+
+
+def test_a_damaged_table_of_transcripts_is_not_taken_over(tmp_path):
+    sets = named_sets([f"s={write_folder(tmp_path / 'speech')}"], "en")
+    Evaluation("after", [score_set("s", sets["s"], [Heard(text, True) for text in TEXTS])]).write(tmp_path / "after")
+    table = tmp_path / "after" / "s.tsv"
+    whole = table.read_text()
+    table.write_text(whole, encoding="utf-16")
+    assert not read_sets(tmp_path / "after", sets)
+    table.write_text(whole.rstrip().rpartition("\t")[0])  # the last line without its last column
+    assert not read_sets(tmp_path / "after", sets)
+    table.write_text(whole)
+    assert read_sets(tmp_path / "after", sets)
