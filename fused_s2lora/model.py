@@ -171,7 +171,7 @@ class S2LoraModel(BaseTuner):
                 "S2-LoRA does not run in torch.nn.DataParallel: start one process for each GPU with torchrun or "
                 "accelerate launch, or show a single GPU with CUDA_VISIBLE_DEVICES"
             )
-        shares = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not device.in_transform()
+        shares = torch.is_grad_enabled() and device.runs_as_written()
         for pair in self.s2lora_factors.pairs():
             pair.in_use.pairs.clear()
             for name in self.active_adapters:

@@ -31,7 +31,7 @@ def _kept_cast(weight: Tensor, x: Tensor) -> Tensor | None:
     dtype = device.autocast_dtype(x)
     if dtype is None or dtype == weight.dtype or weight.requires_grad or x.device.type != "cpu":
         return None
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or device.in_transform():
+    if not (torch.is_grad_enabled() and device.runs_as_written()):
         return None
     made_from, cast = _casts.get(weight, (None, None))
     if made_from is None or cast is None or cast.dtype != dtype or not made_from.are([weight]):

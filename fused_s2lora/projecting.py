@@ -32,9 +32,7 @@ class _Reader:
         if not self.layer.projects_whole_pair(names[0]):
             return None
         backend = named_backend(self.layer.configs[names[0]].backend)
-        if torch.compiler.is_compiling() or device.in_transform():
-            return None
-        if not device.runs_triton(x) or backend == REFERENCE:
+        if not (device.runs_as_written() and device.runs_triton(x)) or backend == REFERENCE:
             return None
         dtype = device.autocast_dtype(x) or x.dtype
         down, _, _ = self.layer.operands(names[0])

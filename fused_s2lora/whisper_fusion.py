@@ -155,7 +155,7 @@ class _CrossAttentionInput:
 
     def __call__(self, decoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         states = kwargs.get("encoder_hidden_states")
-        if states is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or device.in_transform():
+        if states is None or not (torch.is_grad_enabled() and device.runs_as_written()):
             return inputs, kwargs
         names = {group.name_at_work() for group in self.groups}
         first = self.groups[0].layers[0]

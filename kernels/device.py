@@ -60,9 +60,14 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
+def runs_as_written() -> bool:
+    """Whether PyTorch computes what is called as it is called, and neither compiles nor transforms it."""
+    return not (torch.compiler.is_compiling() or in_transform())
+
+
 def has_values(x: Tensor) -> bool:
     """Whether the entries of x can be looked at: not without data, nor while PyTorch traces or transforms what runs."""
-    if torch.compiler.is_compiling() or in_transform() or x.is_meta or isinstance(x, FakeTensor):
+    if not runs_as_written() or x.is_meta or isinstance(x, FakeTensor):
         return False
     return _get_current_dispatch_mode() is None or detect_fake_mode() is None
 
@@ -80,9 +85,7 @@ def attends_in_blocks(q: Tensor) -> bool:
     Not with AMX, for which PyTorch's kernel has a path of its own that was not compared, and not under torch.compile
     or in a transform.
     """
-    if runs_triton(q) or q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return False
-    if torch.compiler.is_compiling() or in_transform():
+    if runs_triton(q) or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not runs_as_written():
         return False
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 

@@ -196,8 +196,8 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
     if len(columns) < 2:
         return None
     curves: list[list[Line]] = []
-    for line in (line for line in lines if line.trainable and line.rates(columns[0])):
-        if not any(map(line.rates, columns[1:])):
+    for line in lines:
+        if not (line.trainable and line.rates(columns[0]) and any(map(line.rates, columns[1:]))):
             continue
         alike = next((curve for curve in curves if line.unlike(curve[0]) <= {"interpolation"}), None)
         curves.append([line]) if alike is None else alike.append(line)
