@@ -57,7 +57,7 @@ class SpeechCollator:
     ) -> None:
         self.learn_language = learn_language
         self.token_multiple = token_multiple
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer  # a public one the Trainer writes into every checkpoint
         self.window = window
         self.full_share = full_share
         self.seed = seed
@@ -75,24 +75,24 @@ class SpeechCollator:
     def tokens(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the decoder reads and what it is to write next, both [B, tokens], and the answers if there are any."""
         read, write = [], []
-        prefix = len(self.tokenizer.prefix_tokens)
+        prefix = len(self._tokenizer.prefix_tokens)
         multilingual = prefix > 2  # else it is the start and no time stamps
         for row in rows:
             language = row.get("target_language")
             if language is None:
-                ids = self.tokenizer(row["target"]).input_ids
+                ids = self._tokenizer(row["target"]).input_ids
                 if multilingual and (spoken := row.get("prompt_language")) is not None:
-                    ids[:prefix] = prefix_in(self.tokenizer, spoken)
+                    ids[:prefix] = prefix_in(self._tokenizer, spoken)
                 kept = ids[1:]
             else:
-                ids = [*prefix_in(self.tokenizer, language), *row["answer"]]
+                ids = [*prefix_in(self._tokenizer, language), *row["answer"]]
                 kept = ids[1:prefix] + [IGNORED] * len(row["answer"])
             if multilingual and not (self.learn_language and language is None):
                 kept[0] = IGNORED
             read.append(torch.tensor(ids[:-1]))
             write.append(torch.tensor(kept))
         batch = {
-            "decoder_input_ids": self._padded(read, self.tokenizer.pad_token_id),
+            "decoder_input_ids": self._padded(read, self._tokenizer.pad_token_id),
             "labels": self._padded(write, IGNORED),
         }
         return batch | self._answers(rows, prefix - 1)

@@ -167,6 +167,7 @@ def test_a_run_that_goes_on_saves_as_often_as_it_is_asked_now(options, tmp_path)
     train_until(3, options(run, save_steps=2, logging_steps=1))
     train(options(run, save_steps=5, logging_steps=2), console=QUIET)
     assert {path.name for path in (run / "checkpoints").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
+    assert not [*run.glob("checkpoints/*/*token*")]  # megabytes each, and the same as the model's
     logged = [entry["step"] for entry in json.loads((run / "metrics.json").read_text()) if "cross_entropy" in entry]
     assert logged == [1, 2, 4, 6]
 

@@ -27,9 +27,9 @@ def prompts(monkeypatch):
         def tokens(self, rows):
             batch = super().tokens(rows)
             for row, read, write in zip(rows, batch["decoder_input_ids"], batch["labels"], strict=True):
-                start, language, *_ = self.tokenizer.convert_ids_to_tokens(read)
+                start, language, *_ = self._tokenizer.convert_ids_to_tokens(read)
                 assert start == "<|startoftranscript|>"
-                assert self.tokenizer.convert_ids_to_tokens([write[0]]) == [language]
+                assert self._tokenizer.convert_ids_to_tokens([write[0]]) == [language]
                 seen.append((language.strip("<|>"), row["target"]))
             return batch
 
