@@ -1,5 +1,6 @@
 """Fixtures of all tests, and where kernels run: compiled on a CUDA GPU, in Triton's interpreter elsewhere."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,13 +9,16 @@ import torch
 if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it must be set before anything imports Triton kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub, which without a network takes minutes
 
 import pytest
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+from triton.runtime import interpreter
 
 from fused_s2lora.kernels import choice
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.packaged_model import packaged_whisper_base
+from tests.few_tokens import few_tokens, renumbered
 
 ROOT = Path(__file__).parents[1]
 REFERENCE_ROWS = choice.REFERENCE_ROWS
@@ -35,6 +39,37 @@ def few_rows_take_the_way_of_many():
     choice.REFERENCE_ROWS = 0
     yield
     choice.REFERENCE_ROWS = REFERENCE_ROWS
+
+
+@pytest.fixture(autouse=True, scope="session")
+def garbage_is_looked_for_in_what_tests_make():
+    """And not in the libraries, which takes half a second each time that a trainer frees its memory."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_interpreter_is_made_ready_once_a_launch():
+    """Triton's replaces its whole language at each call of a device function again: two fifths of a kernel's time."""
+    prepare = interpreter._patch_lang
+    prepared: set[int] = set()  # modules whose functions the running launch has called
+
+    def prepare_once(function):
+        module = id(function.__globals__)
+        if module in prepared:
+            return None
+        scope = prepare(function)
+        if not prepared:
+            undo = scope.restore
+            scope.restore = lambda: (undo(), prepared.clear())
+        prepared.add(module)
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -90,17 +125,13 @@ def tiny_whisper():
 
 @pytest.fixture(scope="session")
 def tiny_folder(packaged_base, tmp_path_factory) -> Path:
-    """A model folder with the packaged model's tokenizer and a small random Whisper of its vocabulary."""
-    from transformers import GenerationConfig, WhisperProcessor
-
+    """A model folder: a small random Whisper with the packaged model's tokenizer, cut to fewer tokens."""
     folder = tmp_path_factory.mktemp("tiny-whisper")
-    config = WhisperConfig.from_pretrained(packaged_base)
-    for name, value in TINY.items():
-        setattr(config, name, value)
+    few_tokens(packaged_base, folder)
+    settings = renumbered(WhisperConfig.from_pretrained(packaged_base).to_dict())
     torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(config)
-    model.generation_config = GenerationConfig.from_pretrained(packaged_base)
+    model = WhisperForConditionalGeneration(WhisperConfig.from_dict({**settings, **TINY}))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     model.generation_config.alignment_heads = [[0, 0]]
     model.save_pretrained(folder)
-    WhisperProcessor.from_pretrained(packaged_base).save_pretrained(folder)
     return folder

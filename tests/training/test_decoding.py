@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from transformers import WhisperForConditionalGeneration
+from transformers import WhisperForConditionalGeneration, WhisperTokenizer
 from typer.testing import CliRunner
 
 from fused_s2lora.training import decoding as decoding_module
@@ -59,10 +59,10 @@ def endless(tiny_folder, monkeypatch):
     """Four batches of two of what "is heard", once or twice: the first never ends, the third at its second decoding."""
     _, processor = load_base(str(tiny_folder))
     pad = processor.tokenizer.pad_token_id
-    cat, dog = (processor.tokenizer(word).input_ids[-2] for word in ("cat", "dog"))
-    ended = [dog, dog, dog, pad]
-    once = [[[cat] * 4, ended], [[cat] * 4, ended], [[dog] * 3, [dog, dog, pad]]]
-    twice = [once[0], [[cat] * 4], once[1], [ended], once[2]]
+    day, way = (processor.tokenizer(word).input_ids[-2] for word in (" day", " way"))
+    ended = [way, way, way, pad]
+    once = [[[day] * 4, ended], [[day] * 4, ended], [[way] * 3, [way, way, pad]]]
+    twice = [once[0], [[day] * 4], once[1], [ended], once[2]]
     asked = []
 
     def start(tokens: list) -> list:
@@ -102,9 +102,9 @@ def test_what_does_not_end_is_decoded_again(tiny_folder, tones, endless):
 def test_what_repeats_itself_and_what_is_long_in_one_batch(tiny_folder, tones, monkeypatch):
     """The long one is decoded on alone, then the other anew, to all that the text context holds."""
     model, processor = load_base(str(tiny_folder))
-    (cat,) = processor.tokenizer(" cat", add_special_tokens=False).input_ids
-    words = processor.tokenizer(" dog sun hat bear red go home now", add_special_tokens=False).input_ids
-    said = iter([[[cat] * 8, words], [[*words, *words[:4]]], [[cat]]])
+    (day,) = processor.tokenizer(" day", add_special_tokens=False).input_ids
+    words = processor.tokenizer(" you and they said that was very good", add_special_tokens=False).input_ids
+    said = iter([[[day] * 8, words], [[*words, *words[:4]]], [[day]]])
     asked = []
 
     def generate(model, features, *_, max_new_tokens, **search):
@@ -116,7 +116,8 @@ def test_what_repeats_itself_and_what_is_long_in_one_batch(tiny_folder, tones, m
     audio = load_speech(tones).dataset["audio"][:2]
     heard = list(transcribe_speech(model, processor, audio, window=AudioWindow("trim"), language="en"))
     assert asked == [(2, 8, 1), (1, 16, 1), (1, 16, 5)]
-    assert heard == [Heard("cat", True, again=True), Heard("dog sun hat bear red go home now dog sun hat bear", True)]
+    long = "you and they said that was very good you and they said"
+    assert heard == [Heard("day", True, again=True), Heard(long, True)]
 
 
 GEORGIAN = "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით."
@@ -147,11 +148,11 @@ def test_a_long_transcript_in_a_script_spelt_in_bytes_is_whole(tiny_folder, tone
     assert heard == Heard(f"{GEORGIAN} {GEORGIAN[::-1]}", ended=True)
 
 
-def test_what_may_not_come_twice_is_more_than_letters(tiny_folder):
-    _, processor = load_base(str(tiny_folder))
+def test_what_may_not_come_twice_is_more_than_letters(packaged_base):
+    tokenizer = WhisperTokenizer.from_pretrained(packaged_base)
     once = {}
     for language, text in {"en": "Go home and go to bed.", "zh": "今天天气很好。", "ka": GEORGIAN}.items():
-        tokens = processor.tokenizer(text, add_special_tokens=False).input_ids
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
         once[language] = decoding_module._tokens_once(text, tokens)
     assert once["en"] == once["zh"] == 3
     assert 20 <= once["ka"] <= 30
@@ -160,7 +161,7 @@ def test_what_may_not_come_twice_is_more_than_letters(tiny_folder):
 def test_each_that_does_not_end_is_decoded_again_by_its_own_script(tiny_folder, tones, monkeypatch):
     """A batch's other transcripts do not change what may not come twice in one; blanks are no script."""
     model, processor = load_base(str(tiny_folder))
-    spelt = [processor.tokenizer(text, add_special_tokens=False).input_ids for text in (" cat", "ყ", " ")]
+    spelt = [processor.tokenizer(text, add_special_tokens=False).input_ids for text in (" day", "ყ", " ")]
     assert [len(tokens) for tokens in spelt] == [1, 3, 1]
     endless = torch.tensor([(tokens * 12)[:12] for tokens in spelt])
     asked = []

@@ -132,11 +132,11 @@ def counting(tiny_folder, monkeypatch):
     said = []
 
     def generate(model, features, *rest, max_new_tokens, **search):
-        (number,) = processor.tokenizer(str(len(said)), add_special_tokens=False).input_ids
+        number = processor.tokenizer(str(len(said)), add_special_tokens=False).input_ids
         said.append(number)
-        left = (max_new_tokens if len(said) == 4 else 3) - 1
+        left = (max_new_tokens if len(said) == 4 else 3) - len(number)
         last = processor.tokenizer.pad_token_id if len(said) != 4 else processor.tokenizer.prefix_tokens[0]
-        return torch.tensor([[number] + [last] * left])
+        return torch.tensor([number + [last] * left])
 
     monkeypatch.setattr(decoding_module, "_generate", generate)
     return {"model": str(tiny_folder), "language": "en", "batch_size": 1, "decode_once": True}

@@ -82,12 +82,12 @@ evaluate(named_sets(sys.argv[3:], "en"), sys.argv[2], model=sys.argv[1], precisi
 """
 
 
-def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path, capfd):
+def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(quick, tmp_path):
     data = write_folder(tmp_path / "speech", TEXTS * 2)
     asked = {**quick, **UNSCORED, "data": [str(data)], "epochs": 2, "save_steps": 2}
     whole, stopped = (json.dumps({**asked, "output": str(tmp_path / name)}) for name in ("whole", "stopped"))
-    run_ranks(TRAIN, whole)
-    assert capfd.readouterr().out.count("6 steps, 2 passes over 12 utterances") == 1  # one of them says it
+    run_ranks(TRAIN, whole, output=tmp_path / "out")
+    assert (tmp_path / "out").read_text().count("6 steps, 2 passes over 12 utterances") == 1  # one of them says it
     run_ranks(TRAIN, stopped, 5)  # the last checkpoint is the first of the second epoch's three steps
     run_ranks(TRAIN, stopped)
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
@@ -164,15 +164,15 @@ def test_the_loss_of_development_speech_is_that_of_one_process(quick, tones, tmp
     assert got == pytest.approx(expected, rel=1e-6)
 
 
-def test_two_processes_score_as_one_does(quick, tmp_path, capfd, monkeypatch):
+def test_two_processes_score_as_one_does(quick, tmp_path, monkeypatch):
     """Each hears half of a set, or none of one too small; what one left off is known to both."""
     one, two = tmp_path / "one", tmp_path / "two"
     sets = [f"six={quick['data'][0]}", f"single={write_folder(tmp_path / 'single', TEXTS[:1])}"]
-    run_ranks(EVALUATE, quick["model"], two, sets[0])
-    run_ranks(EVALUATE, quick["model"], two, *sets)
+    run_ranks(EVALUATE, quick["model"], two, sets[0], output=tmp_path / "out")
+    run_ranks(EVALUATE, quick["model"], two, *sets, output=tmp_path / "out")
     heard = [(tmp_path / f"two-heard-{rank}").read_text().split() for rank in range(2)]
     assert heard == [["3", "1"], ["3", "0"]]
-    assert capfd.readouterr().out.count("error rates in percent") == 2  # one of them prints the table
+    assert (tmp_path / "out").read_text().count("error rates in percent") == 2  # one of them prints the table
     monkeypatch.setattr("fused_s2lora.training.decoding.MAX_NEW_TOKENS", 4)
     evaluate(named_sets(sets, "en"), one, model=quick["model"], precision="fp32", group_by=["age"])
     for name in ("results.json", "six.tsv", "single.tsv"):
