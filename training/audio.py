@@ -23,6 +23,7 @@ _SOUGHT_IN = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
 _SOUGHT = ("FLOAT", "DOUBLE", "ULAW", "ALAW", "OPUS", "MPEG_LAYER_III")
 _CHUNKS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}  # WAV, AIFF
 _MISCOUNTED_BYTES = 4096  # by which their headers may be wrong, 0.1 s
+_OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # of the longest: its header, the lengths of its parts, and they
 _MISCOUNTED_S = 0.1  # by which that of an MP3 may be
 _MP3_FRAMES = 1024  # read at once
 _UNKNOWN_BYTES = 0x7FFF_0000  # and more: written to a pipe
@@ -104,7 +105,8 @@ def duration_s(entry: dict[str, Any], longest_s: float = math.inf) -> float:
     bytes are such, but for segments, nor is what is longer than `longest_s` by its header or as a segment.
 
     Raises:
-        UserError: as `read_audio`, a WAV, AIFF or MP3 that was cut short, or an MP3 of unknown length that would be.
+        UserError: as `read_audio`, a WAV, AIFF, MP3 or Ogg that was cut short, or an MP3 of unknown length that would
+            be.
     """
     with _opened(entry) as file:
         if entry.get("offset_s") is None:
@@ -147,17 +149,30 @@ def _check_whole_mp3(entry: dict[str, Any], header_s: float, found_s: float) -> 
 
 
 def _check_whole(entry: dict[str, Any]) -> None:
-    """Raises UserError where a WAV or AIFF lacks what its header tells of: libsndfile takes the rest for all of it."""
-    if (content := entry.get("bytes")) is None:
-        with open(entry["path"], "rb") as stream:
-            head, size = stream.read(8), os.fstat(stream.fileno()).st_size
-    else:
-        head, size = content[:8], len(content)
+    """Raises UserError where a WAV or AIFF lacks what its header tells of, or an Ogg half of its last page.
+
+    Libsndfile takes the rest for all of it.
+    """
+    content = entry.get("bytes")
+    with io.BytesIO(content) if content is not None else open(entry["path"], "rb") as stream:
+        head, size = stream.read(8), stream.seek(0, os.SEEK_END)
+        if head[:4] == b"OggS":
+            stream.seek(max(0, size - _OGG_PAGE_BYTES))
+            if not _ends_with_a_page(stream.read()):
+                raise UserError(f"{_name(entry)}: was cut short, for its last page is not whole")
     if (order := _CHUNKS.get(head[:4])) is None:
         return
     told = 8 + int.from_bytes(head[4:], order)
     if size + _MISCOUNTED_BYTES < told < _UNKNOWN_BYTES:
         raise UserError(f"{_name(entry)}: was cut short, for its header tells of {told} bytes and there are {size}")
+
+
+def _ends_with_a_page(ogg: bytes) -> bool:
+    """Whether the last page in the end of an Ogg is whole; after 27 bytes a page has the lengths of its parts."""
+    start = ogg.rfind(b"OggS")
+    page = ogg[start:]
+    parts = page[26] if len(page) > 26 else 255
+    return start < 0 or len(page) >= 27 + parts + sum(page[27 : 27 + parts])
 
 
 def unreadable(entry: dict[str, Any], error: Exception) -> str:

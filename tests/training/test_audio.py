@@ -64,6 +64,24 @@ def test_a_file_shorter_than_its_header_says_is_told(tmp_path, name, order):
     assert duration_s({"path": str(file)}) == 3.0
 
 
+@pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
+def test_an_ogg_that_was_cut_short_is_told(tmp_path, subtype):
+    file = tmp_path / "one.ogg"
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000 * 4).astype(np.float32)
+    soundfile.write(file, noise, 16_000, format="OGG", subtype=subtype)
+    whole = file.read_bytes()
+    for content in (whole, whole + bytes(200), whole + bytes(70_000)):  # what follows the last page is no part of it
+        assert duration_s({"path": None, "bytes": content}) == 4.0
+    for share in (0.4, 0.7, 0.99):
+        file.write_bytes(whole[: round(share * len(whole))])
+        for entry in ({"path": str(file)}, {"path": None, "bytes": file.read_bytes()}):
+            with pytest.raises(UserError, match="was cut short, for its last page is not whole"):
+                duration_s(entry)
+    header = whole.rindex(b"OggS")
+    with pytest.raises(UserError, match="its last page is not whole"):
+        duration_s({"path": None, "bytes": whole[: header + 20]})
+
+
 def _without_count(content: bytes) -> bytes:
     """An MP3 as one written to a pipe: its first frame, which counts the others, is not there."""
     first = content.index(b"\xff")
