@@ -26,6 +26,7 @@ _MISCOUNTED_BYTES = 4096  # by which their headers may be wrong, 0.1 s
 _OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # of the longest: its header, the lengths of its parts, and they
 _MISCOUNTED_S = 0.1  # by which that of an MP3 may be
 _MP3_FRAMES = 1024  # read at once
+_LOUDEST = 1e15  # where 1 is full scale; the spectrum of what is much louder is not finite
 _UNKNOWN_BYTES = 0x7FFF_0000  # and more: written to a pipe
 _UNKNOWN_FRAMES = 2**62  # and more: a FLAC written to a pipe, which has no length in its header
 
@@ -54,8 +55,11 @@ def _blocks(file: _Stream, entry: dict[str, Any]) -> Iterator[np.ndarray]:
     at_end = start_s is not None and not _go_to(file, round(start_s * file.samplerate))
     while not at_end and left > 0:
         samples = file.read(int(min(left, _BLOCK_FRAMES)), dtype="float32", always_2d=True)
-        if not np.isfinite(samples).all():
-            raise UserError(f"{_name(entry)}: it has samples that are not finite numbers; write it again without them")
+        if not (np.abs(samples) < _LOUDEST).all():
+            raise UserError(
+                f"{_name(entry)}: it has samples that are not finite numbers or, where 1 is full scale, above "
+                f"{_LOUDEST:.0e}; write it again without them"
+            )
         left -= len(samples)
         at_end = not len(samples)
         if not at_end:
@@ -89,7 +93,7 @@ def read_audio(entry: dict[str, Any]) -> np.ndarray:
 
     Raises:
         UserError: the file is missing, is no audio that libsndfile can read to its end, ends before the segment, or has
-            samples that are not finite.
+            samples that are not finite, as their spectrum would not be.
     """
     with _opened(entry) as file:
         rate = file.samplerate

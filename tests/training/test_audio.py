@@ -120,8 +120,9 @@ def test_an_mp3_that_would_not_be_read_to_its_end_is_told(tmp_path, mode, cover)
             check(bare)
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1e30])
 def test_samples_that_are_not_finite_are_named(tmp_path, number):
+    """Nor those of which the spectrum would not be."""
     samples = tone(0.5)
     samples[100] = number
     soundfile.write(tmp_path / "one.wav", samples, 16_000, subtype="FLOAT")
