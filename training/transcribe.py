@@ -143,7 +143,7 @@ def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, inputs):
         if path.is_dir():
             found = (file for file in _below(path) if file.suffix.lower() in _LOOKED_AT)
-            files += sorted(file for file in found if file.is_file())
+            files += sorted(file for file in found if file.is_file() or not file.exists())  # a link to what is gone
         else:
             files.append(path)
     if not files:

@@ -301,6 +301,7 @@ def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
     content = (tmp_path / "damaged.flac").read_bytes()
     (tmp_path / "damaged.flac").write_bytes(content[:20_000] + bytes(500) + content[20_500:])
     (tmp_path / "phone.m4a").write_bytes(b"not for libsndfile")
+    (tmp_path / "gone.wav").symlink_to("nowhere.wav")
     for name in (b"\xfc.wav", b"a\tb.wav"):  # Latin-1, and what a TSV cannot have
         shutil.copy(tmp_path / "good.wav", os.fsencode(tmp_path) + b"/" + name)
     transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en")
@@ -310,6 +311,7 @@ def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
         "a\tb.wav",
         "bad.mp3",
         "damaged.flac",
+        "gone.wav",
         "nothing.wav",
         "phone.m4a",
     ]
