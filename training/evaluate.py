@@ -1,5 +1,6 @@
 """Scoring a Whisper, with or without an adapter, on named test sets."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from .decoding import Decoding
 from .errors import UserError
 from .evaluation import Evaluation, TestSet, evaluate_sets, results_table
 from .models import as_it_is, check_language, load_for_use, window_for
-from .output import check_writable, holds_files, read_json, write_json, writing
+from .output import alone, check_writable, holds_files, read_json, write_json, writing
 from .precision import autocast_dtype, resolved
 from .run import called_as, run_options, tell_skipped, versions
 from .world import world
@@ -46,8 +47,8 @@ def evaluate(
     generation configuration, or transcription.
 
     Raises:
-        UserError: bad model, adapter, window, column or precision, or `output` not writable, a training run's or with
-            other files in it, in one sentence.
+        UserError: bad model, adapter, window, column or precision, or `output` not writable, a training run's, with
+            other files in it, or one that another process writes to, in one sentence.
     """
     state, dtype, folder = world(), autocast_dtype(precision), Path(output)
     if run_options(folder) is not None:
@@ -68,7 +69,8 @@ def evaluate(
         "model": as_it_is(name), "adapter": as_it_is(adapter), "window": asdict(chosen), "task": task,
         "decoding": asdict(decoding), "precision": resolved(precision),
     }  # fmt: skip
-    with writing(folder):
+    others = alone(folder / ".alone", f"{folder}: another process is at this evaluation")
+    with writing(folder), others if state.is_main_process else contextlib.nullcontext():
         skipped = [item for test in tests.values() for item in test.speech.skipped]
         if state.is_main_process:
             tell_skipped(skipped, _note(folder, made, skipped), console)

@@ -72,6 +72,24 @@ def claimed(stream: IO[str]) -> bool:
 
 
 @contextlib.contextmanager
+def alone(file: Path, work: str) -> Iterator[None]:
+    """Keeps other processes away while the context lasts by a lock on `file`, where files can be locked.
+
+    Raises:
+        UserError: another is at it, as `work` says.
+        OSError: the file cannot be made.
+    """
+    with file.open("w") as stream:
+        with contextlib.suppress(OSError):  # where files cannot be locked
+            if not claimed(stream):
+                raise UserError(f"{work}; wait for it, or give another --output")
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def writing_folder(folder: Path, argument: str = "--output") -> Iterator[None]:
     """As `writing`; whatever stops it takes the folder along, half of which would be in the way of the next.
 

@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data import Skipped, Speech
 from .errors import UserError
 from .options import TrainOptions
-from .output import check_name, claimed, clear_unfinished, holds_files, read_json, write_json, write_text, writing
+from .output import alone, check_name, clear_unfinished, holds_files, read_json, write_json, write_text, writing
 from .sets import parts_of
 from .world import world
 
@@ -76,17 +76,8 @@ class RunFolder:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / ".alone"
-        with file.open("w") as stream:
-            with contextlib.suppress(OSError):  # where files cannot be locked
-                if not claimed(stream):
-                    raise UserError(
-                        f"{self.path}: another process is at this run; wait for it, or give another --output"
-                    )
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
+        with alone(self.path / ".alone", f"{self.path}: another process is at this run"):
+            yield
 
     def _begin(self, options: TrainOptions, fresh: bool) -> None:
         if fresh and run_options(self.path) is not None:

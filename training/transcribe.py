@@ -1,5 +1,6 @@
 """Audio files to text, recordings of any length."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from .data import MAX_AUDIO_S, Skipped, checked_duration, in_threads
 from .decoding import Decoding, Segment, transcribe_speech
 from .errors import UserError
 from .models import as_it_is, check_language, load_for_use, window_for
-from .output import check_name, check_writable, write_text, writing
+from .output import alone, check_name, check_writable, write_text, writing
 from .precision import autocast_dtype
 from .segmentation import SHORTEST_S
 
@@ -70,7 +71,7 @@ def transcribe(
 
     Raises:
         UserError: no audio found, a bad file with `strict`, a bad model or adapter, `max_segment` not from 2 to 30,
-            `output` not writable, or there already and not of a transcription that was stopped.
+            `output` not writable, there already and not of a transcription that was stopped, or another process's.
     """
     dtype, decoding = autocast_dtype(precision), Decoding(beams, decode_once)
     if not SHORTEST_S <= max_segment <= MAX_AUDIO_S:
@@ -85,41 +86,39 @@ def transcribe(
     name, adapted, processor, trained = load_for_use(model, adapter)
     code = check_language(adapted, language or trained.get("language"))
     chosen = window_for(trained, window, margin)
-    record = None
-    if output is not None:
-        settings = {
-            "model": as_it_is(name), "adapter": as_it_is(adapter), "language": language, "task": task,
-            "window": window, "margin": margin, "max_segment": max_segment, "beams": beams, "decode_once": decode_once,
-            "precision": precision,
-        }  # fmt: skip
-        record = _Record(Path(output), settings, usable, timestamps)
-    done = {} if record is None else record.done
-    left = [file for file in usable if file not in done]
-    with Progress(transient=True, console=Console(stderr=True)) as bars:
-        if done:
-            bars.console.print(f"{output}: {len(done)} of {len(usable)} recordings are in it already", markup=False)
-        bar = bars.add_task("transcribing", total=len(usable), completed=len(done))
-        heard = transcribe_speech(
-            adapted,
-            processor,
-            ({"path": str(file)} for file in left),
-            window=chosen,
-            language=code,
-            task=task or trained.get("task"),
-            decoding=decoding,
-            batch_size=batch_size,
-            dtype=dtype,
-            longest_s=max_segment,
-            at_once_s=_WRITTEN_AFTER_S,
-            on_batch=lambda utterances: bars.advance(bar, utterances),
-        )
-        for file, one in zip(left, heard, strict=True):
-            done[file] = Transcript(file, one.text, one.ended, one.segments)
-            if record is not None:
-                record.add(done[file])
-    transcripts = [done[file] for file in usable]
-    if record is not None:
-        record.finish(transcripts)
+    settings = {
+        "model": as_it_is(name), "adapter": as_it_is(adapter), "language": language, "task": task,
+        "window": window, "margin": margin, "max_segment": max_segment, "beams": beams, "decode_once": decode_once,
+        "precision": precision,
+    }  # fmt: skip
+    with _recording(output, settings, usable, timestamps) as record:
+        done = {} if record is None else record.done
+        left = [file for file in usable if file not in done]
+        with Progress(transient=True, console=Console(stderr=True)) as bars:
+            if done:
+                bars.console.print(f"{output}: {len(done)} of {len(usable)} recordings are in it already", markup=False)
+            bar = bars.add_task("transcribing", total=len(usable), completed=len(done))
+            heard = transcribe_speech(
+                adapted,
+                processor,
+                ({"path": str(file)} for file in left),
+                window=chosen,
+                language=code,
+                task=task or trained.get("task"),
+                decoding=decoding,
+                batch_size=batch_size,
+                dtype=dtype,
+                longest_s=max_segment,
+                at_once_s=_WRITTEN_AFTER_S,
+                on_batch=lambda utterances: bars.advance(bar, utterances),
+            )
+            for file, one in zip(left, heard, strict=True):
+                done[file] = Transcript(file, one.text, one.ended, one.segments)
+                if record is not None:
+                    record.add(done[file])
+        transcripts = [done[file] for file in usable]
+        if record is not None:
+            record.finish(transcripts)
     return transcripts, skipped
 
 
@@ -198,6 +197,23 @@ def _check_unfinished(table: Path) -> None:
     """Raises UserError where a table is there that is no stopped transcription's: somebody may have corrected it."""
     if table.is_file() and table.stat().st_size and not _unfinished(table).is_file():
         raise UserError(f"{table}: exists already, and was finished; give another --output, or delete it")
+
+
+@contextlib.contextmanager
+def _recording(
+    output: str | Path | None, settings: dict[str, Any], files: Sequence[Path], timestamps: bool
+) -> Iterator["_Record | None"]:
+    """The table, if one is asked for, for this process alone: two would each write over what the other heard."""
+    if output is None:
+        yield None
+        return
+    table = Path(output)
+    with contextlib.ExitStack() as held:
+        with writing(table):
+            lock = table.with_name(f"{table.name}.alone")
+            held.enter_context(alone(lock, f"{table}: another process is writing it"))
+        _check_unfinished(table)  # the other may have finished it meanwhile
+        yield _Record(table, settings, files, timestamps)
 
 
 class _Record:

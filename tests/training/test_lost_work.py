@@ -8,11 +8,14 @@ import pytest
 import soundfile
 import torch
 
+from fused_s2lora.training import decoding as decoding_module
 from fused_s2lora.training import evaluation as evaluation_module
 from fused_s2lora.training import fitting
 from fused_s2lora.training import interpolate as interpolate_module
 from fused_s2lora.training import merge as merge_module
 from fused_s2lora.training import train as train_module
+from fused_s2lora.training import transcribe as transcribe_module
+from fused_s2lora.training.audio import read_audio
 from fused_s2lora.training.decoding import Decoding, Heard
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.evaluate import evaluate
@@ -22,6 +25,7 @@ from fused_s2lora.training.output import read_json, write_json, writing
 from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.sets import named_sets
 from fused_s2lora.training.train import train
+from fused_s2lora.training.transcribe import transcribe
 from tests.training.comparisons import QUIET
 from tests.training.kills import train_until
 from tests.training.speech import TEXTS, tone, write_folder
@@ -101,6 +105,56 @@ def test_a_run_is_one_process_at_a_time(fresh, options, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "write_rank_maps", second)
     train(wanted, fresh=fresh, console=QUIET)
     assert not (tmp_path / "run" / ".alone").exists()
+
+
+def test_a_table_is_one_process_at_a_time(tiny_folder, tmp_path, short_decoding, monkeypatch):
+    """Two would append what both hear, and one that is finished first would be begun anew."""
+    recordings, table = write_folder(tmp_path / "speech", TEXTS[:2]), tmp_path / "heard.tsv"
+    options = {"model": str(tiny_folder), "language": "en", "window": "trim", "decode_once": True}
+    refused = []
+
+    def reading(entry):  # while the first hears it
+        monkeypatch.setattr(decoding_module, "read_audio", read_audio)
+        with pytest.raises(UserError, match=r"heard\.tsv: another process is writing it; wait for it, or give another"):
+            transcribe([recordings], output=table, **options)
+        refused.append(entry)
+        return read_audio(entry)
+
+    monkeypatch.setattr(decoding_module, "read_audio", reading)
+    transcribe([recordings / "u0.flac"], output=table, **options)
+    assert (len(refused), len(table.read_text().splitlines())) == (1, 2)
+
+    finished = tmp_path / "other.tsv"
+    finished.with_name("other.tsv.unfinished").touch()
+
+    def finish(table):  # after the second has looked
+        finished.with_name("other.tsv.unfinished").unlink()
+        finished.write_text("finished meanwhile\n")
+
+    monkeypatch.setattr(transcribe_module, "check_writable", finish)
+    with pytest.raises(UserError, match=r"other\.tsv: exists already, and was finished"):
+        transcribe([recordings], output=finished, **options)
+    assert finished.read_text() == "finished meanwhile\n"
+    assert {*tmp_path.iterdir()} == {recordings, table, finished}
+
+
+def test_an_evaluation_is_one_process_at_a_time(tiny_folder, tmp_path, monkeypatch):
+    """Else evaluation.json would tell of one model and results.json of another."""
+    sets = named_sets([f"same={write_folder(tmp_path / 'same', TEXTS[:2])}"], "en")
+    output = tmp_path / "scored"
+    options = {"model": str(tiny_folder), "console": QUIET}
+
+    def heard(*given, **named):  # while the first decodes
+        monkeypatch.setattr(evaluation_module, "transcribe_speech", lambda *given, **named: [Heard("", True)] * 2)
+        before = (output / "evaluation.json").read_bytes()
+        with pytest.raises(UserError, match="scored: another process is at this evaluation; wait for it, or"):
+            evaluate(sets, output, decoding=Decoding(beams=2), **options)
+        assert (output / "evaluation.json").read_bytes() == before
+        return [Heard("", True)] * 2
+
+    monkeypatch.setattr(evaluation_module, "transcribe_speech", heard)
+    evaluate(sets, output, **options)
+    assert sorted(file.name for file in output.iterdir()) == ["evaluation.json", "results.json", "same.tsv"]
 
 
 @pytest.mark.parametrize(
