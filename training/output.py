@@ -36,13 +36,15 @@ def check_writable(file: Path) -> None:
     """To be called before the work whose result `file` is to hold; what is in it stays.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or is a device or a pipe, in whose place a file would come.
     """
     there = file.exists()
+    if there and not file.is_file() and not file.is_dir():
+        raise UserError(f"{file}: is a device or a pipe; give a file as --output, or none")
     with writing(file):
         file.open("a").close()
         if not there:
-            file.unlink()
+            file.resolve().unlink()  # not a link to it
 
 
 _claims: weakref.WeakSet[IO[str]] = weakref.WeakSet()
@@ -137,7 +139,11 @@ def check_name(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to, which takes `file`'s place at the end: that is whole or as it was, killed whenever."""
+    """A path to write to, which takes `file`'s place at the end: that is whole or as it was, killed whenever.
+
+    Of a link it is the place of what that leads to.
+    """
+    file = file.resolve()
     unfinished = file.with_name(f".unfinished.{os.getpid()}")  # short, for the file's own name may be as long as can be
     try:
         yield unfinished

@@ -293,6 +293,9 @@ def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
     soundfile.write(tmp_path / "first.wav", tone(0.4), 16_000)
     with pytest.raises(UserError, match=r"--output .*first\.wav: is named as a recording"):
         transcribe([tmp_path / "first.wav"], model=str(tiny_folder), output=tmp_path / "first.wav")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe: is a device or a pipe; give a file as --output, or none"):
+        transcribe([tmp_path / "first.wav"], model=str(tiny_folder), output=tmp_path / "pipe")
     (tmp_path / "first.wav").unlink()
     soundfile.write(tmp_path / "good.wav", tone(0.4), 16_000)
     soundfile.write(tmp_path / "nothing.wav", tone(0.0), 16_000)
@@ -304,7 +307,10 @@ def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
     (tmp_path / "gone.wav").symlink_to("nowhere.wav")
     for name in (b"\xfc.wav", b"a\tb.wav"):  # Latin-1, and what a TSV cannot have
         shutil.copy(tmp_path / "good.wav", os.fsencode(tmp_path) + b"/" + name)
-    transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en")
+    (tmp_path / "link.tsv").symlink_to("table.tsv")
+    transcripts, skipped = transcribe([tmp_path], model=str(tiny_folder), language="en", output=tmp_path / "link.tsv")
+    assert (tmp_path / "link.tsv").is_symlink()
+    assert len((tmp_path / "table.tsv").read_text().splitlines()) == 2
     assert [transcript.file.name for transcript in transcripts] == ["good.wav"]
     assert sorted(Path(item.utterance).name for item in skipped) == [
         "\\udcfc.wav",
