@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,8 +16,9 @@ from .config import S2LoraConfig
 from .kernels import device
 from .kernels.shared import SharedPair
 from .layer import S2LoraLinear, adapter_device, adapter_dtype
-from .quantized import is_quantized, keep_layout
+from .quantized import keep_layout
 from .sharing import AdapterParameters, FactorPair, SharedFactors, place_of
+from .targets import map_to_adapt
 from .whisper_fusion import unfuse_whisper
 
 
@@ -40,10 +41,10 @@ class S2LoraModel(BaseTuner):
     shared factors once for each layer, and what it puts back is not what was there.
 
     Raises:
-        ValueError: where an adapter is added: a target that is no `nn.Linear`, is of a `nn.MultiheadAttention`, has
-            another method's adapter or is quantised in an unknown way; a name with a dot or of an attribute of
-            ParameterDict; factors shared otherwise than by the adapters already there, or a weight's own under a name
-            that is taken. Where one is loaded: its tensors are not this model's. In a call: `adapter_names`.
+        ValueError: where an adapter is added: a target that is no `nn.Linear`, is never called, has another method's
+            adapter or is quantised in an unknown way; a name with a dot or of an attribute of ParameterDict; factors
+            shared otherwise than by the adapters already there, or a weight's own under a name that is taken. Where
+            one is loaded: its tensors are not this model's. In a call: `adapter_names`.
         RuntimeError: in a call: the model runs in `torch.nn.DataParallel`, or its layers were sharded one by one.
     """
 
@@ -108,28 +109,7 @@ class S2LoraModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, nn.Linear):
-            raise ValueError(
-                f"target {current_key} is a {type(base).__name__}; S2-LoRA adapts nn.Linear only: "
-                "leave it out of target_modules or name it in exclude_modules"
-            )
-        if isinstance(target, BaseTunerLayer) and not isinstance(target, S2LoraLinear):
-            raise ValueError(
-                f"target {current_key} has an adapter of {type(target).__module__} already, which S2-LoRA would put "
-                "out of use: call merge_and_unload() on it first"
-            )
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"target {current_key} is of a torch.nn.MultiheadAttention, which reads it and calls no map; "
-                "an adapter there would do nothing: leave it out of target_modules or name it in exclude_modules"
-            )
-        stored = base.weight
-        if not is_quantized(base) and (not stored.is_floating_point() or stored.element_size() < 2):
-            raise ValueError(
-                f"target {current_key} is quantised ({stored.dtype}) in a way that S2-LoRA does not know: quantise by "
-                "bitsandbytes or torchao, or load the model without quantization_config"
-            )
+        base = map_to_adapt(target, target_name, parent, current_key)
         keep_layout(base)
         place = place_of(current_key, base.out_features, base.in_features, peft_config)
         like = torch.empty(0, device=adapter_device(base), dtype=adapter_dtype(base))

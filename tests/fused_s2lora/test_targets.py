@@ -1,0 +1,27 @@
+"""Maps whose weights other modules read, and do not call."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import WavLMConfig, WavLMModel
+
+from fused_s2lora import S2LoraConfig
+from tests.fused_s2lora.adapters import awaken
+
+
+def test_maps_that_a_wavlm_reads_are_refused_and_others_work():
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8,),
+        conv_stride=(8,), conv_kernel=(16,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, layerdrop=0.0, mask_time_prob=0.0,
+    )  # fmt: skip
+    wavlm = WavLMModel(config).eval()
+    with pytest.raises(ValueError, match=r"target encoder\.layers\.0\.attention\.\w_proj is of a WavLMAttention"):
+        get_peft_model(wavlm, S2LoraConfig(r=2))
+    attention = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    model = get_peft_model(wavlm, S2LoraConfig(r=2, target_modules="all-linear", exclude_modules=attention))
+    awaken(model)
+    model(torch.randn(1, 400)).last_hidden_state.sum().backward()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert any("gru_rel_pos_linear" in name for name in trained)
+    assert all(value.grad is not None for value in trained.values())
