@@ -18,7 +18,7 @@ from .kernels.shared import SharedPair
 from .layer import S2LoraLinear, adapter_device, adapter_dtype
 from .quantized import keep_layout
 from .sharing import AdapterParameters, FactorPair, SharedFactors, place_of
-from .targets import map_to_adapt
+from .targets import let_maps_be_called, map_to_adapt
 from .whisper_fusion import unfuse_whisper
 
 
@@ -84,6 +84,7 @@ class S2LoraModel(BaseTuner):
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            let_maps_be_called(model)
         except Exception:
             self._take_back(model, adapter_name)
             for parameter, requires_grad in trained:

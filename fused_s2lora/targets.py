@@ -1,4 +1,4 @@
-"""Which modules can be adapted."""
+"""Which modules can be adapted, and that those which are get called."""
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -47,3 +47,15 @@ def _reader_of_weights(parent: nn.Module, name: str) -> str | None:
     if type(parent).__name__ == "WavLMAttention" and name.endswith("_proj"):  # transformers'
         return "WavLMAttention"
     return None
+
+
+def let_maps_be_called(model: nn.Module) -> None:
+    """Keeps an adapted `nn.TransformerEncoder` from PyTorch's fast inference, which reads weights and calls no map."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
+            isinstance(one, S2LoraLinear) for one in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0  # of which that inference alone asks

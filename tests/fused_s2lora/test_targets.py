@@ -1,8 +1,9 @@
-"""Maps whose weights other modules read, and do not call."""
+"""Maps whose weights other modules read, and do not call: refused, or made to be called."""
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import WavLMConfig, WavLMModel
 
 from fused_s2lora import S2LoraConfig
@@ -25,3 +26,19 @@ def test_maps_that_a_wavlm_reads_are_refused_and_others_work():
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert any("gru_rel_pos_linear" in name for name in trained)
     assert all(value.grad is not None for value in trained.values())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_transformer_encoder_of_pytorch_infers_with_its_adapter(padded):
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    model = get_peft_model(nn.TransformerEncoder(layer, 2), S2LoraConfig(r=2, target_modules=["linear1", "linear2"]))
+    awaken(model)
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    given = {"src_key_padding_mask": padding} if padded else {}
+    trained_on = model(x, **given)
+    with torch.no_grad():
+        heard = model.eval()(x, **given)
+        with model.disable_adapter():
+            original = model(x, **given)
+    torch.testing.assert_close(heard[~padding], trained_on[~padding])
+    assert not torch.allclose(heard[~padding], original[~padding], atol=0.1)
