@@ -217,10 +217,16 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         """Adds ΔW of the adapters (default: the active ones) to the weight.
 
         Raises:
-            ValueError: the weight is quantised; or `safe_merge` and the result is not finite: it is left as it was.
+            ValueError: the weight is quantised or made anew at each call; or `safe_merge` and the result is not finite.
+                It is left as it was.
         """
         if is_quantized(self.base_linear):
             raise ValueError("S2-LoRA is not merged into quantised weights: merge it on the model as it was before")
+        if "weight" not in self.base_linear._parameters:
+            raise ValueError(
+                "a weight that is made anew at each call, as by weight_norm, would lose what is merged into it: take "
+                "that off the model, as by torch.nn.utils.remove_weight_norm, before the adapter is added or loaded"
+            )
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.s2lora_coefficients:
                 continue

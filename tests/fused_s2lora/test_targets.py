@@ -1,4 +1,4 @@
-"""Maps whose weights other modules read, and do not call: refused, or made to be called."""
+"""Maps that others read and do not call, or that make their weight at each call: refused, or made to work."""
 
 import pytest
 import torch
@@ -42,3 +42,17 @@ def test_a_transformer_encoder_of_pytorch_infers_with_its_adapter(padded):
             original = model(x, **given)
     torch.testing.assert_close(heard[~padding], trained_on[~padding])
     assert not torch.allclose(heard[~padding], original[~padding], atol=0.1)
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_is_made_at_each_call_is_not_merged_into(normalise):
+    block = nn.Sequential()
+    block.add_module("one", normalise(nn.Linear(8, 8)))
+    model = get_peft_model(block, S2LoraConfig(r=2, target_modules=["one"]))
+    awaken(model)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    with pytest.raises(ValueError, match="made anew at each call"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
