@@ -321,6 +321,19 @@ def test_the_page_finds_marks_sorts_decimals_and_shows_ranks_without_a_size(brow
     opened.close()
 
 
+def test_a_rank_map_fits_a_narrow_window_and_is_printed_on_white_in_a_dark_one(browser, compared):
+    opened = browser.new_page(viewport={"width": 375, "height": 700}, color_scheme="dark")
+    opened.goto(write_report(compared / "out" / "s2-lora-r8-seed0").as_uri())
+    assert opened.evaluate("document.documentElement.scrollWidth") == 375
+    assert opened.evaluate("(map => map.scrollWidth > map.clientWidth)([...document.querySelectorAll('.map')].at(-1))")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert opened.evaluate(paper) == "rgb(21, 24, 28)"
+    opened.emulate_media(media="print")
+    assert opened.evaluate(paper) == "rgb(255, 255, 255)"
+    assert opened.evaluate("getComputedStyle(document.querySelector('.map td')).printColorAdjust") == "exact"
+    opened.close()
+
+
 def test_a_run_of_any_names_fits_a_narrow_window_and_paper(browser, compared, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared / "out" / "lora-r8-seed0", run)
