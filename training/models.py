@@ -240,7 +240,7 @@ def remembered_speech(adapter: str | Path) -> dict[str, Any]:
         adapter: a folder, or a hub id.
 
     Raises:
-        UserError: adapter_config.json is not readable.
+        UserError: there is no such folder or hub id, or adapter_config.json is not readable.
     """
     config = _adapter_config(adapter)
     return {key: config[key] for key in SPEECH_KEYS if key in config}
@@ -250,7 +250,7 @@ def model_for(model: str | None, adapter: str | Path | None) -> str:
     """The model asked for; where that is None the one that the adapter was trained on, else the packaged Whisper-base.
 
     Raises:
-        UserError: adapter_config.json is not readable, or names a folder that is not there.
+        UserError: there is no such adapter, or its adapter_config.json is not readable or names a folder that is gone.
     """
     if model is None and adapter is not None:
         model = _adapter_config(adapter).get("base_model_name_or_path")
@@ -289,15 +289,19 @@ def on_hub(source: str) -> bool:
 
 
 def _adapter_config(adapter: str | Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder or hub id; nothing where there is none."""
+    """The adapter_config.json of a folder or hub id; nothing for a folder without it."""
     file = Path(adapter) / "adapter_config.json"
     if not Path(adapter).is_dir():
         try:
             file = Path(hf_hub_download(str(adapter), file.name))
-        except (OSError, HFValidationError):
-            return {}  # `load_adapter` says what is wrong with it
+        except (OSError, HFValidationError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{adapter}: no such folder, and not to be had from the hub ({reason}); give the `adapter` folder of a "
+                "run, or a hub id"
+            ) from error
     if not file.is_file():
-        return {}
+        return {}  # `load_adapter` says what is wrong with it
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

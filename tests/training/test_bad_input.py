@@ -18,7 +18,7 @@ from fused_s2lora.training.cli import app
 from fused_s2lora.training.cli import main as cli_main
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.methods import METHODS, adapt
-from fused_s2lora.training.models import load_adapter, load_base, remembered_speech
+from fused_s2lora.training.models import load_adapter, load_base, load_for_use, remembered_speech
 from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
@@ -282,6 +282,9 @@ def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
     (tmp_path / "config" / "adapter_config.json").write_text("{not json")
     with pytest.raises(UserError, match="not readable as JSON"):
         remembered_speech(tmp_path / "config")
+    for absent in ("runs/absent", "runs/first/absent"):  # as a hub id is written, and not
+        with pytest.raises(UserError, match=rf"^{absent}: no such folder, and not to be had from the hub \(.*give"):
+            load_for_use(None, absent)
     prompts = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2)
     get_peft_model(load_base(str(tiny_folder))[0], prompts).save_pretrained(tmp_path / "prompts")
     with pytest.raises(UserError, match=r"cannot be put on this model \(PREFIX_TUNING learns prompts"):
