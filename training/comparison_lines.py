@@ -7,6 +7,7 @@ from typing import Any
 from .comparison import Cell, Comparison, results_of
 from .evaluation import ALL, unit_of
 from .interpolate import recorded_share
+from .methods import METHODS
 from .metrics import Unit
 from .run import FREE_TO_CHANGE, UNSET
 
@@ -49,8 +50,13 @@ class Line:
 
     @property
     def rank(self) -> int:
-        """The rank that was asked for."""
+        """The rank that was asked for, of a method without one the default."""
         return self.first["config"]["rank"]
+
+    @property
+    def own_rank(self) -> int | None:
+        """The rank of a method that has one."""
+        return self.rank if self.method in METHODS and "rank" in METHODS[self.method].reads else None
 
     @property
     def trainable(self) -> int | None:

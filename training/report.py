@@ -138,7 +138,7 @@ def _means(names: dict[str, Line], columns: list[Column]) -> dict[str, Any]:
     """One row for all seeds of a method."""
     rows = []
     for name, line in names.items():
-        row: dict[str, Any] = {"method": name, "rank": line.rank, "trainable": line.trainable}
+        row: dict[str, Any] = {"method": name, "rank": line.own_rank, "trainable": line.trainable}
         row["seeds"] = sum(not cell["cell"]["failed"] for cell in line.cells)
         for column in (column for column in columns if column.group == ALL):
             rates = line.rates(column)

@@ -207,6 +207,9 @@ def test_the_page_sorts_and_filters(page):
     assert column(page, "method", 1) == ["AdaLoRA"]
     page.get_by_label("filter Runs: error").fill("")
     assert len(column(page, "method", 1)) == len(before) == 10
+    for number in (0, 1):  # methods, runs
+        ranks = dict(zip(column(page, "method", number), column(page, "rank", number), strict=True))
+        assert (ranks["zero-shot"], ranks["AdaLoRA"]) == ("–", "8")
 
 
 def test_the_page_has_means_over_seeds(page, compared):
