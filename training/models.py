@@ -250,8 +250,11 @@ def model_for(model: str | None, adapter: str | Path | None) -> str:
     """The model asked for; where that is None the one that the adapter was trained on, else the packaged Whisper-base.
 
     Raises:
-        UserError: there is no such adapter, or its adapter_config.json is not readable or names a folder that is gone.
+        UserError: one of them is empty, there is no such adapter, or its adapter_config.json is not readable or names
+            a folder that is gone.
     """
+    if "" in (model, adapter):  # a variable of the shell that is not set; nothing in its place would be another model
+        raise UserError(f"--{'model' if model == '' else 'adapter'} is empty; give a hub id or folder, or leave it out")
     if model is None and adapter is not None:
         model = _adapter_config(adapter).get("base_model_name_or_path")
         if model is not None and Path(model).name == FOLDER:  # whose place is another on each machine

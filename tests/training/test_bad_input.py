@@ -285,6 +285,9 @@ def test_bad_adapters(finished, tiny_folder, tmp_path, tiny_whisper):
     for absent in ("runs/absent", "runs/first/absent"):  # as a hub id is written, and not
         with pytest.raises(UserError, match=rf"^{absent}: no such folder, and not to be had from the hub \(.*give"):
             load_for_use(None, absent)
+    for given, option in ((("", None), "model"), ((None, ""), "adapter")):
+        with pytest.raises(UserError, match=f"^--{option} is empty; give a hub id or folder, or leave it out$"):
+            load_for_use(*given)
     prompts = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2)
     get_peft_model(load_base(str(tiny_folder))[0], prompts).save_pretrained(tmp_path / "prompts")
     with pytest.raises(UserError, match=r"cannot be put on this model \(PREFIX_TUNING learns prompts"):
