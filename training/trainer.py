@@ -63,6 +63,11 @@ class SpeechTrainer(Seq2SeqTrainer):
             _, in_worker, message = str(error).rpartition(f"{UserError.__module__}.UserError: ")
             raise (UserError(message.strip()) if in_worker else error) from None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, which would take one step more in a run that goes on after its last (`SavingAsAsked`)."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """The Trainer's two orders, drawn by seed and epoch alone: a run that goes on finds them again."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -268,12 +273,15 @@ class AdaLoraCallback(TrainerCallback):
 class SavingAsAsked(TrainerCallback):
     """A run that goes on saves, scores and logs as often as it is asked now, not as its checkpoint says.
 
-    Its best checkpoint is looked for where its folder is now. The `CHECKPOINTS` of most steps are kept, or the best and
-    the last: the Trainer itself goes by their times, and deletes the last where a clock was set back.
+    It takes no further step where the checkpoint is of the last, or early stopping has ended the run there. Its best
+    checkpoint is looked for where its folder is now. The `CHECKPOINTS` of most steps are kept, or the best and the
+    last: the Trainer itself goes by their times, and deletes the last where a clock was set back.
     """
 
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
+        saved: Any = state.stateful_callbacks
+        control.should_training_stop = saved["TrainerControl"]["args"]["should_training_stop"]
         best = Path(str(args.output_dir), f"checkpoint-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)

@@ -40,6 +40,25 @@ def test_metrics_are_those_of_a_run_that_was_not_stopped(step, options, tmp_path
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("ended", [{"max_steps": 4}, {"early_stopping": 1, "lr": 1e-9}], ids=["steps", "early"])
+def test_a_run_that_was_stopped_after_its_last_step_takes_no_further(ended, options, tones, tmp_path, monkeypatch):
+    """In the middle of an epoch. Killed before the adapter was written, or the disk was full."""
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    if "early_stopping" in ended:
+        ended = ended | {"dev": str(tones)}
+    train(options(tmp_path / "whole", **ended), console=QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "write_rank_maps", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(tmp_path / "killed", **ended), console=QUIET)
+    train(options(tmp_path / "killed", **ended), console=QUIET)
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    assert read_json(tmp_path / "killed" / "summary.json")["steps"] == 4
+
+
 @pytest.fixture
 def worse_and_worse(monkeypatch):
     """The first checkpoint is the best."""
