@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import Skipped, Speech
@@ -105,18 +107,15 @@ class RunFolder:
         return self.model if self.model.is_dir() else self.adapter
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end; a half-written newer one is removed."""
+        """The newest checkpoint that is whole; a half-written or damaged newer one is removed."""
         while self.checkpoints.is_dir():
             newest = get_last_checkpoint(str(self.checkpoints))
             if newest is None:
                 return None
-            # The Trainer writes its state last.
-            try:
-                json.loads((Path(newest) / "trainer_state.json").read_text())
+            if _whole(Path(newest)):
                 return Path(newest)
-            except (OSError, ValueError):
-                print(f"{newest}: not written to its end, removed; going on from the one before", file=sys.stderr)
-                shutil.rmtree(newest)
+            print(f"{newest}: not written to its end, removed; going on from the one before", file=sys.stderr)
+            shutil.rmtree(newest)
         return None
 
     def write_skipped(self, skipped: Sequence[Skipped], console: Console) -> None:
@@ -149,6 +148,25 @@ class RunFolder:
                     f"{self.path}: was begun with other {what}; restore them, give another --output, or --fresh to "
                     "delete it and start anew"
                 )
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether all that training goes on with is there, to its end: without some of it the Trainer begins that anew.
+
+    The Trainer writes its state last, but where the power fails, or a copy does, that may be all that is kept.
+    """
+    weights = [*checkpoint.glob("*model*.safetensors")]
+    random = [*checkpoint.glob("rng_state*.pth")]
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # What `torch.save` writes is a zip, whose directory is at its end.
+    zipped = all(map(zipfile.is_zipfile, [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random]))
+    return bool(weights and random and zipped)
 
 
 def tell_skipped(skipped: Sequence[Skipped], listed_in: Path, console: Console) -> None:

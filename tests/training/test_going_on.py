@@ -59,6 +59,33 @@ def test_a_run_that_was_stopped_after_its_last_step_takes_no_further(ended, opti
     assert read_json(tmp_path / "killed" / "summary.json")["steps"] == 4
 
 
+@pytest.fixture(scope="module")
+def half_run(options, tmp_path_factory):
+    """The folder of a run that was stopped after its second checkpoint."""
+    run = tmp_path_factory.mktemp("half") / "run"
+    train_until(5, options(run))
+    return run
+
+
+@pytest.mark.parametrize("left", [None, 0, -100])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"]
+)
+def test_a_damaged_checkpoint_is_not_gone_on_from(name, left, half_run, options, tmp_path, capsys):
+    """One whose optimizer was not there was, with an optimizer begun anew; others ended in a traceback."""
+    shutil.copytree(half_run, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "checkpoint-4" / name
+    content = file.read_bytes()[:left]
+    file.unlink()
+    if left is not None:
+        file.write_bytes(content)
+    found = RunFolder(options(tmp_path / "run")).last_checkpoint()
+    assert found is not None
+    assert found.name == "checkpoint-2"
+    assert not file.parent.exists()
+    assert "checkpoint-4: not written to its end, removed" in capsys.readouterr().err
+
+
 @pytest.fixture
 def worse_and_worse(monkeypatch):
     """The first checkpoint is the best."""

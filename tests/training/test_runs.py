@@ -23,7 +23,6 @@ from fused_s2lora.training.errors import DivergedError, UserError
 from fused_s2lora.training.methods import PRESETS
 from fused_s2lora.training.models import remembered_speech
 from fused_s2lora.training.options import LEAST_STEPS
-from fused_s2lora.training.run import RunFolder
 from fused_s2lora.training.train import train
 from tests.training.comparisons import QUIET
 from tests.training.kills import train_until
@@ -170,16 +169,6 @@ def test_a_run_that_goes_on_saves_as_often_as_it_is_asked_now(options, tmp_path)
     assert not [*run.glob("checkpoints/*/*token*")]  # megabytes each, and the same as the model's
     logged = [entry["step"] for entry in json.loads((run / "metrics.json").read_text()) if "cross_entropy" in entry]
     assert logged == [1, 2, 4, 6]
-
-
-def test_half_written_checkpoint_is_passed_over(options, tmp_path, capsys):
-    run = RunFolder(options(tmp_path / "run"))
-    for step in (2, 4):
-        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-    (run.checkpoints / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    assert run.last_checkpoint() == run.checkpoints / "checkpoint-2"
-    assert "checkpoint-4: not written to its end" in capsys.readouterr().err
-    assert not (run.checkpoints / "checkpoint-4").exists()
 
 
 def test_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch):
