@@ -16,7 +16,7 @@ from .errors import UserError
 
 csv.field_size_limit(sys.maxsize)  # else 131,072 characters: the transcript of three hours has more
 _MARK = ".unfinished"  # a file in a folder that is half written
-_NOT_WRITTEN = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
+_NOT_WRITTEN = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc", "iostream error")
 
 
 @contextlib.contextmanager
