@@ -26,7 +26,7 @@ from .rank_maps import write_rank_maps
 from .run import RunFolder, peak_memory_mib, reset_peak_memory, versions
 from .text import source_and_language
 from .trainer import AdaLoraCallback, SavingAsAsked, SpeechTrainer, StepTimes
-from .world import processes, world
+from .world import processes, speaks, world
 
 GPU_WORKERS = 4
 GRAPH_TOKENS = 16  # CUDA graphs are recorded for transcripts of so many tokens more each; divides 448
@@ -76,7 +76,9 @@ def fit(
     )
     checkpoint = run.last_checkpoint()
     if checkpoint is not None and options.method.startswith("adalora"):
-        checkpoint = None  # PEFT cannot restore the allocator's statistics, so a killed AdaLoRA run starts anew
+        checkpoint = None  # PEFT cannot restore the allocator's statistics
+        if speaks():
+            print(f"{run.path}: AdaLoRA does not go on from a checkpoint; its training begins anew", file=sys.stderr)
     if checkpoint is not None:
         _check_steps(run, checkpoint, steps_of(options, len(speech)))
     reset_peak_memory()
