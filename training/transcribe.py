@@ -138,6 +138,8 @@ def _in_a_line(text: str) -> str:
 
 
 def _audio_files(inputs: Sequence[str | Path]) -> list[Path]:
+    if "" in inputs:  # a variable of the shell that is not set; as a path it is the folder one is in
+        raise UserError("the name of a recording is empty; give files or folders")
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():

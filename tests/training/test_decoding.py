@@ -293,6 +293,8 @@ def test_transcribe_refuses_and_skips(tiny_folder, tmp_path, short_decoding):
     soundfile.write(tmp_path / "first.wav", tone(0.4), 16_000)
     with pytest.raises(UserError, match=r"--output .*first\.wav: is named as a recording"):
         transcribe([tmp_path / "first.wav"], model=str(tiny_folder), output=tmp_path / "first.wav")
+    with pytest.raises(UserError, match="the name of a recording is empty; give files or folders"):
+        transcribe([""], model=str(tiny_folder))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"pipe: is a device or a pipe; give a file as --output, or none"):
         transcribe([tmp_path / "first.wav"], model=str(tiny_folder), output=tmp_path / "pipe")
