@@ -128,10 +128,11 @@ def tiny_folder(packaged_base, tmp_path_factory) -> Path:
     """A model folder: a small random Whisper with the packaged model's tokenizer, cut to fewer tokens."""
     folder = tmp_path_factory.mktemp("tiny-whisper")
     few_tokens(packaged_base, folder)
-    settings = renumbered(WhisperConfig.from_pretrained(packaged_base).to_dict())
+    settings, generation = (
+        renumbered(kind.from_pretrained(packaged_base).to_dict()) for kind in (WhisperConfig, GenerationConfig)
+    )
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(WhisperConfig.from_dict({**settings, **TINY}))
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.generation_config.alignment_heads = [[0, 0]]
+    model.generation_config = GenerationConfig.from_dict({**generation, "alignment_heads": [[0, 0]]})
     model.save_pretrained(folder)
     return folder

@@ -11,7 +11,7 @@ BYTES = 256
 
 
 def few_tokens(folder: Path, target: Path) -> None:
-    """Writes the processor and the generation_config.json of a Whisper's `folder` to `target`, for fewer tokens."""
+    """Writes the processor of a Whisper's `folder` to `target`, for fewer tokens."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     model = tokenizer["model"]
     model["vocab"] = {token: number for token, number in model["vocab"].items() if number < WORDS}
@@ -21,8 +21,6 @@ def few_tokens(folder: Path, target: Path) -> None:
     (target / "tokenizer.json").write_text(json.dumps(tokenizer))
     for name in ("tokenizer_config.json", "processor_config.json"):
         shutil.copy(folder / name, target)
-    generation = json.loads((folder / "generation_config.json").read_text())
-    (target / "generation_config.json").write_text(json.dumps(renumbered(generation)))
 
 
 def renumbered(value: Any) -> Any:

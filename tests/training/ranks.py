@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,8 +41,4 @@ def _rank(code: str, arguments: list[str], environment: dict[str, str], output: 
     if output is not None:
         with output.open("a") as stream:
             os.dup2(stream.fileno(), 1)
-    try:
-        exec(compile(code, "<rank>", "exec"), {"__name__": "__main__"})
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    exec(compile(code, "<rank>", "exec"), {"__name__": "__main__"})

@@ -254,8 +254,7 @@ def test_options_added_since_a_cell_was_finished_count_as_unset(compared, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["lora", "zero-shot"])
-def test_missing_speech_stops_in_one_sentence_and_spoils_nothing(method, compared, tmp_path, quick, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_missing_speech_stops_in_one_sentence_and_spoils_nothing(method, compared, tmp_path, quick):
     shutil.copytree(compared / "out" / "lora-r8-seed0", tmp_path / "out" / "lora-r8-seed0")
     gone = {"data": ["no/such-folder"]} if method == "lora" else {"test": ["gone=no/such-folder"]}
     rows = [{"name": "LoRA", "method": "lora"}, {"name": "Gone", "method": method, **gone}]

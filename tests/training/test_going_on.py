@@ -59,15 +59,6 @@ def test_a_run_that_was_stopped_after_its_last_step_takes_no_further(ended, opti
     assert read_json(tmp_path / "killed" / "summary.json")["steps"] == 4
 
 
-def test_adalora_begins_anew_and_says_so(options, tmp_path, capsys):
-    wanted = options(tmp_path / "run", method="adalora", epochs=None, max_steps=4)
-    train_until(3, wanted)
-    assert "anew" not in capsys.readouterr().err
-    train(wanted, console=QUIET)
-    assert "run: AdaLoRA does not go on from a checkpoint; its training begins anew" in capsys.readouterr().err
-    assert read_json(tmp_path / "run" / "summary.json")["resumed_at_step"] == 0
-
-
 @pytest.fixture(scope="module")
 def half_run(options, tmp_path_factory):
     """The folder of a run that was stopped after its second checkpoint."""

@@ -182,14 +182,16 @@ def test_methods_are_set_up_as_published():
 
 
 @pytest.mark.parametrize("method", ["adalora", "adalora-without-orthogonality"])
-def test_a_killed_adalora_run_starts_anew(method, quick, tmp_path):
+def test_a_killed_adalora_run_starts_anew_and_says_so(method, quick, tmp_path, capsys):
     """What its ranks are given up by is in no checkpoint."""
     run = tmp_path / "run"
     made = options(**{**quick, **UNSCORED, "output": str(run), "method": method, "rank": 2})
 
     train_until(3, made)
     assert (run / "checkpoints" / "checkpoint-2").is_dir()
+    assert "anew" not in capsys.readouterr().err
     train(made, console=QUIET)
+    assert "run: AdaLoRA does not go on from a checkpoint; its training begins anew" in capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["resumed_at_step"], summary["steps"]) == (0, 3)
 
