@@ -7,41 +7,26 @@ from typing import Annotated
 
 import typer
 
+from .cli_options import (
+    Adapter,
+    AdaptersModel,
+    AudioColumn,
+    Beams,
+    DecodeOnce,
+    EvalBatch,
+    GroupBy,
+    Limit,
+    Margin,
+    Precision,
+    Strict,
+    Test,
+    TextColumn,
+    of_cost,
+)
+from .cli_train import train
 from .errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-
-Model = Annotated[str, typer.Option(help="Whisper to use: hub id, local folder, or [b]packaged-base[/b].")]
-AdaptersModel = Annotated[
-    str | None,
-    typer.Option(
-        help="Whisper to use: hub id or local folder. [dim]default: the adapter's, without one packaged-base[/dim]"
-    ),
-]
-Adapter = Annotated[str | None, typer.Option(help="Adapter folder of a run (RUN/adapter) or hub id.")]
-Language = Annotated[str, typer.Option(help="Language of the speech: code or English name.")]
-Task = Annotated[str, typer.Option(help="transcribe, or translate into English.")]
-TextColumn = Annotated[str | None, typer.Option(help="Column with transcripts. [dim]default: found by name[/dim]")]
-AudioColumn = Annotated[str | None, typer.Option(help="Column with audio. [dim]default: found by name[/dim]")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first bad utterance instead of skipping it.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16: precision of the products.")]
-GroupBy = Annotated[list[str], typer.Option(help="Metadata column to break error rates down by, such as age. Repeat.")]
-Test = Annotated[
-    list[str],
-    typer.Option(
-        help="Test set NAME=SOURCE@LANGUAGE, language optional, name too but for a source with = in it. Hub id: split "
-        "test. Repeat."
-    ),
-]
-Margin = Annotated[
-    int | None, typer.Option(help="Positions after the longest. [dim]default: the adapter's, else 64[/dim]")
-]
-Beams = Annotated[int, typer.Option(help="Beams of the search for a transcript; 1 is greedy.")]
-DecodeOnce = Annotated[
-    bool, typer.Option("--decode-once", help="Leave a transcript that does not end; do not decode it again.")
-]
-EvalBatch = Annotated[int, typer.Option(help="Utterances decoded at once.")]
-Limit = Annotated[int | None, typer.Option(help="Use only the first so many utterances of each set, for a quick try.")]
 
 
 @app.callback()
@@ -53,153 +38,7 @@ def _s2lora(context: typer.Context) -> None:
         check_alone(str(context.invoked_subcommand))
 
 
-@app.command()
-def train(
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="Training speech: audiofolder, .csv/.tsv/.jsonl manifest, folder of `save_to_disk`, or hub id "
-            "ORG/SET, ORG/SET:SPLIT or ORG/SET:CONFIG:SPLIT. A row with offset and duration, in seconds, is a segment "
-            "of its file. Repeat. SOURCE@LANGUAGE: in another language than --language."
-        ),
-    ],
-    output: Annotated[str, typer.Option(help="Folder of this run.")] = "runs/s2lora",
-    model: Model = "packaged-base",
-    test: Test = [],  # noqa: B006
-    dev: Annotated[
-        str | None,
-        typer.Option(
-            help="Development speech SOURCE@LANGUAGE, language optional, to keep the best checkpoint. Hub id: split "
-            "validation."
-        ),
-    ] = None,
-    dev_share: Annotated[float, typer.Option(help="Or this share of the training data, whole speakers.")] = 0.0,
-    language: Language = "en",
-    task: Task = "transcribe",
-    text_column: TextColumn = None,
-    audio_column: AudioColumn = None,
-    keep_case: Annotated[
-        bool, typer.Option("--keep-case", help="Do not turn bare capitals into sentence case.")
-    ] = False,
-    leading_space: Annotated[
-        bool,
-        typer.Option(help="Begin transcripts with a space, as Whisper does where words have spaces between them."),
-    ] = True,
-    limit: Limit = None,
-    utterances: Annotated[
-        int | None, typer.Option(help="Train on so many utterances, drawn at random with --seed.")
-    ] = None,
-    strict: Strict = False,
-    method: Annotated[str, typer.Option(help="s2lora, or to compare with: lora, adalora, ..., full.")] = "s2lora",
-    preset: Annotated[
-        str,
-        typer.Option(help="S2-LoRA's settings: default, those of the paper, or unshared: LoRA's parameters and start."),
-    ] = "default",
-    rank: Annotated[int, typer.Option(help="Rank of the factors.")] = 8,
-    target_modules: Annotated[
-        list[str] | None, typer.Option(help="Linear maps to adapt. Repeat. [dim]default: the method's own[/dim]")
-    ] = None,
-    exclude_modules: Annotated[
-        str | None, typer.Option(help="S2-LoRA: leave out linear maps whose whole name fits this regular expression.")
-    ] = None,
-    sharing: Annotated[
-        str | None, typer.Option(help="Factors per module, stack, all or none. [dim]default: module[/dim]")
-    ] = None,
-    sparsity_weight: Annotated[float | None, typer.Option(help="α₁. [dim]default: the preset's[/dim]")] = None,
-    norm_weight: Annotated[float | None, typer.Option(help="α₂. [dim]default: the preset's[/dim]")] = None,
-    penalty: Annotated[str | None, typer.Option(help="soft, or proximal for exact zeros.")] = None,
-    freeze_factors: Annotated[
-        bool, typer.Option("--freeze-factors", help="Leave the shared factors as they start; train coefficients only.")
-    ] = False,
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            help="Learning rate of the factors. [dim]default: the method's; S2-LoRA's falls with the root of a rank "
-            "above 8[/dim]"
-        ),
-    ] = None,
-    coefficient_lr_ratio: Annotated[
-        float | None, typer.Option(help="Learning rate of the coefficients over --lr. [dim]default: the preset's[/dim]")
-    ] = None,
-    interpolation: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the update kept after training; with less, less of other speech is forgotten. "
-            "[dim]default: the preset's, all of it for other methods[/dim]"
-        ),
-    ] = None,
-    keep_share: Annotated[
-        float,
-        typer.Option(
-            help="Share of the utterances trained on a second time under prompts of other languages, towards how the "
-            "unadapted model begins to answer there, so that those languages are kept. Not with --task translate."
-        ),
-    ] = 0.0,
-    keep_languages: Annotated[
-        list[str], typer.Option(help="Languages to keep. Repeat. [dim]default: Whisper's eight largest[/dim]")
-    ] = [],  # noqa: B006
-    learn_language: Annotated[
-        bool,
-        typer.Option(help="Train on the language's token of the prompt too, which decoding is given and never writes."),
-    ] = True,
-    epochs: Annotated[
-        float | None, typer.Option(help="Passes over the data. [dim]default: one, or as many as make 250 steps[/dim]")
-    ] = None,
-    max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1 for --epochs.")] = -1,
-    batch_size: Annotated[int, typer.Option(help="Utterances a batch.")] = 4,
-    accumulation: Annotated[int, typer.Option(help="Batches an optimizer step.")] = 1,
-    warmup: Annotated[float, typer.Option(help="Share of steps (below 1) or number of steps to warm up.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's decay of the factors.")] = 0.0,
-    spec_augment: Annotated[bool, typer.Option("--spec-augment", help="Mask time and mel bands at random.")] = False,
-    early_stopping: Annotated[int, typer.Option(help="Stop after so many checks without gain; 0: never.")] = 0,
-    window: Annotated[
-        str,
-        typer.Option(help="full: 30 s always. trim: the batch's longest utterance, several times faster if short."),
-    ] = "full",
-    margin: Annotated[int, typer.Option(help="Positions of 20 ms after the longest utterance, for trim.")] = 64,
-    full_share: Annotated[float, typer.Option(help="Share of batches with the full window, for trim.")] = 0.0,
-    precision: Precision = "auto",
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
-    ] = False,
-    half_base: Annotated[bool, typer.Option("--half-base", help="Store the frozen weights in half precision.")] = False,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Store the frozen maps in 8 bits, int8, or in 4, nf4, by bitsandbytes, where memory is short."
-        ),
-    ] = None,
-    cuda_graphs: Annotated[
-        bool,
-        typer.Option(
-            "--cuda-graphs",
-            help="On a CUDA GPU record a step once for each length of transcripts and replay it, which spares the host "
-            "most of its work. New, and not yet measured. Only with the full window.",
-        ),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that read audio for training. [dim]default: up to 4 with a GPU, else none[/dim]"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    logging_steps: Annotated[int, typer.Option(help="Steps between two log lines.")] = 10,
-    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
-    before: Annotated[bool, typer.Option(help="Also score the tests before training.")] = True,
-    beams: Beams = 1,
-    decode_once: DecodeOnce = False,
-    group_by: GroupBy = [],  # noqa: B006
-    eval_batch_size: EvalBatch = 8,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is in --output and start anew.")] = False,
-) -> None:
-    """Adapt a Whisper to recordings with transcripts, and see the error rate before and after.
-
-    Run again with the same options to go on after an interruption.
-    """
-    options = {name: value for name, value in locals().items() if name != "fresh"}
-    from .options import TrainOptions
-    from .train import train as run
-
-    run(TrainOptions(**options), fresh=fresh)
+app.command()(train)
 
 
 @app.command()
@@ -246,7 +85,7 @@ def evaluate(
         str | None,
         typer.Option(help="Language of other sets. [dim]default: the adapter's or model's, else en[/dim]"),
     ] = None,
-    window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
+    window: Annotated[str | None, of_cost(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
     margin: Margin = None,
     text_column: TextColumn = None,
     audio_column: AudioColumn = None,
@@ -289,7 +128,7 @@ def transcribe(
     language: Annotated[
         str | None, typer.Option(help="Language. [dim]default: the adapter's, else detected[/dim]")
     ] = None,
-    window: Annotated[str | None, typer.Option(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
+    window: Annotated[str | None, of_cost(help="full or trim. [dim]default: the adapter's[/dim]")] = None,
     margin: Margin = None,
     beams: Beams = 1,
     decode_once: DecodeOnce = False,

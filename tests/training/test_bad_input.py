@@ -60,6 +60,16 @@ def test_every_option_has_help(command):
         assert getattr(parameter, "help", None), f"{command} {parameter.name}"
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "transcribe", "merge", "demo", "tune"])
+def test_help_in_a_terminal_of_80_columns_has_every_option_in_full(command):
+    import typer
+
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
+    assert max(map(len, shown.splitlines())) == 80
+    options = [name for parameter in typer.main.get_command(app).commands[command].params for name in parameter.opts]
+    assert [name for name in options if name.startswith("--") and f"{name} " not in shown] == []
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
