@@ -191,8 +191,8 @@ class S2LoraModel(BaseTuner):
                 norm = norm + config.norm_weight * torch.stack(columns).mean() / (2 * config.r)
         return sparsity, norm
 
-    def _layers(self) -> list[S2LoraLinear]:
-        return [module for module in self.model.modules() if isinstance(module, S2LoraLinear)]
+    def _layers(self) -> Iterator[S2LoraLinear]:
+        return (module for module in self.model.modules() if isinstance(module, S2LoraLinear))
 
     def _coefficients(self, adapter_name: str) -> list[Tensor]:
         return [
