@@ -5,7 +5,6 @@ import io
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -182,7 +181,7 @@ def _ends_with_a_page(ogg: bytes) -> bool:
 def unreadable(entry: dict[str, Any], error: Exception) -> str:
     """One sentence on why an audio entry cannot be read."""
     path = entry.get("path")
-    if entry.get("bytes") is None and (path is None or not Path(path).is_file()):
+    if entry.get("bytes") is None and (path is None or not os.path.isfile(path)):  # nor is a name that is too long
         return f"{path}: no such audio file"
     why = str(getattr(error, "error_string", error)).rstrip(".")
     return f"{_name(entry)}: not readable as audio ({why}); convert it to FLAC, as ffmpeg -i FILE FILE.flac does"

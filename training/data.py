@@ -300,10 +300,13 @@ def _column(
 
 
 def _metadatum(value: Any) -> str | None:
-    """What a table can hold and a group be made of; None for anything else, as samples or spectra in a list."""
-    if value is None or isinstance(value, list | dict | bytes) or len(text := str(value)) > _LONGEST_METADATUM:
+    """What a table can hold and a group be made of; None for anything else, as samples or spectra in a list.
+
+    NaN is what pandas writes where there is nothing.
+    """
+    if value is None or isinstance(value, list | dict | bytes) or (isinstance(value, float) and math.isnan(value)):
         return None
-    return text
+    return text if len(text := str(value)) <= _LONGEST_METADATUM else None
 
 
 def _audio_entry(value: Any, base: Path) -> dict[str, Any]:

@@ -63,34 +63,43 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
             suffix = file.suffix.lower()
             if suffix in _FORMATS:
                 reader = csv.DictReader(stream, restkey=FAULT, **_FORMATS[suffix])
-                _check_separator(file, reader.fieldnames or ())
+                _check_columns(file, reader.fieldnames or ())
                 remedy = "quote the transcript" if suffix == ".csv" else "take the tab out of the transcript"
                 excess = "line {} has more fields than columns: " + remedy
                 return [row | {FAULT: excess.format(reader.line_num)} if FAULT in row else row for row in reader]
-            rows = [_json_row(line) for line in stream if line.strip()]
+            rows = [_json_row(file, number, line) for number, line in enumerate(stream, start=1) if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such manifest") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not readable as a table ({error}); save it as UTF-8") from error
-    except (OSError, csv.Error, json.JSONDecodeError) as error:
+    except (OSError, csv.Error) as error:
         raise UserError(f"{file}: not readable as a table ({error})") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file}: not readable as a table (each line has to be a JSON object)")
     return rows
 
 
-def _check_separator(file: Path, columns: Sequence[str]) -> None:
-    """A table of one column holds no speech with transcripts: its columns may be separated otherwise."""
+def _check_columns(file: Path, columns: Sequence[str]) -> None:
+    """Refuses two of one name, of which the last would be taken, and columns that are separated otherwise.
+
+    A table of one column holds no speech with transcripts.
+    """
+    if twice := [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]:
+        raise UserError(f"{file}: two of its columns are named {twice[0]!r}; rename one, or take it out")
     if len(columns) == 1:
         for sign, told in _OTHER_SEPARATORS.items():
             if sign in columns[0]:
                 raise UserError(f"{file}: its columns are separated by {told}")
 
 
-def _json_row(line: str) -> Any:
+def _json_row(file: Path, number: int, line: str) -> dict[str, Any]:
     """What is in a line; half a pair of escapes, such as \\ud83d alone, is no character and a fault of its row."""
-    row = json.loads(line)
-    if not isinstance(row, dict) or "\\ud" not in line.lower():
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} at its character {error.pos + 1}"
+        raise UserError(f"{file}: not readable as a table: its line {number} is no JSON ({why})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{file}: not readable as a table: each line has to be a JSON object, and line {number} is not")
+    if "\\ud" not in line.lower():
         return row
     text = json.dumps(row, ensure_ascii=False)
     readable = text.encode(errors="replace").decode()

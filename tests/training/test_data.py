@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import time
 import unicodedata
 
@@ -142,10 +143,10 @@ def test_audio_in_the_source_is_whole(tmp_path, monkeypatch):
 def test_metadata_is_what_a_group_can_be_made_of(tmp_path):
     """Samples and the like are no metadata, and would be more than a table's field can hold."""
     row = {"path": "one.wav", "text": "A.", "age": 7, "array": [0.0] * 20_000, "info": {"a": 1}, "base64": "A" * 20_000}
-    row |= {"note": "", "adult": False}
+    row |= {"note": "", "adult": False, "grade": math.nan}
     (kept,) = load_speech(write_lines(tmp_path, "list.jsonl", json.dumps(row))).dataset
-    names = ("age", "array", "info", "base64", "note", "adult")
-    assert [kept[name] for name in names] == ["7", None, None, None, "", "False"]
+    names = ("age", "array", "info", "base64", "note", "adult", "grade")
+    assert [kept[name] for name in names] == ["7", None, None, None, "", "False", None]
 
 
 def test_marks_of_whispers_own_are_no_transcript(tmp_path):
@@ -182,6 +183,20 @@ def test_speakers_are_known_by_several_columns(tmp_path, column):
     assert speakers(speech) == ("speaker", ["s1", "two.wav", "s1"])
     speech.dataset = speech.dataset.remove_columns(column)
     assert speakers(speech) == ("utterance", ["one.wav", "two.wav", "one.wav"])
+
+
+def test_speakers_that_pandas_has_no_name_of_are_not_one(tmp_path):
+    rows = [{"path": "one.wav", "text": "A.", "speaker": math.nan}, {"path": "two.wav", "text": "B."}]
+    speech = load_speech(write_lines(tmp_path, "list.jsonl", *map(json.dumps, rows)))
+    assert speakers(speech) == ("speaker", ["one.wav", "two.wav"])
+
+
+def test_a_transcript_in_the_place_of_a_path_is_an_audio_file_that_is_not_there(tmp_path):
+    """It is longer than names of files can be, of which the system says so."""
+    lines = ("text,path", f"A.,{'and so on ' * 30}", "B.,one.wav")
+    speech = load_speech(write_lines(tmp_path, "list.csv", *lines))
+    assert speech.dataset["text"][:] == ["B."]
+    assert speech.skipped[0].reason.endswith(": no such audio file")
 
 
 def test_bad_utterances_are_skipped_and_counted_or_stop(tmp_path):

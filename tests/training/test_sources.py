@@ -69,6 +69,25 @@ def test_malformed_tables(tmp_path):
     assert speech.dataset["text"][:] == ["fine"]
 
 
+@pytest.mark.parametrize("columns", ["path,text,text", "path,text,age,age"])
+def test_two_columns_of_one_name_are_refused(columns, tmp_path):
+    """The last would be taken, and nothing said."""
+    name = columns.rpartition(",")[2]
+    with pytest.raises(UserError, match=rf"list\.csv: two of its columns are named '{name}'"):
+        load_speech(write_lines(tmp_path, "list.csv", columns, "one.wav,A.,B.,C."))
+
+
+def test_columns_without_a_name_are_no_two_of_one(tmp_path):
+    speech = load_speech(write_lines(tmp_path, "list.csv", "path,text,,", "one.wav,A.,,"))
+    assert speech.dataset["text"][:] == ["A."]
+
+
+def test_the_line_that_is_no_json_is_named(tmp_path):
+    lines = ('{"path": "one.wav", "text": "A."}', "", '{"path": "two.wav" "text": "B."}')
+    with pytest.raises(UserError, match=r"its line 3 is no JSON \(Expecting ',' delimiter at its character 20\)"):
+        load_speech(write_lines(tmp_path, "list.jsonl", *lines))
+
+
 def test_lines_of_different_keys_and_types(tmp_path):
     rows = [
         {"path": "one.wav", "age": 7},
