@@ -390,9 +390,10 @@ def results_of(cell: Cell) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {name: getattr(cell, name) for name in ("name", "path", "row", "varied", "base")}
     found["command"] = last_command(cell.path)
-    for part in ("cell", "config", "summary", "metrics", "rank_pattern"):
+    kinds = {"cell": dict, "config": dict, "summary": dict, "metrics": list, "rank_pattern": list}
+    for part, kind in kinds.items():
         file = cell.path / f"{part}.json"
-        found[part] = read_json(file) if file.is_file() else None
+        found[part] = read_json(file, kind) if file.is_file() else None
     results = cell.path / "results.json"
-    found["results"] = read_json(results)[-1] if results.is_file() else None
+    found["results"] = read_json(results, list)[-1] if results.is_file() else None
     return found

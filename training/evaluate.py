@@ -1,6 +1,7 @@
 """Scoring a Whisper, with or without an adapter, on named test sets."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +80,7 @@ def evaluate(
             adapted,
             processor,
             tests,
-            label="adapted" if adapter else "zero-shot",
+            label="adapted" if adapter else os.path.basename(os.path.abspath(name)),
             window=chosen,
             task=task,
             decoding=decoding,

@@ -96,7 +96,7 @@ def _parts(file: Path) -> list[Path]:
 
 def _read_answers(file: Path, speech: Speech) -> list[dict[str, Any]]:
     """The answers in `file`, if there is one, each to the utterance that `speech` has in its row."""
-    answers = read_json(file) if file.is_file() else []
+    answers = read_json(file, list) if file.is_file() else []
     utterances = speech.dataset["utterance"][:]
     for answer in answers:
         row, utterance = answer["row"], answer["utterance"]

@@ -5,6 +5,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import weakref
@@ -169,16 +170,24 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(file: Path) -> Any:
-    """What `write_json` wrote.
+def read_json(file: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict) -> Any:
+    """What `write_json` wrote, a dictionary unless `kind` is list.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or holds something else.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds {json.dumps(content):.20} and no {'object' if kind is dict else 'list'}")
     except ValueError as error:
         raise UserError(f"{file}: is damaged ({error}); restore it, or delete the folder of the run") from error
+    return content
+
+
+def literal(name: str) -> str:
+    """A name as Markdown that shows it, without what would be HTML, a link, emphasis or code there."""
+    return re.sub(r"([\\<`*\[])", r"\\\1", name)
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:

@@ -161,7 +161,7 @@ def _differences(gaps: list[Gap]) -> dict[str, Any]:
 
 
 def _read(file: Path, default: Any) -> Any:
-    return read_json(file) if file.is_file() else default
+    return read_json(file, type(default)) if file.is_file() else default
 
 
 def _rates(units: dict[str, Any], unit: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a comparison comes to: its tables, differences and figures."""
 
 import csv
+import html
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import pytest
+from markdown_it import MarkdownIt
 
 from fused_s2lora.training import comparison_figures, comparison_tables
 from fused_s2lora.training.comparison import read_comparison, run_comparison
@@ -22,6 +24,8 @@ from fused_s2lora.training.output import markdown_table
 from fused_s2lora.training.report import write_report
 from fused_s2lora.training.utterance_errors import read_errors
 from tests.training.comparisons import QUIET, REPRODUCTION, ROWS, write
+
+NAME = "<b>a|b</b> *c* `d` [e](f)"
 
 
 def test_a_row_is_the_papers_only_with_every_option_of_the_method_at_its_default():
@@ -157,14 +161,19 @@ def test_errors_kept_by_utterance_are_those_of_the_results(compared):
 
 
 def test_a_comparison_on_some_of_the_data_has_its_figures(tmp_path, quick, short_decoding):
-    """Where zero-shot has utterances in its options too, and a name that Markdown takes for columns."""
-    rows = [{"name": name, "method": name} for name in ("zero-shot", "bitfit")] + [{"name": "a|b", "method": "lora"}]
-    comparison = read_comparison(write(tmp_path, {**quick, "utterances": 4}, rows, title=None), tmp_path / "out")
+    """Where zero-shot has utterances in its options too, and a name that Markdown takes for columns and HTML."""
+    rows = [{"name": name, "method": name} for name in ("zero-shot", "bitfit")] + [{"name": NAME, "method": "lora"}]
+    train = {**quick, "utterances": 4, "test": [f"{NAME.replace('/', '')}={quick['data'][0]}"]}
+    comparison = read_comparison(write(tmp_path, train, rows, title=None), tmp_path / "out")
     assert len(list(run_comparison(comparison, console=QUIET))) == 3
     assert "parameters" in {file.stem for file in draw_figures(comparison).values()}
     text = write_tables(comparison)
     assert text.startswith("# comparison-file\n")
-    assert "| a\\|b |" in text
+    rendered = MarkdownIt("commonmark").enable("table").render(text)
+    assert f"<td>{html.escape(NAME)}</td>" in rendered
+    assert f">{html.escape(NAME.replace('/', ''))} WER</th>" in rendered
+    assert "<b>" not in rendered
+    assert "<em>" not in rendered
     write_report(tmp_path / "out")
 
 

@@ -121,6 +121,7 @@ def test_evaluate_transcribe_and_merge_use_what_training_used(
         sets, tmp_path / "again", model=str(tmp_path / "merged"), window="trim", precision="fp32", console=QUIET
     )
     assert merged.sets[0].hypotheses == evaluation.sets[0].hypotheses
+    assert (merged.label, evaluation.label) == ("merged", "adapted")  # nor is a merged model called zero-shot
     # Where faster-whisper and older versions of transformers look for it.
     features = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
     assert features["feature_size"] == load_base(str(tiny_folder))[0].config.num_mel_bins

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from fused_s2lora.training.interpolate import interpolate_run
 from fused_s2lora.training.model_card import write_model_card
@@ -85,3 +86,11 @@ def test_what_was_not_scored_has_no_error_rates(finished, options, tmp_path):
     assert "| rank |" not in card.text
     assert "--model THIS --window trim" in card.text
     assert "PeftModel" not in card.text
+
+
+def test_names_in_a_card_are_shown_as_they_are(told, finished):
+    results = json.loads((finished / "results.json").read_text())
+    for entry in results:
+        entry["sets"] = {"<b>own* [a](b)": entry["sets"]["same"]}
+    card = MarkdownIt("commonmark").enable("table").render(told({}, {}, results).text)
+    assert "<td>&lt;b&gt;own* [a](b)</td>" in card

@@ -138,6 +138,17 @@ def test_a_damaged_file_of_a_comparison_is_named(compared, tmp_path):
         write_report(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("cell", "null"), ("summary", "[1]"), ("config", "3"), ("results", "{}")]
+)
+def test_a_file_of_a_comparison_that_holds_something_else_is_named(name, content, compared, tmp_path):
+    shutil.copytree(compared / "out", tmp_path / "out")
+    damaged = next((tmp_path / "out").glob(f"*/{name}.json"))
+    damaged.write_text(content)
+    with pytest.raises(UserError, match=rf"{re.escape(str(damaged))}: is damaged \(it holds {re.escape(content)} and"):
+        write_report(tmp_path / "out")
+
+
 def test_a_run_has_its_learning_curve(compared):
     run = compared / "out" / "s2-lora-r8-seed0"
     assert "<h2>Learning curve</h2>" in write_report(run).read_text()
