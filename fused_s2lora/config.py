@@ -4,6 +4,7 @@ import enum
 import math
 import warnings
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from peft.config import PeftConfig
@@ -48,6 +49,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "audio_window": ("full", "trim"),
     "task": ("transcribe", "translate"),
 }
+_NUMBERS = (
+    "dropout", "sparsity_weight", "norm_weight", "threshold", "audio_window_margin", "scaling", "init_std",
+    "coefficient_lr_ratio",
+)  # fmt: skip
 
 
 @dataclass
@@ -141,6 +146,9 @@ class S2LoraConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}")
         if type(self.r) is not int or not 1 <= self.r <= MAX_RANK:
             raise ValueError(f"r={self.r} is not a whole number between 1 and {MAX_RANK}")
+        for name in _NUMBERS:
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a number")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
         for name in ("sparsity_weight", "norm_weight", "threshold", "audio_window_margin"):

@@ -30,6 +30,7 @@ from .text import UNSPACED_LANGUAGES, language_code
 MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its authors' own decoding; twice that if need be
 _PROMPT_TOKENS = 4
 _BEAMS_AGAIN = 5
+_MOST_BEAMS = 1000  # for each of which all is held that the decoder has read
 _TOKENS_ONCE = 3  # that may not come twice in a second decoding
 _SPELT_IN_BYTES = 1.5  # tokens a character, above which a script is written mostly in bytes
 _MOST_BYTES = 4  # of a character
@@ -52,7 +53,7 @@ class Decoding:
     ten characters in such a script, and what is heard then is kept.
 
     Raises:
-        UserError: no beam.
+        UserError: no beam, or more than a thousand.
     """
 
     beams: int = 1
@@ -61,6 +62,8 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.beams < 1:
             raise UserError(f"--beams is {self.beams}; give at least 1")
+        if self.beams > _MOST_BEAMS:
+            raise UserError(f"--beams is {self.beams}; give at most {_MOST_BEAMS}")
 
 
 @dataclass(frozen=True)

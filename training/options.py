@@ -10,6 +10,7 @@ from .precision import check_precision
 from .text import language_code, source_and_language
 
 QUANTIZATIONS = ("int8", "nf4")
+_MOST_WORKERS = 1000
 LEAST_STEPS = 250  # by default; so many are what little speech is trained for, in as many epochs as that takes
 
 
@@ -100,6 +101,8 @@ class TrainOptions:
         for name in ("early_stopping", "seed", "warmup", "weight_decay", "workers", *weights):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 0 or more")
+        if self.workers is not None and self.workers > _MOST_WORKERS:
+            raise UserError(f"--workers is {self.workers}; give at most {_MOST_WORKERS} processes")
         if self.seed >= 2**32:
             raise UserError(f"--seed is {self.seed}; give a number below 2**32")
         if self.max_steps < 1 and self.max_steps != -1:

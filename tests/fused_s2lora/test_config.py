@@ -67,6 +67,8 @@ def test_unshared_is_lora(tiny_whisper):
         ("r", 257),
         ("r", 8.0),
         ("r", True),
+        ("dropout", "0.1"),
+        ("scaling", None),
         ("sparsity_weight", float("nan")),
         ("threshold", float("nan")),
         ("norm_weight", float("inf")),

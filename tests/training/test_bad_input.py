@@ -80,6 +80,8 @@ def test_help_in_a_terminal_of_80_columns_has_every_option_in_full(command):
         ({"seed": -1}, "--seed is -1; give 0 or more"),
         ({"seed": 2**32}, "--seed is 4294967296; give a number below"),
         ({"workers": -1}, "--workers is -1; give 0 or more"),
+        ({"workers": 10**9}, "--workers is 1000000000; give at most 1000 processes"),
+        ({"beams": 60_000}, "--beams is 60000; give at most 1000"),
         ({"warmup": -1.0}, "--warmup is -1.0; give 0 or more"),
         ({"warmup": 3.0, "max_steps": 3}, "--warmup 3 is not over in the run's 3 steps; give fewer, or a share"),
         ({"limit": 0}, "--limit is 0; give at least 1"),
