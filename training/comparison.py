@@ -390,10 +390,9 @@ def results_of(cell: Cell) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {name: getattr(cell, name) for name in ("name", "path", "row", "varied", "base")}
     found["command"] = last_command(cell.path)
-    kinds = {"cell": dict, "config": dict, "summary": dict, "metrics": list, "rank_pattern": list}
-    for part, kind in kinds.items():
+    for part in ("cell", "config", "summary", "metrics", "rank_pattern"):
         file = cell.path / f"{part}.json"
-        found[part] = read_json(file, kind) if file.is_file() else None
+        found[part] = read_json(file, list if part in ("metrics", "rank_pattern") else dict) if file.is_file() else None
     results = cell.path / "results.json"
     found["results"] = read_json(results, list)[-1] if results.is_file() else None
     return found

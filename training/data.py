@@ -312,7 +312,7 @@ def _metadatum(value: Any) -> str | None:
 def _audio_entry(value: Any, base: Path) -> dict[str, Any]:
     if isinstance(value, dict):
         return _WHOLE | {"path": value.get("path"), "bytes": value.get("bytes")}
-    return _WHOLE | {"path": str(base / str(value)) if value else None}
+    return _WHOLE | {"path": str(base / value) if value and isinstance(value, str) else value or None}
 
 
 def _segment(utterance: str, row: dict[str, Any]) -> dict[str, float]:
@@ -336,9 +336,9 @@ def _segment(utterance: str, row: dict[str, Any]) -> dict[str, float]:
 def _utterance(value: Any, base: Path) -> str | None:
     """The audio's path with forward slashes, as the table gives it, an absolute one below `base` relative to it."""
     given = value.get("path") if isinstance(value, dict) else value
-    if not given:
+    if not given or not isinstance(given, str):  # as samples, which are no name
         return None
-    path = Path(str(given))
+    path = Path(given)
     if path.is_absolute() and path.is_relative_to(base.absolute()):
         path = path.relative_to(base.absolute())
     return path.as_posix()

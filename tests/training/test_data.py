@@ -167,12 +167,13 @@ def test_targets_are_composed_as_whisper_writes(tmp_path):
 
 
 def test_audio_that_is_no_path_is_named(tmp_path):
-    entries = [{"path": 3}, {"path": ["a"]}, {"bytes": "UklGRg=="}, "one.wav"]
+    entries = [{"path": 3}, {"path": ["a"]}, {"bytes": "UklGRg=="}, [0.0] * 20_000, 3, "one.wav"]
     rows = (json.dumps({"audio": entry, "text": "A."}) for entry in entries)
     speech = load_speech(write_lines(tmp_path, "list.jsonl", *rows))
     assert [skipped.reason.partition(": ")[2] for skipped in speech.skipped] == [
         "its audio is not the path of a file; give that"
-    ] * 3
+    ] * 5
+    assert max(len(skipped.utterance) for skipped in speech.skipped) < 10  # and not all its samples
     assert len(speech) == 1
 
 
