@@ -139,8 +139,10 @@ def load_speech(
         raise UserError(f"--limit is {limit}; give at least 1")
     source = str(source)
     rows = read_source(source, split, audio_column)
+    classes: dict[str, list[str]] = {}  # names by column, of which a data set holds numbers
     if isinstance(rows, datasets.Dataset):
         columns = rows.column_names
+        classes = {name: kind.names for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
         rows = rows.select(range(len(rows))[:limit])
     else:
         columns = list(dict.fromkeys(name for row in rows for name in row if name != FAULT))
@@ -156,7 +158,7 @@ def load_speech(
     path = Path(source)
     check = functools.partial(
         _checked, base=path if path.is_dir() else path.parent, text_column=text_column, audio_column=audio_column,
-        further=further, longest_s=longest_s,
+        further=further, classes=classes, longest_s=longest_s,
     )  # fmt: skip
     bar: dict[str, Any] = {
         "description": f"checking {path.name}",
@@ -212,10 +214,12 @@ def _checked(
     text_column: str,
     audio_column: str,
     further: Sequence[str],
+    classes: Mapping[str, list[str]],
     longest_s: float,
 ) -> tuple[str | None, dict[str, Any] | Skipped]:
     """A row's audio file, if it is one, and what a row of `Speech.dataset` has of it, but for target and audio."""
     index, row = numbered
+    row = row | {name: _class_name(row[name], names) for name, names in classes.items()}
     entry = _audio_entry(row.get(audio_column), base)
     utterance = _utterance(row.get(audio_column), base) or str(index)
     try:
@@ -297,6 +301,11 @@ def _column(
         raise UserError(f"{source}: no column {wanted!r} ({argument}); it has {', '.join(columns)}")
     flag = argument.replace("_", "-")
     raise UserError(f"{source}: no column with {what}; it has {', '.join(columns)}; name it with --{flag}")
+
+
+def _class_name(number: int | None, names: list[str]) -> str | None:
+    """What a column of classes has of one row; -1 is no class."""
+    return None if number is None or number < 0 else names[number]
 
 
 def _metadatum(value: Any) -> str | None:

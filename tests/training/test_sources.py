@@ -148,6 +148,19 @@ def test_saved_data_sets(tmp_path):
         load_speech(tmp_path / "saved" / "train")
 
 
+def test_classes_of_a_data_set_are_named(tmp_path):
+    """Of which it holds numbers: of a speaker's sex to group by, or of the word that is spoken."""
+    soundfile.write(tmp_path / "one.wav", tone(0.5), 16_000)
+    audio = {"bytes": None, "path": str(tmp_path / "one.wav")}
+    rows = [{"audio": audio, "text": text, "sex": sex} for text, sex in ((1, 0), (0, 1), (1, -1))]
+    saved = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio())
+    saved = saved.cast_column("text", datasets.ClassLabel(names=["no", "yes"]))
+    saved.cast_column("sex", datasets.ClassLabel(names=["female", "male"])).save_to_disk(tmp_path / "saved")
+    speech = load_speech(tmp_path / "saved").dataset
+    assert speech["text"][:] == ["yes", "no", "yes"]
+    assert speech["sex"][:] == ["female", "male", None]
+
+
 def test_a_table_with_spaces_after_its_commas(tmp_path):
     lines = ("path, text, age", 'one.wav, "Go, home.", 7')
     (row,) = load_speech(write_lines(tmp_path, "list.csv", *lines)).dataset
