@@ -18,7 +18,7 @@ from .kernels.shared import SharedPair
 from .layer import S2LoraLinear, adapter_device, adapter_dtype
 from .quantized import keep_layout
 from .sharing import AdapterParameters, FactorPair, SharedFactors, place_of
-from .targets import let_maps_be_called, map_to_adapt
+from .targets import check_weights_are_their_own, let_maps_be_called, map_to_adapt
 from .whisper_fusion import unfuse_whisper
 
 
@@ -247,9 +247,16 @@ class S2LoraModel(BaseTuner):
 
     # Leaving PEFT
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; also raises ValueError where a weight is another module's too."""
+        check_weights_are_their_own(self.model)
+        super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            check_weights_are_their_own(self.model)
         unfuse_whisper(self.model)
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         return model

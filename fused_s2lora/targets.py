@@ -1,4 +1,6 @@
-"""Which modules can be adapted, and that those which are get called."""
+"""Which modules can be adapted, that those which are get called, and which are not to be merged."""
+
+from collections import Counter
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -59,3 +61,16 @@ def let_maps_be_called(model: nn.Module) -> None:
                 module.use_nested_tensor = False
             else:
                 module.activation_relu_or_gelu = 0  # of which that inference alone asks
+
+
+def check_weights_are_their_own(model: nn.Module) -> None:
+    """Raises ValueError: an adapted map has its weight in common with another module, which merging would change."""
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    for name, module in model.named_modules():
+        weight = module.base_linear._parameters.get("weight") if isinstance(module, S2LoraLinear) else None
+        if weight is not None and owners[id(weight)] > 1:
+            raise ValueError(
+                f"{name} has its weight in common with another module, as an output that is tied to the embedding, and "
+                "merging would change both: before the adapter is added give it its own, as by layer.weight = "
+                "nn.Parameter(layer.weight.detach().clone()), and set tie_word_embeddings in the model's config to False"
+            )

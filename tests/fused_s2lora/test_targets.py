@@ -7,7 +7,7 @@ from torch import nn
 from transformers import WavLMConfig, WavLMModel
 
 from fused_s2lora import S2LoraConfig
-from tests.fused_s2lora.adapters import awaken
+from tests.fused_s2lora.adapters import awaken, logits
 
 
 def test_maps_that_a_wavlm_reads_are_refused_and_others_work():
@@ -56,3 +56,18 @@ def test_a_weight_that_is_made_at_each_call_is_not_merged_into(normalise):
     with pytest.raises(ValueError, match="made anew at each call"):
         model.merge_adapter()
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+def test_a_weight_that_is_the_embedding_too_is_not_merged_into(way, tiny_whisper):
+    whisper, config = tiny_whisper(), S2LoraConfig(r=2, target_modules=["proj_out", "fc1"])
+    model = get_peft_model(whisper, config)
+    with pytest.raises(ValueError, match=r"proj_out has its weight in common with another module"):
+        getattr(model, way)()
+    model.unload()
+    whisper.proj_out.weight = nn.Parameter(whisper.proj_out.weight.detach().clone())
+    model = get_peft_model(whisper, config).eval()
+    awaken(model)
+    expected = logits(model)
+    merged = getattr(model, way)() or model
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
