@@ -187,7 +187,7 @@ class StrategyFile:
         own = self._own.get(section, {}).get(key)
         if own is not None:
             return own
-        if self._sections is None or reread:
+        if self._sections is None or (reread and not self._broken):
             self._sections = self.read()
         return record_from(self._sections.get(section, {}).get(key))
 
@@ -210,6 +210,9 @@ class StrategyFile:
         try:
             sections = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            return {}
+        except NotADirectoryError:
+            self._give_up("cannot be read: what should be its folder is a file; set S2LORA_CACHE to a folder")
             return {}
         except (OSError, ValueError, RecursionError) as error:
             self._give_up(f"cannot be read ({error}); delete it with `s2lora tune --forget`")

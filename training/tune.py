@@ -165,10 +165,14 @@ def tune(
     records: dict[Shape, Record | None] = {}
     for shape in shapes:
         with console.status(f"timing {shape.key}"):
-            records[shape] = chooser.tune(shape, device, candidates)
+            try:
+                records[shape] = chooser.tune(shape, device, candidates)
+            except torch.OutOfMemoryError:
+                records[shape] = None
+                console.print(f"no memory to time {shape.key}", style="yellow", markup=False, soft_wrap=True)
     labels = {shape.key: ", ".join(layers) for shape, layers in shapes.items()}
     _print_records(console, model, {shape.key: record for shape, record in records.items()}, labels)
-    console.print(f"remembered in {chooser.file.path}", soft_wrap=True)
+    console.print(f"remembered in {chooser.file.path}", markup=False, soft_wrap=True)
     return records
 
 
@@ -179,9 +183,9 @@ def show(
     console, file = console or Console(), file or StrategyFile()
     sections = file.read()
     if sections:
-        console.print(f"remembered in {file.path}", soft_wrap=True)
+        console.print(f"remembered in {file.path}", markup=False, soft_wrap=True)
     else:
-        console.print(f"nothing is remembered in {file.path}", soft_wrap=True)
+        console.print(f"nothing is remembered in {file.path}", markup=False, soft_wrap=True)
     _print_sections(console, sections)
     table = committed_table() if table is None else table
     console.print("shipped with this version:" if table else "no GPU's choices are shipped with this version")

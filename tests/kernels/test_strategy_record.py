@@ -20,7 +20,9 @@ from fused_s2lora.kernels.strategy_record import (
     section_of,
     strategies_path,
 )
-from tests.kernels.choices import CANDIDATES, FEW_ROWS, GPU, MS, SHAPE, Timer, forbidden
+from tests.kernels.choices import CANDIDATES, FEW_ROWS, FIELDS, GPU, MS, SHAPE, Timer, forbidden
+
+EIGHT_ROWS = Shape(16, *FIELDS)
 
 
 def pick_both(chooser: Chooser) -> list[str]:
@@ -128,8 +130,26 @@ def test_an_unwritable_folder_costs_one_warning(make, path, monkeypatch):
     assert timer.asked == [SHAPE, FEW_ROWS]
 
 
+def test_what_is_in_a_folder_that_cannot_be_written_is_used_on(make, path, monkeypatch):
+    make().pick("auto", SHAPE, GPU, CANDIDATES)
+
+    def read_only(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(strategy_record.tempfile, "mkstemp", read_only)
+    timer = Timer()
+    later = make(timer)
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        later.pick("auto", FEW_ROWS, GPU, CANDIDATES)
+    later.pick("auto", EIGHT_ROWS, GPU, CANDIDATES)
+    later.pick("auto", SHAPE, GPU, CANDIDATES)
+    assert timer.asked == [FEW_ROWS, EIGHT_ROWS]
+
+
 def test_a_file_where_the_folder_should_be_costs_one_warning(make, path):
     path.parent.touch()
+    with pytest.warns(RuntimeWarning, match="set S2LORA_CACHE to a folder"):
+        assert make(forbidden).file.find("GPU A", "nothing") is None
     timer = Timer()
     assert_one_warning(make(timer), path)
     assert timer.asked == [SHAPE, FEW_ROWS]

@@ -146,6 +146,22 @@ def test_shapes_of_which_no_strategy_ran_are_told(tmp_path, console):
     assert "none ran" in console.export_text()
 
 
+def test_a_shape_without_memory_for_its_operands_is_told_and_the_others_are_timed(tmp_path, console):
+    def small_gpu(shape, device, candidates):
+        if shape.outputs > shape.inputs:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return planted(shape, device, candidates)
+
+    path = tmp_path / "[cache]" / "strategies.json"
+    chooser = Chooser(StrategyFile(path), table={}, timer=small_gpu, device_name=lambda device: "GPU A")
+    records = tune("tiny", precision="bf16", chooser=chooser, device=GPU, console=console)
+    assert {shape.outputs > shape.inputs for shape, record in records.items() if record is None} == {True}
+    assert len(json.loads(path.read_text()).popitem()[1]) == sum(record is not None for record in records.values()) == 7
+    text = console.export_text()
+    assert "no memory to time rows<=8192 384->1536 rank 8" in text
+    assert f"remembered in {path}" in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
