@@ -1,8 +1,8 @@
 """What PyTorch dispatches while a callable runs: launches, bytes, floating-point operations and peak memory.
 
-Everything here is *counted*, never timed. An operation that is not a view is one launch; it reads each tensor it is
-given once and writes each tensor it returns once. On fake tensors nothing is computed, so that a large model is counted
-on a small machine.
+Everything here is *counted*, never timed. An operation on tensors that is not a view is one launch; it reads each
+tensor it is given once and writes each tensor it returns once. On fake tensors nothing is computed, so that a large
+model is counted on a small machine.
 """
 
 import weakref
@@ -58,7 +58,7 @@ class OpCounter(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self._hold(given, made)
-        if not _launches_nothing(func):
+        if (given or made) and not _launches_nothing(func):  # without tensors: a question to the library
             self.count.launches += _launches(func, args, kwargs or {}, out, given, made)
         return out
 

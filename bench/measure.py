@@ -191,10 +191,15 @@ def record(file: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     file.parent.mkdir(parents=True, exist_ok=True)
     common = provenance()
     rows = [{**row, **common} for row in rows]
+    unfinished = file.exists() and not file.read_bytes().endswith(b"\n")  # by a run that was killed, or a full disk
     with file.open("a", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row) + "\n")
+        stream.write("\n" * unfinished + "".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def of_one_run(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two result lines are of one run, whose times can be compared."""
+    return all(row.get(name) == other.get(name) for name in ("device", "commit", "command"))
 
 
 def reason_of(error: Exception) -> str:

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from bench.cases import Case
+from bench.measure import of_one_run
 from fused_s2lora.training.figures import write_out
 
 Row = dict[str, Any]
@@ -97,18 +98,21 @@ def _time_by_rows(device: str, rows: list[Row]) -> Figure | None:
     both = [
         row for row in rows if row["section"] == "layer" and row["pass"] == "both" and row["layer"] == "encoder-layer"
     ]
-    series: dict[tuple, dict[str, dict[int, float]]] = {}
+    series: dict[tuple, dict[str, dict[int, Row]]] = {}
     for row in _in_order(both):
         group = series.setdefault((row["size"], row["precision"], row["rank"]), {})
-        group.setdefault(row["provider"], {})[row["rows"]] = row["p50_ms"]
+        group.setdefault(row["provider"], {})[row["rows"]] = row
     series = {key: group for key, group in series.items() if len(group.get("frozen", {})) > 1}
     if not series:
         return None
     figure, grid = plt.subplots(1, len(series), figsize=(5 * len(series), 3.6), squeeze=False)
     for axes, ((size, precision, rank), group) in zip(grid[0], series.items(), strict=True):
         for provider, times in group.items():
-            x = sorted(set(times) & set(group["frozen"]))
-            y = [times[m] / group["frozen"][m] for m in x]
+            frozen = group["frozen"]
+            x = sorted(m for m in times if m in frozen and of_one_run(times[m], frozen[m]))
+            if not x:
+                continue
+            y = [times[m]["p50_ms"] / frozen[m]["p50_ms"] for m in x]
             axes.plot(x, y, marker="o", markersize=3, label=provider, color=_colour(provider))
         axes.set(xscale="log", xlabel="rows M", ylabel="time / frozen")
         axes.set_xticks([*group["frozen"]], [f"{m:,}" for m in group["frozen"]])
@@ -127,7 +131,8 @@ def _throughput(device: str, rows: list[Row]) -> Figure | None:
     for row in steps:
         window = "30 s" if row["window"] == "full" else "trimmed"
         window += f", {row['quantize']}" if row.get("quantize") else ""
-        cases.setdefault(f"{row['size']}, batch {row['batch']}, {window}", []).append(row)
+        case = f"{row['size']}, batch {row['batch']}, {window}, {row['tokens']} tokens, rank {row['rank']}"
+        cases.setdefault(case, []).append(row)
     figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
     for axes, (case, unordered) in zip(grid[0], cases.items(), strict=True):
         found = _in_order(unordered)
@@ -150,7 +155,7 @@ def _bytes(rows: list[Row]) -> Figure | None:
         return None
     cases: dict[str, list[Row]] = {}
     for row in layers:
-        cases.setdefault(f"{row['size']}, M {row['rows']:,}, {row['precision']}", []).append(row)
+        cases.setdefault(f"{row['size']}, M {row['rows']:,}, {row['precision']}, rank {row['rank']}", []).append(row)
     figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
     for axes, (case, unordered) in zip(grid[0], cases.items(), strict=True):
         found = _in_order(unordered)

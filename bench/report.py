@@ -7,10 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from bench.cases import Case
-from bench.measure import RESULTS
+from bench.measure import RESULTS, of_one_run
 from bench.plots import draw
 from bench.step import StepCase
 from fused_s2lora.training.output import markdown_table
@@ -26,12 +28,21 @@ _IDENTITY = (
 
 
 def load(results: Path) -> list[Row]:
-    """The newest line of each case, provider, pass and device in the folder's JSON lines, in the order of the files."""
+    """The newest line of each case, provider, pass and device in the folder's JSON lines, in the order of the files.
+
+    What is no JSON, as the last line of a run that was killed, is left out and told on stderr. Of what does not depend
+    on the device that it was found on, what is counted or static, the newest is that of any device.
+    """
     newest: dict[tuple, Row] = {}
     for file in sorted(results.glob("*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            identity = tuple(str(row.get(name)) for name in _IDENTITY)
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                print(f"{file}, line {number}: no result, and left out", file=sys.stderr)
+                continue
+            anywhere = row["kind"] in ("counted", "not counted", "static")
+            identity = tuple(str(row.get(name)) for name in _IDENTITY if not (anywhere and name == "device"))
             newest.pop(identity, None)
             newest[identity] = row
     return list(newest.values())
@@ -55,7 +66,7 @@ def tables(rows: Iterable[Row]) -> str:
         _devices([row for row in rows if row["section"] == "device"]),
         *_each_case(rows, "step", "measured", _measured_step),
         *_each_case(rows, "layer", "measured", _measured_layer),
-        _host([row for row in rows if row["section"] == "host"]),
+        *_host([row for row in rows if row["section"] == "host"]),
         *_each_case(rows, "layer", "counted", _counted),
         *_each_case(rows, "step", "counted", _counted),
         _static([row for row in rows if row["section"] == "static"]),
@@ -72,7 +83,9 @@ def _each_case(rows: list[Row], section: str, kind: str, table: Callable[[str, l
         device = _device(row) if kind == "measured" else ""
         grouped.setdefault((case_of(row), device), []).append(row)
     parts = []
-    for (case, device), found in grouped.items():
+    for (case, device), lines in grouped.items():
+        latest = {row["provider"]: row["kind"] for row in lines}  # what was refused may have been measured since
+        found = [row for row in lines if row["kind"] == latest[row["provider"]]]
         heading = f"### {case}, {kind}" + (f" · {device}" if device else "")
         left_out = [f"{row['provider']}: {row['kind']}, {row['reason']}" for row in found if "reason" in row]
         body = [row for row in found if "reason" not in row]
@@ -178,17 +191,21 @@ def _counted(device: str, rows: list[Row]) -> str:
     return markdown_table(heads, lines)
 
 
-def _host(rows: list[Row]) -> str:
+def _host(rows: list[Row]) -> list[str]:
+    """A table for every device."""
+    devices = dict.fromkeys(_device(row) for row in rows)
+    return [_host_of(device, [row for row in rows if _device(row) == device]) for device in devices]
+
+
+def _host_of(device: str, rows: list[Row]) -> str:
     """Milliseconds of the host's time of each provider, by layer and pass."""
-    if not rows:
-        return ""
     columns = list(dict.fromkeys((row["layer"], row["pass"]) for row in rows))
     lines = []
     for name in dict.fromkeys(row["provider"] for row in rows):
         found = {(row["layer"], row["pass"]): row for row in rows if row["provider"] == name}
         lines.append([name, *(_number(found[column]["p50_ms"]) if column in found else "–" for column in columns)])
     heads = ["provider", *(f"{layer}, {which}, ms" for layer, which in columns)]
-    return f"### The host's time, without a GPU · {_device(rows[0])}\n\n" + markdown_table(heads, lines)
+    return f"### The host's time, without a GPU · {device}\n\n" + markdown_table(heads, lines)
 
 
 def _static(rows: list[Row]) -> str:
@@ -219,7 +236,8 @@ def _resources(row: Row) -> str:
 
 
 def _ratio(row: Row, other: Row | None, key: str) -> str:
-    return f"{row[key] / other[key]:.2f}" if other and other.get(key) else "–"
+    """Of two rows of one run; no figure where there is no other, or it is of another run."""
+    return f"{row[key] / other[key]:.2f}" if other and other.get(key) and of_one_run(row, other) else "–"
 
 
 def _gpu_time(row: Row, frozen: Row | None, key: str) -> list[str]:
@@ -231,5 +249,14 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def main(
+    results: Annotated[Path, typer.Argument(help="Folder of the JSON lines.", exists=True, file_okay=False)] = RESULTS,
+) -> None:
+    """Draws tables.md and plots of a folder of results anew."""
+    if not any(results.glob("*.jsonl")):
+        raise typer.BadParameter(f"{results} has no JSON lines of bench.run in it", param_hint="results")
+    write(results)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
+    typer.run(main)

@@ -48,6 +48,13 @@ def test_what_is_only_written_is_not_counted_as_read():
     assert count(lambda: a.add_(b)).bytes == 3 * 256
 
 
+def test_a_question_to_the_library_is_no_launch():
+    def call():
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    assert not count(call).launches
+
+
 def test_counter_follows_what_is_held():
     def chain(steps: int) -> None:
         x = torch.ones(1024, dtype=torch.int8)

@@ -1,7 +1,15 @@
 """Tables of rows written by hand: every figure is in its column."""
 
-from bench import report
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from bench import plots, report
 from bench.cases import Case
+from bench.measure import record
 from bench.step import StepCase
 
 
@@ -72,3 +80,81 @@ def test_time_on_the_gpu_has_columns_where_it_was_measured():
     assert line_of("s2-auto", rows).endswith("| 2.5 | 1.25 |")
     assert line_of("s2-split", rows).endswith("| – | – |")
     assert "queued" not in report.tables([timed("frozen", "both", 4.0)])
+
+
+def test_times_of_two_runs_are_not_divided():
+    rows = [timed("frozen", "both", 3.0, command="now"), timed("s2-auto", "both", 4.5, command="now")]
+    rows.append(timed("s2-split", "both", 4.5, command="before"))
+    assert " | 1.50 | – | – | 2.25 |" in line_of("s2-auto", rows)
+    assert " | – | – | – | 2.25 |" in line_of("s2-split", rows)
+
+
+def test_times_by_rows_are_over_the_frozen_ones_of_the_same_run():
+    def at(provider, rows, p50_ms, command):
+        return timed(provider, "both", p50_ms, layer="encoder-layer", rows=rows, command=command)
+
+    lines = [at(name, m, p50_ms, "now") for m in (16, 64) for name, p50_ms in (("frozen", 2.0), ("s2-auto", 3.0))]
+    lines += [at("s2-split", 16, 5.0, "now"), at("s2-split", 64, 5.0, "before"), at("s2-fused", 16, 5.0, "before")]
+    figure = plots._time_by_rows("a GPU", lines)
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+    plt.close(figure)
+    assert drawn == {"frozen": ([16, 64], [1, 1]), "s2-auto": ([16, 64], [1.5, 1.5]), "s2-split": ([16], [2.5])}
+
+
+def test_steps_that_differ_in_tokens_or_rank_are_drawn_apart():
+    step = {"section": "step", "provider": "s2lora", "audio_s_per_s": 5.0}
+    cases = [StepCase("tiny", 1), StepCase("tiny", 1, tokens=32), StepCase("tiny", 1, rank=32)]
+    figure = plots._throughput("a GPU", [{**vars(case), **step} for case in cases])
+    assert [len(axes.patches) for axes in figure.axes] == [1, 1, 1]
+    plt.close(figure)
+    layer = [Case("encoder-layer", "tiny", 40, rank).fields() for rank in (8, 32)]
+    figure = plots._bytes([counted(case, "s2-fused", 20, 2.6) for case in layer])
+    assert [len(axes.patches) for axes in figure.axes] == [1, 1]
+    plt.close(figure)
+
+
+def test_what_was_refused_and_then_measured_is_not_refused_and_the_other_way_round():
+    refused = timed("s2-auto", None, 1.0, kind="refused", reason="no memory")
+    measured = timed("s2-auto", "both", 4.5)
+    assert "refused" not in report.tables([refused, measured])
+    assert "| s2-auto |" not in report.tables([measured, refused])
+    assert "s2-auto: refused, no memory" in report.tables([measured, refused])
+
+
+def test_the_hosts_time_is_told_by_device():
+    rows = [timed("frozen", "both", p50_ms, section="host", device=name) for name, p50_ms in (("A", 1.5), ("B", 2.5))]
+    first, second = report.tables(rows).split("### ")[1:]
+    assert "A, 2026" in first
+    assert "| frozen | 1.5 |" in first
+    assert "B, 2026" in second
+    assert "| frozen | 2.5 |" in second
+
+
+def test_the_newest_counted_line_is_that_of_any_device(tmp_path):
+    layer = Case("fc1", "tiny", 40).fields()
+    lines = [counted(layer, "frozen", launches, 1.0, device=name) for name, launches in (("A", 3), ("B", 4), ("A", 5))]
+    lines += [timed("frozen", "both", 1.0, device=name) for name in ("A", "B")]
+    (tmp_path / "layer.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = report.load(tmp_path)
+    assert [row["counted_launches"] for row in kept if row["kind"] == "counted"] == [5]
+    assert [row["device"] for row in kept if row["kind"] == "measured"] == ["A", "B"]
+
+
+def test_a_line_cut_short_costs_itself_and_no_more(tmp_path, capsys):
+    file = tmp_path / "layer.jsonl"
+    record(file, [timed("frozen", "both", 1.0)])
+    file.write_text(file.read_text() + '{"section": "lay')  # a run that was killed
+    record(file, [timed("s2-auto", "both", 2.0)])
+    assert [row["provider"] for row in report.load(tmp_path)] == ["frozen", "s2-auto"]
+    assert f"{file}, line 2: no result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty"])
+def test_a_folder_without_results_is_refused_and_left_as_it_is(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    command = typer.Typer()
+    command.command()(report.main)
+    result = CliRunner().invoke(command, [str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert "Invalid value" in result.output
+    assert not list((tmp_path / "empty").iterdir())
