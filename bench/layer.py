@@ -36,7 +36,12 @@ def measure(
     calls: dict[str, dict[str, Any]] = {}
     rows = []
     counted: dict[str, dict[str, Any]] = {}
-    for name, build in providers(case, device.type).items():
+    builders = providers(case, device.type)
+    for name in only or ():
+        if name not in builders:
+            reason = f"not to be had in {case.precision} on {'a GPU' if device.type == 'cuda' else 'a CPU'}"
+            rows.append(row(case, name, "refused", reason=reason))
+    for name, build in builders.items():
         if only is not None and name not in only:
             continue
         try:

@@ -20,6 +20,10 @@ from fused_s2lora.kernels.arguments import MAX_GROUP
 from fused_s2lora.kernels.shared import GradientSink, SharedPair, share_input
 from fused_s2lora.kernels.strategies import STRATEGIES
 
+PROVIDERS = (
+    "frozen", "addmm-lora", "peft-lora", "peft-lora-half", "peft-adalora", "peft-vera", "s2-reference", "s2-compiled",
+    "s2-auto", *(f"s2-{strategy}" for strategy in STRATEGIES),
+)  # fmt: skip
 # Largest error over the largest entry. An adapter left out is off by a tenth and more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 

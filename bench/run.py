@@ -15,13 +15,16 @@ import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 
 from bench import layer as layers
 from bench import plan, report, static, step
 from bench.cases import LAYERS, PRECISIONS, SIZES
 from bench.counted import count_layer, count_step
 from bench.measure import RESULTS, record
+from bench.providers import PROVIDERS
 from bench.roofline import Device, measure_device
+from fused_s2lora.kernels.arguments import MAX_RANK
 from fused_s2lora.training.options import QUANTIZATIONS
 
 SECTIONS = ("device", "step", "layer", "counted", "static")
@@ -32,15 +35,18 @@ def main(
     section: Annotated[Many, typer.Option(help=f"Only these of {', '.join(SECTIONS)}. Repeat.")] = None,
     layer: Annotated[Many, typer.Option(help=f"Linear maps, of {', '.join(LAYERS)}. Repeat.")] = None,
     size: Annotated[Many, typer.Option(help=f"Whispers, of {', '.join(SIZES)}. Repeat.")] = None,
-    rows: Annotated[list[int] | None, typer.Option(help="Rows M of a layer's input. Repeat.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows M of a layer's input. Repeat.")] = None,
     rank: Annotated[
-        list[int] | None, typer.Option(help="Ranks. Repeat. Of static: every rank if asked for alone, else 8.")
+        list[int] | None,
+        typer.Option(min=1, max=MAX_RANK, help="Ranks. Repeat. Of static: every rank if asked for alone, else 8."),
     ] = None,
     precision: Annotated[Many, typer.Option(help=f"Of {', '.join(PRECISIONS)}. Repeat.")] = None,
     provider: Annotated[Many, typer.Option(help="Only these providers of a layer. Repeat.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes of a step. Repeat.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes of a step. Repeat.")] = None,
     window: Annotated[Many, typer.Option(help="Of a step: full, trim. Repeat.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step's transcripts. Repeat.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, max=448, help="Tokens of a step's transcripts. Repeat.")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="Of a step: int8, nf4: adapted maps stored so.")] = None,
     method: Annotated[Many, typer.Option(help=f"Of a step: {', '.join(step.METHODS)}. Repeat.")] = None,
     target: Annotated[Many, typer.Option(help=f"Of static: {', '.join(static.TARGETS)}. Repeat.")] = None,
@@ -48,25 +54,28 @@ def main(
         int | None, typer.Option(min=3, help="Calls of each; without it as many as fit the time planned, at least 3.")
     ] = None,
     minutes: Annotated[float, typer.Option(help="Begin nothing more after so many.")] = 14.0,
-    results: Annotated[Path, typer.Option(help="Folder of the JSON lines, tables and plots.")] = RESULTS,
+    results: Annotated[
+        Path, typer.Option(file_okay=False, writable=True, help="Folder of the JSON lines, tables and plots.")
+    ] = RESULTS,
 ) -> None:
     """Measures, counts and compiles; each result is on disk before the next is begun."""
     known = {
         "--section": (section, SECTIONS), "--layer": (layer, LAYERS), "--size": (size, SIZES),
         "--precision": (precision, PRECISIONS), "--method": (method, step.QUANTIZABLE if quantize else step.METHODS),
         "--window": (window, ("full", "trim")), "--target": (target, static.TARGETS),
-        "--quantize": (quantize and [quantize], QUANTIZATIONS),
+        "--quantize": (quantize and [quantize], QUANTIZATIONS), "--provider": (provider, PROVIDERS),
     }  # fmt: skip
     for option, (given, allowed) in known.items():
         for value in given or ():
             if value not in allowed:
                 raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
     chosen = plan.cuda() if torch.cuda.is_available() else plan.cpu()
-    if layer or rows or precision or (size and section and "layer" in section):
+    sections = set(section or SECTIONS)
+    if layer or rows or precision or ((size or rank) and sections & {"layer", "counted"}):
         defaults = (layer or ["encoder-layer"], size or ["base"], rows or [1040], rank or [8], precision or ["bf16"])
         cases = plan.layer_cases(*defaults)
         chosen = replace(chosen, layers=cases, sweep=[], counted_layers=cases)
-    if batch or window or tokens or quantize or (size and section and "step" in section):
+    if batch or window or tokens or quantize or ((size or rank) and sections & {"step", "counted"}):
         steps = plan.step_cases(size or ["base"], batch or [4], window or ["full"], tokens or [16], rank or [8])
         chosen = replace(chosen, counted_steps=steps, steps=[replace(one, quantize=quantize) for one in steps])
     # Builds of every rank take several minutes more, so that they have to be asked for.
@@ -142,23 +151,25 @@ class Run:
     def keep(self, rows: Iterable[dict[str, Any]]) -> None:
         """Appends rows to the results, and shows what was refused."""
         rows = list(rows)
-        for refused in (row for row in rows if row["kind"] == "refused"):
-            self.console.print(f"[red]refused[/red] {refused['provider']}: {refused['reason']}")
         for section in {row["section"] for row in rows}:
             mine = [row for row in rows if row["section"] == section]
             self.rows += record(self.results / f"{section}.jsonl", mine)
+        for refused in (row for row in rows if row["kind"] == "refused"):
+            self.console.print("[red]refused[/red]", escape(f"{refused['provider']}: {refused['reason']}"))
 
     def end(self) -> None:
         """Draws tables and plots of all results in the folder, prints those of this run."""
         if self.left_out:
             self.console.print(f"no time for: {'; '.join(self.left_out)}; give --minutes more, or select")
+        if not self.rows:
+            return
         report.write(self.results)
         text = report.tables(self.rows)
         if self.console.is_terminal:
             self.console.print(Markdown(text))
         else:
             print(text)
-        self.console.print(f"results, tables.md and plots: {self.results}")
+        self.console.print(f"results, tables.md and plots: {self.results}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -231,11 +231,17 @@ def measure(
         for method in methods:
             yield from _measure_on_cuda(case, method, rounds, seconds / len(methods))
         return
-    peaks = {method: peak_mib(build_step, method, case) for method in methods}
-    steps = {method: build_step(method, case) for method in methods}
-    times = latencies(steps, rounds=rounds, seconds=seconds)
+    peaks: dict[str, float] = {}
+    steps: dict[str, Step] = {}
     for method in methods:
-        yield _timed_row(case, method, times[method], peak_mib=round(peaks[method], 1))
+        try:
+            peaks[method] = peak_mib(build_step, method, case)
+            steps[method] = build_step(method, case)
+        except Exception as error:  # too little memory for its process, say
+            yield step_row(case, method, "refused", reason=reason_of(error))
+    times = latencies(steps, rounds=rounds, seconds=seconds)
+    for method, step in steps.items():
+        yield _timed_row(step.case, method, times[method], peak_mib=round(peaks[method], 1))
 
 
 def _measure_on_cuda(case: StepCase, method: str, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:

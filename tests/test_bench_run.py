@@ -10,6 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from bench import plan, plots, report, run, step
+from bench.cases import Case
+from bench.providers import PROVIDERS, providers
 from tests.bench_cases import DEVICE_IN_HAND, make_small
 from tests.oracle import DEVICE
 
@@ -121,12 +123,65 @@ def test_figures_of_equal_rows_are_equal(one_run):
         (["--section", "all"], "'all' is not one of"),
         (["--size", "huge"], "'huge'"),
         (["--quantize", "nf4", "--method", "full"], "'full' is not one of"),
+        (["--provider", "s2-typo"], "'s2-typo' is not one of"),
+        (["--rows", "0"], "--rows"),
+        (["--rank", "257"], "--rank"),
+        (["--batch", "0"], "--batch"),
+        (["--tokens", "449"], "--tokens"),
+        (["--results", __file__], "is a file"),
     ],
 )
 def test_a_selection_that_does_not_exist_is_refused(arguments, message):
     result = CliRunner().invoke(app(), arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("section", ["layer", "step", "counted"])
+@pytest.mark.parametrize(("option", "value"), [("size", "tiny"), ("rank", 3)])
+def test_a_size_or_a_rank_is_that_of_every_section(monkeypatch, tmp_path, section, option, value):
+    begun = []
+    monkeypatch.setattr(run.Run, "within", lambda self, cases: begun.extend(cases) or [])
+    result = CliRunner().invoke(
+        app(), ["--section", section, f"--{option}", str(value), "--results", str(tmp_path / "none")]
+    )
+    assert result.exit_code == 0, result.output
+    assert begun
+    assert {getattr(case, option) for case in begun} == {value}
+
+
+def test_a_provider_that_is_not_to_be_had_here_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "measure_device", lambda: DEVICE_IN_HAND)
+    arguments = ["--section", "layer", "--size", "tiny", "--rows", "40", "--precision", "fp32"]
+    result = CliRunner().invoke(app(), [*arguments, "--provider", "peft-lora-half", "--results", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "peft-lora-half: refused, not to be had in fp32" in result.output
+
+
+def test_every_provider_can_be_asked_for():
+    case = Case("fc1", "tiny", 40)
+    assert {*providers(case, "cuda"), *providers(case, "cpu", counting=True)} == set(PROVIDERS)
+
+
+def test_a_reason_is_kept_and_shown_as_it_is(monkeypatch, tmp_path, capsys):
+    one = run.Run(plan.cpu(), tmp_path, 1.0, None, [], None, [])
+    one.keep([{"section": "layer", "provider": "s2-fused", "kind": "refused", "reason": "OSError: [/tmp/x] is [full]"}])
+    assert report.load(tmp_path)[0]["reason"] == "OSError: [/tmp/x] is [full]"
+    assert "[/tmp/x] is [full]" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU each method has its memory measured in turn")
+def test_a_method_whose_memory_cannot_be_measured_ends_no_run(monkeypatch):
+    def killed(build, method, case):
+        if method == "full":
+            raise RuntimeError("measuring the memory failed")
+        return 1.0
+
+    monkeypatch.setattr(step, "peak_mib", killed)
+    refused, measured = step.measure(step.StepCase("tiny", 1, "trim"), methods=["full", "frozen"], rounds=3)
+    assert (refused["provider"], refused["kind"]) == ("full", "refused")
+    assert "measuring the memory failed" in refused["reason"]
+    assert (measured["provider"], measured["kind"]) == ("frozen", "measured")
 
 
 def test_what_no_time_is_left_for_is_named(monkeypatch, tmp_path):
@@ -136,6 +191,8 @@ def test_what_no_time_is_left_for_is_named(monkeypatch, tmp_path):
     assert result.exit_code == 0
     assert "no time for: tiny encoder-layer" in result.output
     assert not (tmp_path / "layer.jsonl").exists()
+    result = CliRunner().invoke(app(), [*arguments[:-1], str(tmp_path / "new")])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(("asked", "made"), [(["--rounds", "5"], 5), ([], 3)])
