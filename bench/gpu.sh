@@ -3,9 +3,10 @@
 # too), the device's rates, layers, steps, sweeps; tables last. What came before an interruption is on disk.
 #   bash bench/gpu.sh [results folder]        PYTHON=... names another Python
 set -uo pipefail
+results=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-results=${1:-bench/results}
+results=${results:-bench/results}
 mkdir -p "$results"
 "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "bench/gpu.sh needs a CUDA GPU that torch can see")' \
     || exit 1

@@ -1,6 +1,6 @@
 """Tiles of the kernels, timed beside those in use, where one would look for better ones.
 
-    python -m bench.tiles [--minutes 2] [--results FILE]
+    python -m bench.tiles [--minutes 3] [--results FOLDER]
 
 A CUDA GPU is needed. All builds are compiled first, by as many processes as there are cores; then each is timed alone,
 with the L2 cache written over between calls. Nothing is checked here, nor changed: what is faster goes by hand into

@@ -39,7 +39,7 @@ def test_what_takes_too_long_leaves_what_was_found(tmp_path):
     calls, results = tmp_path / "calls.txt", tmp_path / "results"
     environment = {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": str(python), "CALLS": str(calls), "REAL": real}
     done = subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), str(results)], env={**os.environ, **environment},
+        ["bash", str(ROOT / "bench" / "gpu.sh"), "results"], cwd=tmp_path, env={**os.environ, **environment},
         capture_output=True, text=True, timeout=60,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
