@@ -92,7 +92,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         )
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The mean loss of the batches, each counted by its utterances: in several processes what it is in one."""
+        """The mean cross-entropy per token of all the speech, in whatever batches and on however many processes."""
         model: Any = self.model
         unasked: Any = None
         model.eval()
@@ -100,12 +100,12 @@ class SpeechTrainer(Seq2SeqTrainer):
         found: Any = []
         for batch in dataloader:
             step: Any = self.prediction_step(model, batch, prediction_loss_only=True)
-            found.append((float(step[0]), len(batch["labels"])))
+            found.append((float(step[0]), int((batch["labels"] != IGNORED).sum())))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         everyones = gather_object(found)
-        total = sum(count for _, count in everyones)
-        mean = sum(loss * count for loss, count in everyones) / total
-        return EvalLoopOutput(predictions=unasked, label_ids=None, metrics={"eval_loss": mean}, num_samples=total)
+        mean = sum(loss * tokens for loss, tokens in everyones) / sum(tokens for _, tokens in everyones)
+        rows: Any = dataloader.dataset
+        return EvalLoopOutput(predictions=unasked, label_ids=None, metrics={"eval_loss": mean}, num_samples=len(rows))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The Trainer's file of each process; its state, by which a checkpoint is whole, comes after all of them."""

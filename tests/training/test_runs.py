@@ -224,6 +224,18 @@ def test_best_checkpoint_and_early_stopping(options, tones, tmp_path):
     assert len(losses) >= 2
 
 
+def test_the_loss_of_development_speech_is_that_of_any_batches(options, tones, tmp_path):
+    """A run that goes on may be given another batch size, and keeps the best checkpoint by losses of both."""
+    losses = []
+    for size in (1, 4):
+        run = tmp_path / str(size)
+        asked = {"window": "full", "dev": str(tones), "eval_batch_size": size, "max_steps": 1, "save_steps": 1}
+        train(options(run, **asked), console=QUIET)
+        metrics = json.loads((run / "metrics.json").read_text())
+        losses.append(next(entry["eval_loss"] for entry in metrics if "eval_loss" in entry))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_checks_without_gain_are_counted_over_an_interruption(options, tones, tmp_path):
     def given(name):
         return options(tmp_path / name, dev=str(tones), early_stopping=3, lr=5.0, warmup=0.0, epochs=20.0, save_steps=1)
