@@ -72,5 +72,5 @@ def check_weights_are_their_own(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} has its weight in common with another module, as an output that is tied to the embedding, and "
                 "merging would change both: before the adapter is added give it its own, as by layer.weight = "
-                "nn.Parameter(layer.weight.detach().clone()), and set tie_word_embeddings in the model's config to False"
+                "nn.Parameter(layer.weight.detach().clone()), and set the model's config.tie_word_embeddings to False"
             )
