@@ -1,4 +1,5 @@
-"""Section `host`: what the host spends on a layer, without a GPU: Python, PyTorch's dispatch, Triton's launcher.
+"""Section `host`: what the host spends on a layer and on a step of a whole Whisper, without a GPU: Python, PyTorch's
+dispatch, Triton's launcher.
 
     python -m bench.host
 
@@ -16,20 +17,24 @@ from unittest import mock
 import torch
 import triton
 import typer
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 
 from bench import cases, report
 from bench.cases import Case, make_operands
-from bench.counted import as_on_a_gpu
+from bench.counted import as_on_a_gpu, use_strategy
 from bench.layer import passes
 from bench.measure import RESULTS, latencies, latency_fields, record
 from bench.providers import providers
+from bench.step import ADDMM_LORA, Step, StepCase
 from fused_s2lora.kernels import device, merge
 from fused_s2lora.kernels.configs import SHARED_MEMORY
 
 TARGET = "90"
 PROVIDERS = ("frozen", "addmm-lora", "peft-lora", "s2-merged", "s2-split", "s2-fused", "s2-augmented")
+STEP = "base's layers"
+_METHODS = {"frozen": "frozen", "addmm-lora": ADDMM_LORA, "peft-lora": "lora-six"}  # of a step; all others are S2-LoRA
 _WIDTH, _ROWS = 64, 16
 
 
@@ -105,10 +110,45 @@ def measure(layer: str, rounds: int = 60) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_step(rounds: int = 60) -> list[dict[str, Any]]:
+    """A row for every provider, as of `measure`: forward and backward of a Whisper, 64 wide, of Whisper-base's layers.
+
+    Under autocast, with all six kinds of weight adapted. Optimizers are the same for all, and left out.
+    """
+    torch.set_num_threads(1)
+    rows = []
+    with mock.patch.dict(cases.SIZES, {"tiny": (_WIDTH, *cases.SIZES["base"][1:])}), launches_do_nothing(NoDriver()):
+        steps = {name: _step(name) for name in PROVIDERS}
+        for name, latency in latencies(steps, rounds=rounds, warmup=3, clock=time.process_time).items():
+            rows.append(
+                {"section": "host", "layer": STEP, "provider": name, "kind": "measured", "pass": "both"}
+                | latency_fields(latency)
+            )
+    return rows
+
+
+def _step(provider: str) -> Callable[[], None]:
+    step = Step(_METHODS.get(provider, "s2lora"), StepCase("tiny", 1, "trim", audio_s=0.1, tokens=4), "cpu")
+    if provider not in _METHODS:
+        use_strategy(step, provider.removeprefix("s2-"))
+    # Of all its products that with every word is the one that takes time: here it is with as many as the model is wide.
+    whisper: Any = step.model.get_base_model() if isinstance(step.model, PeftModel) else step.model
+    whisper.proj_out = nn.Linear(_WIDTH, _WIDTH, bias=False).requires_grad_(False)
+    whisper.config.vocab_size = _WIDTH
+    step.batch["labels"] %= _WIDTH
+
+    def call() -> None:
+        step.loss().backward()
+        for parameter in step.trainable:
+            parameter.grad = None
+
+    return call
+
+
 def main() -> None:
-    """Measures the host's time of an encoder and of a decoder layer, and adds it to bench/results/host.jsonl."""
-    for layer in ("encoder-layer", "decoder-layer"):
-        for row in record(RESULTS / "host.jsonl", measure(layer)):
+    """Measures the host's time of an encoder layer, a decoder layer and a step, and adds it to results/host.jsonl."""
+    for measured in (measure("encoder-layer"), measure("decoder-layer"), measure_step()):
+        for row in record(RESULTS / "host.jsonl", measured):
             print(f"{row['layer']} {row['provider']} {row['pass']}: {row['p50_ms']} ms")
     report.write(RESULTS)
 

@@ -66,7 +66,7 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
     @property
     def base_linear(self) -> nn.Linear:
         """The frozen map."""
-        linear = self.get_base_layer()
+        linear = self.base_layer  # in which `get_base_layer`, as slow as an operation, would look for a further one
         assert isinstance(linear, nn.Linear)  # `S2LoraModel` adapts nothing else
         return linear
 
@@ -115,7 +115,8 @@ class S2LoraLinear(nn.Module, BaseTunerLayer):
         """
         dropped = self.training and any(self.configs[name].dropout > 0 for name in names)
         linear = self.base_linear
-        trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
+        bias = linear.bias
+        trained = linear.weight.requires_grad or (bias is not None and bias.requires_grad)
         if is_quantized(linear):
             # In training also without gradients, as a reentrant checkpoint runs what it computes again with them.
             known = (self.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling()

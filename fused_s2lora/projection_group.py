@@ -132,21 +132,23 @@ def live_operands(
 
     Ranks whose coefficients are zero for good in all of the layers are left out where that saves work.
     """
-    first = layers[0]
-    down, up, _ = first.operands(adapter_name)
-    coefficients = [layer.operands(adapter_name)[2] for layer in layers]
+    operands = [layer.operands(adapter_name) for layer in layers]
+    down, up, _ = operands[0]
+    coefficients = [e for _, _, e in operands]
     live = ranks_computed(layers, adapter_name)
     if live is None:
-        return down, up, coefficients, first.sink(adapter_name)
+        return down, up, coefficients, layers[0].sink(adapter_name)
     return down[live], up[:, live], [e[live] for e in coefficients], None
 
 
 def ranks_computed(layers: Sequence[S2LoraLinear], adapter_name: str) -> Tensor | None:
     """The ranks that are not left out by `live_operands`; None where that is all."""
-    alive = [layer.ranks_alive_for_good(adapter_name) for layer in layers]
-    known = [ranks for ranks in alive if ranks is not None]
-    if len(known) < len(alive):
-        return None
+    known: list[Tensor] = []
+    for layer in layers:
+        ranks = layer.ranks_alive_for_good(adapter_name)
+        if ranks is None:
+            return None
+        known.append(ranks)
     live = known[0] if len(known) == 1 else layers[0].together_with_others(known)
     saves = not len(live) or rank_block(len(live)) < rank_block(layers[0].configs[adapter_name].r)
     return live if saves else None

@@ -97,7 +97,9 @@ loads = []
 load = host.NoDriver.load_binary
 host.NoDriver.load_binary = lambda self, *given: loads.append(given[1]) or load(self, *given)
 rows = host.measure("fc1", 3)
-print(len(rows), len(loads) - len(set(loads)))
+again = len(loads) - len(set(loads))
+rows += host.measure_step(1)
+print(len(rows), again)
 print(report.tables([{**row, "device": "a CPU", "utc": "2026-11-26T"} for row in rows]))
 """
 
@@ -108,8 +110,8 @@ def test_the_hosts_time_is_measured_without_a_gpu():
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([sys.executable, "-c", _HOST], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith(f"{2 * len(host.PROVIDERS)} 0\n")
-    assert "| provider | fc1, forward, ms | fc1, both, ms |" in done.stdout
+    assert done.stdout.startswith(f"{3 * len(host.PROVIDERS)} 0\n")
+    assert f"| provider | fc1, forward, ms | fc1, both, ms | {host.STEP}, both, ms |" in done.stdout
 
 
 @pytest.mark.skipif(not kernels_device.INTERPRETING, reason="kernels are compiled here, and could be launched")
