@@ -267,7 +267,8 @@ def test_transcripts_without_an_end_are_told(tiny_folder, tones, tmp_path, monke
     written = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["same"]
     assert (written["cut_off"], written["decoded_again"]) == (1, 2)
     table = results_table([evaluation])
-    assert table.caption == "transcripts without an end: 1 (zero-shot, same); decoded again: 2 (zero-shot, same)"
+    of = f"{tiny_folder.name}, same"
+    assert table.caption == f"transcripts without an end: 1 ({of}); decoded again: 2 ({of})"
     read = read_sets(tmp_path / "out", sets)["same"]
     assert read.heard == evaluation.sets[0].heard
     assert read.cut_off == [True] + [False] * 5
