@@ -64,6 +64,28 @@ def test_interval_covers_as_often_as_it_says():
     assert np.mean(widths) == pytest.approx(2 * 1.96 * 100 * np.sqrt(0.2 * 0.8 / (60 * 5)), rel=0.05)
 
 
+def test_a_long_utterance_weighs_more_in_an_interval():
+    """As by the standard error of a ratio of sums, √Σ(errors − rate · length)² / Σ length."""
+    lengths = np.tile([1, 19], 200)
+    wrong = np.random.default_rng(0).binomial(lengths, np.tile([0.8, 0.1], 200))
+    rate = wrong.sum() / lengths.sum()
+    error = 100 * np.sqrt(((wrong - rate * lengths) ** 2).sum()) / lengths.sum()
+    utterances = [
+        UtteranceErrors("", "", n - k, k, 0, 0) for n, k in zip(lengths.tolist(), wrong.tolist(), strict=True)
+    ]
+    for found in (summarize(utterances), difference([wrong], [0 * wrong], lengths)):
+        assert (found.low + found.high) / 2 == pytest.approx(100 * rate, abs=0.3 * error)
+        assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+def test_a_resample_without_a_word_has_no_errors():
+    lengths = [1, 0, 0, 0]  # a third of the resamples lack the first
+    rate = summarize([UtteranceErrors("", "", n, 0, 0, 0) for n in lengths])
+    assert (rate.low, rate.high) == (0, 0)
+    found = difference([[1, 0, 0, 0]], [[0, 0, 0, 0]], lengths)
+    assert (found.low, found.high) == (0, 100)
+
+
 def test_differences_made_by_hand():
     lengths = [4, 6, 10]
     same = difference([[1, 0, 2]], [[1, 0, 2]], lengths)
@@ -98,14 +120,16 @@ def test_differences_cover_as_often_as_they_say():
 def test_seeds_that_differ_widen_a_difference():
     """Where all utterances are alike, by the standard error of the means."""
     lengths = np.full(50, 100)
-    ours = np.array([[20], [24], [28], [16]]) * np.ones((1, 50))
+    ours = np.array([[20], [24], [32], [16]]) * np.ones((1, 50))
     theirs = np.array([[10], [12], [11]]) * np.ones((1, 50))
     found = difference(ours, theirs, lengths, resamples=20_000)
     error = np.sqrt(ours[:, 0].var(ddof=1) / 4 + theirs[:, 0].var(ddof=1) / 3)
-    assert found.points == pytest.approx(11)
+    assert found.points == pytest.approx(23 - 11)
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     alone = difference(ours[:1], theirs[:1], lengths)
     assert (alone.low, alone.high) == pytest.approx((10, 10))
+    two = difference(ours[:2], theirs[:1], lengths)  # a quarter of the resamples are of one of them alone
+    assert (two.low, two.high) == pytest.approx((12 - 2 * np.sqrt(2), 12 + 2 * np.sqrt(2)))
 
 
 def test_seeds_of_two_systems_are_drawn_apart():
@@ -133,5 +157,7 @@ def test_bad_input():
         difference([[1, 2]], [[1]], [1, 1])
     with pytest.raises(ValueError, match=r"ours \(2,\)"):
         difference([1, 2], [[1, 2]], [1, 1])
+    with pytest.raises(ValueError, match=r"not .* of \(1,\)"):
+        difference([[1, 2]], [[1, 2]], [1])
     with pytest.raises(ValueError, match="no error rate"):
         difference([[1]], [[1]], [0])
