@@ -115,13 +115,7 @@ def markdown(comparison: Comparison, lines: list[Line], columns: list[Column], g
 
 def _methods(title: str, lines: list[Line], columns: list[Column], *, beside_paper: bool = True) -> str:
     timed = any(line.mean("step_s") for line in lines)
-    heads = [
-        "method",
-        "trainable",
-        *(literal(str(column)) for column in columns),
-        *(["step s", "peak MiB"] if timed else []),
-        "seeds",
-    ]
+    heads = ["method", "trainable", *map(str, columns), *(["step s", "peak MiB"] if timed else []), "seeds"]
     heads += ["published: trainable", *published.SETS] if beside_paper else []
     rows = []
     for line in lines:
@@ -131,7 +125,7 @@ def _methods(title: str, lines: list[Line], columns: list[Column], *, beside_pap
         step, peak = line.mean("step_s"), line.mean("peak_memory_mib")
         rows.append(
             [
-                literal(line.label + (f" (failed: {failures[0]})" if failures else "")),
+                line.label + (f" (failed: {failures[0]})" if failures else ""),
                 trainable,
                 *(_rate(line, column) for column in columns),
                 *([f"{step:.2f}" if step else "–", f"{peak:,.0f}" if peak else "–"] if timed else []),
@@ -164,7 +158,7 @@ def _sweep(lines: list[Line], columns: list[Column]) -> str | None:
     shown = [label for label, name in paper.items() if len(by_label[label]) > 1 or name in published.RANK_SWEEP]
     ranks = sorted({rank for label in shown for rank in by_label[label]})
     totals = [column for column in columns if column.group == ALL]
-    heads = ["method", *(f"{literal(str(column))}, r = {' / '.join(map(str, ranks))}" for column in totals)]
+    heads = ["method", *(f"{column}, r = {' / '.join(map(str, ranks))}" for column in totals)]
     heads += [f"published {name}, r = {' / '.join(map(str, published.RANKS))}" for name in published.SETS[:2]]
     rows = []
     for label in shown:
@@ -173,9 +167,7 @@ def _sweep(lines: list[Line], columns: list[Column]) -> str | None:
             " / ".join(_rate(found[rank], column) if rank in found else "–" for rank in ranks) for column in totals
         ]
         theirs = published.RANK_SWEEP.get(paper[label] or "", ())
-        rows.append(
-            [literal(label), *rates, *([" / ".join(f"{value:.2f}" for value in values) for values in theirs] or "––")]
-        )
+        rows.append([label, *rates, *([" / ".join(f"{value:.2f}" for value in values) for values in theirs] or "––")])
     return "## Ranks (the paper's Table 1)\n\n" + markdown_table(heads, rows)
 
 
@@ -185,12 +177,12 @@ def _differences(gaps: list[Gap]) -> str:
     by_name: dict[str, dict[Column, Gap]] = {}
     for gap in gaps:
         by_name.setdefault(gap.name, {})[gap.column] = gap
-    heads = ["row", *(f"{literal(str(column))}{kind}" for column in columns for kind in ("", ", capped")), "seeds"]
+    heads = ["row", *(f"{column}{kind}" for column in columns for kind in ("", ", capped")), "seeds"]
     rows = []
     for name, found in by_name.items():
         gaps_shown = [(gap.plain, gap.capped) if gap else (None, None) for gap in map(found.get, columns)]
         shown = [_points(one) for both in gaps_shown for one in both]
-        rows.append([literal(name), *shown, str(max(gap.seeds for gap in found.values()))])
+        rows.append([name, *shown, str(max(gap.seeds for gap in found.values()))])
     told = f"{literal(told_of(gaps))} Bold where it does not hold 0."
     return f"## Differences from {literal(gaps[0].against)}\n\n{told}\n\n" + markdown_table(heads, rows)
 
@@ -205,7 +197,7 @@ def _points(found: Difference | None) -> str:
 
 def _runs(records: list[dict[str, Any]]) -> str:
     rows = [
-        [literal(entry["row"]), entry["cell"], str(entry["seed"]), entry["utc"][:10], str(entry["commit"]),
+        [entry["row"], entry["cell"], str(entry["seed"]), entry["utc"][:10], str(entry["commit"]),
          f"`{entry['command']}`", entry["device"], entry["precision"]]
         for entry in records
     ]  # fmt: skip

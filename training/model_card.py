@@ -10,7 +10,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from .evaluation import ALL, unit_of
 from .methods import METHODS
 from .models import PACKAGED, on_hub
-from .output import literal, markdown_table, write_text
+from .output import markdown_table, write_text
 from .text import language_code, source_and_language
 
 _PACKAGED_FROM = "openai/whisper-base"
@@ -112,7 +112,7 @@ def _error_rates(results: Sequence[dict[str, Any]]) -> str:
             rates = [entry["sets"][name]["groups"][group][unit] for entry in results]
             figures = [f"{rate['rate']:.1f} [{rate['low']:.1f}, {rate['high']:.1f}]" for rate in rates]
             label = name if group == ALL else f"{name}, {group}"
-            rows.append([literal(label), f"{rates[-1]['utterances']:,}", f"{unit.upper()}, %", *figures])
+            rows.append([label, f"{rates[-1]['utterances']:,}", f"{unit.upper()}, %", *figures])
     return markdown_table(["speech", "utterances", "", *["before", "after"][-len(results) :]], rows)
 
 

@@ -191,7 +191,8 @@ def literal(name: str) -> str:
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown, the first column to the left, the others to the right."""
-    head, *body = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in [heads, *rows]]
+    """A table in Markdown, heads and first column `literal`, that column to the left, the others to the right."""
+    named = [map(literal, heads), *([literal(first), *cells] for first, *cells in rows)]
+    head, *body = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in named]
     rule = ["---" if index == 0 else "--:" for index in range(len(heads))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *body])
