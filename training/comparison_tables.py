@@ -1,6 +1,5 @@
 """The paper's two tables with our figures beside the published ones, and differences, as Markdown, CSV and JSON."""
 
-import csv
 import dataclasses
 import statistics
 from pathlib import Path
@@ -12,7 +11,7 @@ from .comparison_differences import Gap, gaps_of, told_of
 from .comparison_lines import Column, Line, columns_of, lines_of, names_of
 from .evaluation import ALL
 from .metrics import Difference
-from .output import literal, markdown_table, replacing, write_json, write_text
+from .output import literal, markdown_table, write_json, write_rows, write_text
 
 
 def write_tables(comparison: Comparison, gaps: list[Gap] | None = None) -> str:
@@ -41,10 +40,7 @@ def write_tables(comparison: Comparison, gaps: list[Gap] | None = None) -> str:
 
 
 def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["row"])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(file, [rows[0] if rows else ["row"], *(row.values() for row in rows)])
 
 
 def record(line: Line, cell: dict[str, Any], columns: list[Column]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .data import Speech
 from .decoding import Decoding, Heard, transcribe_speech
 from .errors import UserError
 from .metrics import ErrorRate, Unit, UtteranceErrors, score, summarize
-from .output import read_json, replacing, write_json
+from .output import read_json, write_json, write_rows
 from .text import UNSPACED_LANGUAGES, normalizer
 from .world import world
 
@@ -368,15 +368,13 @@ def _write_utterances(file: Path, result: SetResult) -> None:
     """
     dataset = result.speech.dataset
     metadata = [name for name in dataset.column_names if name not in (*_OWN_COLUMNS, *SCORED_COLUMNS)]
-    header = ["utterance", *metadata, *SCORED_COLUMNS]
-    rows = dataset.remove_columns("audio")
-    with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, delimiter="\t")
-        writer.writerow(header)
-        for row, heard, words, characters in zip(rows, result.heard, result.words, result.characters, strict=True):
-            writer.writerow(
-                [row["utterance"], *(row[name] for name in metadata), row["text"], heard.text]
-                + [words.reference, words.hypothesis]
-                + [getattr(errors, name) for errors in (words, characters) for name in _COUNTS]
-                + [int(not heard.ended), int(heard.again)]
-            )
+    rows: list[list[Any]] = [["utterance", *metadata, *SCORED_COLUMNS]]
+    of_each = zip(dataset.remove_columns("audio"), result.heard, result.words, result.characters, strict=True)
+    for row, heard, words, characters in of_each:
+        rows.append(
+            [row["utterance"], *(row[name] for name in metadata), row["text"], heard.text]
+            + [words.reference, words.hypothesis]
+            + [getattr(errors, name) for errors in (words, characters) for name in _COUNTS]
+            + [int(not heard.ended), int(heard.again)]
+        )
+    write_rows(file, rows, delimiter="\t")

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -163,6 +163,12 @@ def write_text(file: Path, text: str) -> None:
     """The text in UTF-8, by `replacing`."""
     with replacing(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def write_rows(file: Path, rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:
+    """The rows as a table with quotation marks where they are needed, by `replacing`."""
+    with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, delimiter=delimiter).writerows(rows)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -5,7 +5,6 @@ spoken slowly at a higher rate does the same. Speech like this is no substitute 
 whole path from audio to an adapted model where no recordings are at hand.
 """
 
-import csv
 import ctypes
 import random
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import soxr
 
 from .audio import SAMPLE_RATE
 from .errors import UserError
-from .output import replacing
+from .output import write_rows
 
 # Asynchronous retrieval (1) hangs in espeak_Synchronize once the library is initialised a second time.
 _SYNCHRONOUS_RETRIEVAL = 2
@@ -163,19 +162,12 @@ def write_speech(folder: Path, texts: Sequence[str], children: Sequence[Child], 
     rng = np.random.default_rng(seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
+        rows: list[tuple] = [("file_name", "text", "speaker", "age")]
         for index, text in enumerate(texts):
             child = children[index % len(children)]
             name = f"{child.name}-{index:04d}.flac"
             soundfile.write(folder / name, synthesizer.speak(text, child, rng), SAMPLE_RATE)
             rows.append((name, text, child.name, child.age))
-        # Last, so that its presence says that all audio is there.
-        with (
-            replacing(folder / "metadata.csv") as unfinished,
-            unfinished.open("w", encoding="utf-8", newline="") as stream,
-        ):
-            writer = csv.writer(stream)
-            writer.writerow(["file_name", "text", "speaker", "age"])
-            writer.writerows(rows)
+        write_rows(folder / "metadata.csv", rows)  # last, so that its presence says that all audio is there
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error}); give another --output") from error

@@ -9,7 +9,7 @@ import numpy as np
 from .errors import UserError
 from .evaluation import Evaluation
 from .metrics import Unit
-from .output import replacing
+from .output import write_rows
 
 _FILE = "errors.csv"
 _COLUMNS = ("set", "utterance", "words", "word_errors", "characters", "character_errors")
@@ -32,8 +32,7 @@ def write_errors(run: Path, evaluation: Evaluation) -> None:
         names = result.speech.dataset["utterance"][:]
         for name, words, characters in zip(names, result.words, result.characters, strict=True):
             rows.append((result.name, name, words.length, words.errors, characters.length, characters.errors))
-    with replacing(run / _FILE) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream).writerows(rows)  # its \r\n has a \r in a name quoted
+    write_rows(run / _FILE, rows)  # its \r\n has a \r in a name quoted
 
 
 def read_errors(run: Path) -> dict[str, SetErrors]:
