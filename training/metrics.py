@@ -81,11 +81,8 @@ def score(
     process = jiwer.process_words if unit == "wer" else jiwer.process_characters
     scored = []
     for reference, hypothesis in zip(map(normalize, references), map(normalize, hypotheses), strict=True):
-        if reference:
-            output = process(reference, hypothesis)
-            counts = (output.hits, output.substitutions, output.deletions, output.insertions)
-        else:
-            counts = (0, 0, 0, len(hypothesis.split() if unit == "wer" else hypothesis.strip()))
+        output = process(reference, hypothesis)
+        counts = (output.hits, output.substitutions, output.deletions, output.insertions)
         scored.append(UtteranceErrors(reference, hypothesis, *counts))
     return scored
 
