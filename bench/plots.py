@@ -133,19 +133,8 @@ def _throughput(device: str, rows: list[Row]) -> Figure | None:
         window += f", {row['quantize']}" if row.get("quantize") else ""
         case = f"{row['size']}, batch {row['batch']}, {window}, {row['tokens']} tokens, rank {row['rank']}"
         cases.setdefault(case, []).append(row)
-    figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
-    for axes, (case, unordered) in zip(grid[0], cases.items(), strict=True):
-        found = _in_order(unordered)
-        names = [row["provider"] for row in found]
-        rates = [row["audio_s_per_s"] for row in found]
-        bars = axes.barh(names, rates, color=[_colour(name) for name in names])
-        axes.bar_label(bars, fmt=_rounded, padding=2, fontsize=7)
-        axes.invert_yaxis()
-        axes.set(xlabel="audio seconds / second")
-        axes.set_title(case, fontsize=9)
-    figure.suptitle(f"Training step, bf16 autocast, measured · {device}", fontsize=9)
-    figure.tight_layout()
-    return figure
+    title = f"Training step, bf16 autocast, measured · {device}"
+    return _bars(cases, "audio_s_per_s", 1, "audio seconds / second", title)
 
 
 def _bytes(rows: list[Row]) -> Figure | None:
@@ -156,16 +145,22 @@ def _bytes(rows: list[Row]) -> Figure | None:
     cases: dict[str, list[Row]] = {}
     for row in layers:
         cases.setdefault(f"{row['size']}, M {row['rows']:,}, {row['precision']}, rank {row['rank']}", []).append(row)
+    title = "Bytes read and written by an encoder layer's linear maps, counted"
+    return _bars(cases, "counted_bytes", 1e9, "GB, forward + backward", title)
+
+
+def _bars(cases: dict[str, list[Row]], key: str, unit: float, label: str, title: str) -> Figure:
+    """A panel for each case with a bar for each provider: what its row has under `key`, in `unit`s."""
     figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3), squeeze=False)
     for axes, (case, unordered) in zip(grid[0], cases.items(), strict=True):
         found = _in_order(unordered)
         names = [row["provider"] for row in found]
-        amounts = [row["counted_bytes"] / 1e9 for row in found]
+        amounts = [row[key] / unit for row in found]
         bars = axes.barh(names, amounts, color=[_colour(name) for name in names])
         axes.bar_label(bars, fmt=_rounded, padding=2, fontsize=7)
         axes.invert_yaxis()
-        axes.set(xlabel="GB, forward + backward")
+        axes.set(xlabel=label)
         axes.set_title(case, fontsize=9)
-    figure.suptitle("Bytes read and written by an encoder layer's linear maps, counted", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     return figure
