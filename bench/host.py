@@ -10,7 +10,7 @@ in none of it. Processor time, so that other work on the machine does not count.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -94,7 +94,6 @@ def launches_do_nothing(driver: NoDriver) -> Iterator[None]:
 
 def measure(layer: str, rounds: int = 60) -> list[dict[str, Any]]:
     """A row for every provider and pass: median milliseconds of processor time, with one thread."""
-    torch.set_num_threads(1)
     rows = []
     with mock.patch.object(cases, "SIZES", {"tiny": (_WIDTH, 1, 1, 80)}), launches_do_nothing(NoDriver()):
         case = Case(layer, "tiny", _ROWS, precision="fp32")
@@ -102,12 +101,7 @@ def measure(layer: str, rounds: int = 60) -> list[dict[str, Any]]:
         builds = providers(case, "cpu", counting=True)
         calls = {name: passes([builds[name](group) for group in groups], groups) for name in PROVIDERS}
         for which in ("forward", "both"):
-            timed = {name: calls[name][which] for name in PROVIDERS}
-            for name, latency in latencies(timed, rounds=rounds, warmup=3, clock=time.process_time).items():
-                rows.append(
-                    {"section": "host", "layer": layer, "provider": name, "kind": "measured", "pass": which}
-                    | latency_fields(latency)
-                )
+            rows += _timed(layer, which, {name: calls[name][which] for name in PROVIDERS}, rounds)
     return rows
 
 
@@ -116,19 +110,20 @@ def measure_step(rounds: int = 60) -> list[dict[str, Any]]:
 
     Under autocast, with all six kinds of weight adapted. Optimizers are the same for all, and left out.
     """
-    torch.set_num_threads(1)
-    rows = []
     with (
         mock.patch.dict(cases.SIZES, {"tiny": (_STEP_WIDTH, *cases.SIZES["base"][1:])}),
         launches_do_nothing(NoDriver()),
     ):
-        steps = {name: _step(name) for name in PROVIDERS}
-        for name, latency in latencies(steps, rounds=rounds, warmup=3, clock=time.process_time).items():
-            rows.append(
-                {"section": "host", "layer": STEP, "provider": name, "kind": "measured", "pass": "both"}
-                | latency_fields(latency)
-            )
-    return rows
+        return _timed(STEP, "both", {name: _step(name) for name in PROVIDERS}, rounds)
+
+
+def _timed(layer: str, which: str, calls: Mapping[str, Any], rounds: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    return [
+        {"section": "host", "layer": layer, "provider": name, "kind": "measured", "pass": which}
+        | latency_fields(latency)
+        for name, latency in latencies(calls, rounds=rounds, warmup=3, clock=time.process_time).items()
+    ]
 
 
 def _step(provider: str) -> Callable[[], None]:
