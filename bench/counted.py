@@ -96,13 +96,8 @@ def without_data() -> FakeTensorMode:
 
 def fields(counted: Count) -> dict[str, Any]:
     """Fields of a result line: totals, and the implied milliseconds by data sheet."""
-    return {
-        "counted_launches": len(counted.launches),
-        "counted_bytes": counted.bytes,
-        "counted_flops": counted.flops,
-        "counted_peak_mib": round(counted.peak_bytes / 2**20, 1),
-        "implied_ms": {name: round(sheet.floor_ms(counted), 4) for name, sheet in DATA_SHEETS.items()},
-    }
+    implied_ms = {name: round(sheet.floor_ms(counted), 4) for name, sheet in DATA_SHEETS.items()}
+    return counted.fields() | {"implied_ms": implied_ms}
 
 
 def _wanted(name: str, only: Iterable[str] | None) -> bool:

@@ -44,6 +44,15 @@ class Count:
         """Flops of all matrix products."""
         return sum(launch.flops for launch in self.launches)
 
+    def fields(self) -> dict[str, Any]:
+        """Totals as fields of a result line."""
+        return {
+            "counted_launches": len(self.launches),
+            "counted_bytes": self.bytes,
+            "counted_flops": self.flops,
+            "counted_peak_mib": round(self.peak_bytes / 2**20, 1),
+        }
+
 
 class OpCounter(TorchDispatchMode):
     """Fills `count` with what is dispatched inside the context."""

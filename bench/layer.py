@@ -58,7 +58,7 @@ def measure(
         on_gpu = latencies(timed, rounds=10, seconds=seconds / 2, queued=True) if torch.cuda.is_available() else {}
         floor_ms = device.floor_ms(case, which)
         for name, latency in times.items():
-            extra = {} if which != "both" else {**counted[name], **_peak(calls[name]["both"], counted[name])}
+            extra = {} if which != "both" else {**counted[name], **_peak(calls[name]["both"])}
             fields = {"pass": which, **latency_fields(latency), "floor_ms": round(floor_ms, 4), **extra}
             if name in on_gpu:
                 fields["gpu_p50_ms"] = round(on_gpu[name].p50_ms, 4)
@@ -90,16 +90,10 @@ def _counts(call: Callable[[], Any], *, compiled: bool) -> dict[str, Any]:
     if compiled:
         call()  # what a compiler launches is not dispatched by PyTorch, so it is not counted
         return {}
-    counted = count(call)
-    return {
-        "counted_launches": len(counted.launches),
-        "counted_bytes": counted.bytes,
-        "counted_flops": counted.flops,
-        "counted_peak_mib": round(counted.peak_bytes / 2**20, 1),
-    }
+    return count(call).fields()
 
 
-def _peak(call: Callable[[], Any], counted: dict[str, Any]) -> dict[str, float]:
+def _peak(call: Callable[[], Any]) -> dict[str, float]:
     """Allocator's peak of one call on CUDA; CPU rows have the counted one alone."""
     if not torch.cuda.is_available():
         return {}
