@@ -275,7 +275,7 @@ _STOPPED = 130  # what typer makes of Ctrl-C
 
 
 def main() -> None:
-    """Entry point: bad input is one sentence on stderr and status 2, Ctrl-C says how to go on."""
+    """Entry point: bad input is one sentence on stderr and status 2, Ctrl-C, or another process's end, how to go on."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # PEFT takes AdaLoRA's weights that have given up all their ranks for files half written.
     warnings.filterwarnings("ignore", message=r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape")
@@ -291,6 +291,14 @@ def main() -> None:
     except UserError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        from .world import is_of_another
+
+        if not is_of_another(error):
+            raise
+        gone = "stopped: another process of the run is gone; it says why, or was killed; the same command goes on"
+        typer.secho(gone, err=True)
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != _STOPPED:
             raise

@@ -39,6 +39,11 @@ def check_alone(command: str) -> None:
         )
 
 
+def is_of_another(error: RuntimeError) -> bool:
+    """Whether this process ended because another of the run is gone: what gloo and NCCL say of a connection's end."""
+    return processes() > 1 and any(gone in str(error) for gone in ("remote worker", "remote process"))
+
+
 def check_not_sharded() -> None:
     """Nothing, where each process has the whole model, as under torchrun.
 

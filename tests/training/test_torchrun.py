@@ -63,6 +63,23 @@ def checked(self, file):
     save_to_json(self, file)
 torch.save, TrainerState.save_to_json = later, checked
 """
+# The second process finds a recording that is readable no more; each writes how it ended and what it said.
+RANK_1_FAILS = """
+import contextlib, json, os, sys
+from fused_s2lora.training import cli, collate
+from fused_s2lora.training.errors import UserError
+
+def gone(entry):
+    raise UserError("u3.flac is gone")
+if os.environ["RANK"] == "1":
+    collate.read_audio = gone
+file, *sys.argv[1:] = sys.argv[1:]
+with open(f"{file}-{os.environ['RANK']}", "w") as stream, contextlib.redirect_stderr(stream):
+    try:
+        cli.main()
+    except SystemExit as ended:
+        print(ended.code, file=stream)
+"""
 # Model, folder to write, test sets; `heard-RANK` beside the folder has a line for each set with how many were heard.
 EVALUATE = """
 import os, sys
@@ -177,3 +194,14 @@ def test_two_processes_score_as_one_does(quick, tmp_path, monkeypatch):
     evaluate(named_sets(sets, "en"), one, model=quick["model"], precision="fp32", group_by=["age"])
     for name in ("results.json", "six.tsv", "single.tsv"):
         assert (one / name).read_text() == (two / name).read_text()
+
+
+def test_a_process_whose_fellow_is_gone_says_so_in_a_sentence(quick, tmp_path):
+    """It was 75 lines of a traceback that ends in gloo, below them that of torchrun, and above them the reason."""
+    asked = ["--model", quick["model"], "--data", quick["data"][0], "--precision", "fp32", "--window", "trim"]
+    run_ranks(RANK_1_FAILS, tmp_path / "said", "train", *asked, "--max-steps", 2, "--output", tmp_path / "run")
+    first, second = ((tmp_path / f"said-{rank}").read_text().splitlines() for rank in range(2))
+    assert second[-2:] == ["error: u3.flac is gone", "2"]
+    assert first[-2].startswith("stopped: another process of the run is gone")
+    assert first[-1] == "1"
+    assert not any("Traceback" in line for line in first)
