@@ -95,7 +95,6 @@ def rank_map_figure(lines: list[Line]) -> Figure | None:
             axes.set_xticks(range(len(pattern["matrices"])), pattern["matrices"], rotation=30, ha="right", fontsize=8)
             axes.set_yticks(range(len(pattern["layers"])), pattern["layers"], fontsize=8)
             axes.set_title(f"{line.label}, {pattern['stack']}: ranks of {pattern['r']}, mean |s|", fontsize=9)
-    figure.tight_layout()
     return figure
 
 
@@ -172,7 +171,6 @@ def _panels(
             axes.set_xticks(positions, [f"{value:,}" for value in positions])
             axes.minorticks_off()
     _name_beside(grid[0][-1], {name: drawn[name] for name in looks if name in drawn}, fontsize=7)
-    figure.tight_layout()
     return figure
 
 
@@ -232,7 +230,6 @@ def _other_speech(lines: list[Line], columns: list[Column]) -> Figure | None:
         if min((y for line in axes.get_lines() for y in line.get_ydata()), default=0) > 0:
             scale_by_logarithm(axes)  # of a language that is lost it may be five times that of one that is kept
     _name_beside(grid[0][-1], drawn, fontsize=7)
-    figure.tight_layout()
     return figure
 
 
@@ -270,7 +267,6 @@ def learning_figure(lines: list[Line]) -> Figure | None:
         axes.set(xlabel="step", ylabel="cross-entropy per token", title=title)
         scale_by_logarithm(axes)
         _name_beside(axes, drawn, fontsize=6.5)
-    figure.tight_layout()
     return figure
 
 
@@ -302,7 +298,6 @@ def _sparsity(lines: list[Line]) -> Figure | None:
     scale_by_logarithm(grid[0])
     grid[1].set_ylim(0, 105)
     grid[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
     return figure
 
 

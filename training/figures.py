@@ -21,7 +21,8 @@ STYLE: Any = {
 
 
 def svg_of(figure: Figure) -> str:
-    """The figure as SVG, the same for equal figures, and closed."""
+    """The figure as SVG, the same for equal figures, laid out and closed."""
+    figure.tight_layout()
     drawn = io.StringIO()
     figure.savefig(
         drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), bbox_inches="tight"
@@ -76,5 +77,4 @@ def run_svg(metrics: Sequence[dict[str, Any]]) -> str | None:
         axes.set(xlabel="step", ylabel="cross-entropy per token")
         if min(losses) > 0:
             scale_by_logarithm(axes)
-        figure.tight_layout()
         return svg_of(figure)
