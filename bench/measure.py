@@ -130,17 +130,10 @@ def peak_mib(build: Callable[..., Callable[[], Any]], *args: Any) -> float:
 
 def _peak_worker(sender: Any, build: Callable[..., Callable[[], Any]], args: tuple) -> None:
     call = build(*args)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call(), call()
-        sender.send((torch.cuda.max_memory_allocated() - held) / 2**20)
-    else:
-        reset_peak_memory()
-        before = peak_memory_mib()
-        call(), call()
-        sender.send(peak_memory_mib() - before)
+    reset_peak_memory()
+    before = peak_memory_mib()
+    call(), call()
+    sender.send(peak_memory_mib() - before)
 
 
 def device_name() -> str:

@@ -74,7 +74,7 @@ def tables(rows: Iterable[Row]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _each_case(rows: list[Row], section: str, kind: str, table: Callable[[str, list[Row]], str]) -> list[str]:
+def _each_case(rows: list[Row], section: str, kind: str, table: Callable[[list[Row]], str]) -> list[str]:
     """One table for every case and, where it was measured, device; refusals are named under it."""
     grouped: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -89,7 +89,7 @@ def _each_case(rows: list[Row], section: str, kind: str, table: Callable[[str, l
         heading = f"### {case}, {kind}" + (f" · {device}" if device else "")
         left_out = [f"{row['provider']}: {row['kind']}, {row['reason']}" for row in found if "reason" in row]
         body = [row for row in found if "reason" not in row]
-        parts.append("\n\n".join([heading, *([table(device, body)] if body else []), *left_out]))
+        parts.append("\n\n".join([heading, *([table(body)] if body else []), *left_out]))
     return parts
 
 
@@ -116,7 +116,7 @@ def _devices(rows: list[Row]) -> str:
     return "### Devices, measured\n\n" + markdown_table(heads, lines)
 
 
-def _measured_layer(device: str, rows: list[Row]) -> str:
+def _measured_layer(rows: list[Row]) -> str:
     passes = {(row["provider"], row["pass"]): row for row in rows}
     both = {row["provider"]: row for row in rows if row["pass"] == "both"}
     on_gpu = any("gpu_p50_ms" in row for row in rows)
@@ -140,7 +140,7 @@ def _measured_layer(device: str, rows: list[Row]) -> str:
     return markdown_table(heads, lines)
 
 
-def _measured_step(device: str, rows: list[Row]) -> str:
+def _measured_step(rows: list[Row]) -> str:
     named = {row["provider"]: row for row in rows}
     frozen, lora = named.get("frozen"), named.get("lora-six")
     on_gpu = any("gpu_ms" in row for row in rows)
@@ -166,7 +166,7 @@ def _measured_step(device: str, rows: list[Row]) -> str:
     return markdown_table(heads, lines)
 
 
-def _counted(device: str, rows: list[Row]) -> str:
+def _counted(rows: list[Row]) -> str:
     named = {row["provider"]: row for row in rows}
     frozen = named.get("frozen")
     peft = named.get("peft-lora", named.get("lora-six"))
