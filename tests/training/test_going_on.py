@@ -28,7 +28,7 @@ def metrics_of(run) -> list[dict]:
     timed = ("_runtime", "_per_second")
     return [
         {name: value for name, value in entry.items() if not name.endswith(timed)}
-        for entry in read_json(run / "metrics.json")
+        for entry in read_json(run / "metrics.json", list)
     ]
 
 

@@ -142,11 +142,11 @@ def test_a_comparison_trains_once_for_all_shares(quick, tmp_path, short_decoding
     ):
         path = by_name[name]
         check_scaled(tensors(path / "adapter"), tensors(usual / "adapter"), "s2lora", share / 0.75)
-        assert read_json(path / "metrics.json") == read_json(usual / "metrics.json")
+        assert read_json(path / "metrics.json", list) == read_json(usual / "metrics.json", list)
         assert read_json(path / "summary.json") == read_json(usual / "summary.json") | {"interpolation": share}
-        ours, theirs = (read_json(one / "rank_pattern.json")[0]["mean_magnitude"][0][0] for one in (path, usual))
+        ours, theirs = (read_json(one / "rank_pattern.json", list)[0]["mean_magnitude"][0][0] for one in (path, usual))
         assert ours == pytest.approx(theirs * share / 0.75)
-        assert read_json(path / "results.json")[-1]["sets"]
+        assert read_json(path / "results.json", list)[-1]["sets"]
     for method in ("lora", "adalora"):
         half, whole = by_name[f"{method}-a-half-r8-seed0"], by_name[f"{method}-r8-seed0"]
         check_scaled(tensors(half / "adapter"), tensors(whole / "adapter"), method, 0.5)
