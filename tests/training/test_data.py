@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from fused_s2lora.training.audio import read_audio
-from fused_s2lora.training.data import Speech, drop_overlong, in_threads, load_speech, speakers
+from fused_s2lora.training.data import Skipped, Speech, drop_overlong, in_threads, load_speech, speakers
 from fused_s2lora.training.errors import UserError
 from fused_s2lora.training.sets import _hold_out
 from tests.training.speech import TEXTS, tone, write_folder, write_lines
@@ -42,6 +42,8 @@ def test_audio_of_a_data_set_stays_on_disk(tmp_path, typed, bad):
     assert [item.utterance for item in speech.skipped] == [f"{index}.wav" for index in bad]
     assert sorted(int(row["text"][:-1]) for row in rows) == sorted({*range(64)} - {*bad})
     assert {len(read_audio(entry)) for entry in speech.audio()} == {160_000}
+    first = load_speech(tmp_path / "saved", audio_column="speech", limit=5)
+    assert first.dataset["text"][:] == [f"{index}." for index in range(5) if index not in bad]
 
 
 def test_threads_keep_the_order_and_take_little_ahead():
@@ -231,10 +233,11 @@ class _Words:
 
 def test_overlong_transcripts(tmp_path):
     speech = load_speech(write_folder(tmp_path))
+    speech.skipped.append(Skipped("u6.flac", "u6.flac: no such audio file"))
     kept = drop_overlong(speech, _Words(), max_tokens=3)
     assert kept.dataset["text"][:] == ["GO HOME NOW", "IT IS RED"]
-    assert [item.utterance for item in kept.skipped] == ["u0.flac", "u1.flac", "u2.flac", "u4.flac"]
-    assert "transcript of 4 tokens, Whisper takes 3; split it" in kept.skipped[0].reason
+    assert [item.utterance for item in kept.skipped] == ["u6.flac", "u0.flac", "u1.flac", "u2.flac", "u4.flac"]
+    assert "transcript of 4 tokens, Whisper takes 3; split it" in kept.skipped[1].reason
     with pytest.raises(UserError, match=r"u0\.flac: transcript of 4 tokens"):
         drop_overlong(speech, _Words(), max_tokens=3, strict=True)
     with pytest.raises(UserError, match="every transcript is longer than 1 tokens"):
