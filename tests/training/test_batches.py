@@ -87,6 +87,19 @@ def test_batch(tmp_path, tokenizer):
     assert SpeechCollator(tokenizer, AudioWindow())(rows)["mel_frames"] == 3000
 
 
+def test_the_decoder_reads_all_but_the_end_and_learns_all_but_the_start_and_the_padding(tmp_path, tokenizer):
+    rows = list(load_speech(write_folder(tmp_path)).dataset)
+    ids = [tokenizer(row["target"]).input_ids for row in rows]
+    longest = max(map(len, ids)) - 1
+    assert min(map(len, ids)) - 1 < longest < 16
+    for multiple, width in ((1, longest), (longest, longest), (16, 16)):
+        batch = SpeechCollator(tokenizer, AudioWindow(), token_multiple=multiple).tokens(rows)
+        pad = [width - len(one) + 1 for one in ids]
+        read = [one[:-1] + [tokenizer.pad_token_id] * more for one, more in zip(ids, pad, strict=True)]
+        assert batch["decoder_input_ids"].tolist() == read
+        assert batch["labels"].tolist() == [one[1:] + [-100] * more for one, more in zip(ids, pad, strict=True)]
+
+
 def test_the_language_is_not_learnt_where_not_asked_for(tmp_path, tokenizer, packaged_base):
     rows = list(load_speech(write_folder(tmp_path)).dataset)[:3]
     usual = SpeechCollator(tokenizer, AudioWindow())(rows)
